@@ -1,0 +1,24 @@
+"""Watch the loss geometry of a PyTorch training run, and be warned before it diverges."""
+
+from geomwatch.errors import UsageError
+from geomwatch.isolation import is_probing
+from geomwatch.losses import model_loss, supervised
+from geomwatch.measure import measure
+from geomwatch.monitor import Monitor
+from geomwatch.records import Adjustment, Alert, Estimate, Record
+from geomwatch.sinks import JsonLines
+
+__all__ = [
+    "Adjustment",
+    "Alert",
+    "Estimate",
+    "JsonLines",
+    "Monitor",
+    "Record",
+    "UsageError",
+    "is_probing",
+    "measure",
+    "model_loss",
+    "supervised",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,115 @@
+"""Both ends of the spectrum of a symmetric operator by the Lanczos process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from geomwatch.vectors import Basis
+
+Vector: TypeAlias = npt.NDArray[np.float64]
+Operator: TypeAlias = Callable[[Tensor], Tensor]  # (D,) -> (D,), symmetric
+
+_WEIGHTS = (1.0, 0.7, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Ritz values in descending order, with a residual for each.
+
+    Some eigenvalue lies within `residuals[i]` of `values[i]`; the largest Ritz value never
+    exceeds the largest eigenvalue. Distinct Ritz values are distinct eigenvalues: full
+    re-orthogonalisation keeps copies of a converged one from appearing.
+    """
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    vectors: Tensor  # (top, D), unit Ritz vectors of the largest values
+    hvps: int
+
+
+def lanczos(
+    operator: Operator,
+    start: Tensor,
+    *,
+    max_hvps: int = 20,
+    top: int = 3,
+    tol: float = 0.0,
+    until: Sequence[int] = (0,),
+) -> Spectrum:
+    """Compute Ritz values of a symmetric operator from a Krylov space of `max_hvps` vectors.
+
+    K = span(v, A v, A^2 v, ...), v = `start` of shape (D,); the eigenvalues of the tridiagonal
+    Q' A Q approach both ends of the spectrum of A (Lanczos 1950; Saad 2011, ch. 6). Residual
+    ||A y - theta y|| = |beta_k s_k|. Costs at most `max_hvps` HVPs, and (max_hvps + top) D
+    scalars of memory.
+
+    Stops early when the residuals of the Ritz values `until` (indices, largest first) are below
+    `tol` times their size.
+    """
+    capacity = min(max_hvps, start.numel())
+    basis = Basis(capacity, start)
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    tiny = torch.finfo(start.dtype).tiny
+    q = _unit(start)
+    for step in range(capacity):
+        basis.append(q)
+        w = operator(q)
+        alphas.append(q @ w)
+        w = basis.project_out(w)
+        betas.append(w.norm())
+        # Gram-Schmidt once more, after scaling: "twice is enough" (Kahan), and a w that is all
+        # rounding, in an exhausted Krylov space, still gives a new orthogonal direction.
+        q = _unit(basis.project_out(w / betas[-1].clamp_min(tiny)))
+        if tol > 0 and step >= 2 and _converged(alphas, betas, tol, until):
+            break
+    values, residuals, weights = _ritz(alphas, betas)
+    coefficients = torch.from_numpy(np.ascontiguousarray(weights[:, :top]))
+    vectors = basis.combine(coefficients)
+    return Spectrum(tuple(values.tolist()), tuple(residuals.tolist()), vectors, len(alphas))
+
+
+def warm_start(vectors: Tensor | None, noise: Tensor, *, share: float = 0.1) -> Tensor:
+    """Return a start vector near the last Ritz vectors: their sum plus `share` of fresh noise.
+
+    The noise lets a mode be seen that has emerged orthogonally to the old ones. The sum has
+    falling weights, since signs of Ritz vectors are arbitrary: a new top vector such as
+    (y1 - y2) / sqrt(2) is orthogonal to y1 + y2. (Worst error over 320 warm probes of 8 HVPs:
+    15 % with equal weights, 2.3 % with these.) Without `vectors` the noise is the start.
+    """  # (k, D), (D,) -> (D,)
+    noise = _unit(noise)
+    if vectors is None or not bool(torch.isfinite(vectors).all()):
+        return noise
+    weights = torch.tensor(_WEIGHTS[: len(vectors)], dtype=vectors.dtype, device=vectors.device)
+    return _unit(weights @ vectors[: len(weights)]).add_(noise, alpha=share)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    length: Tensor = vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+    return vector / length
+
+
+def _converged(alphas: list[Tensor], betas: list[Tensor], tol: float, until: Sequence[int]) -> bool:
+    values, residuals, _ = _ritz(alphas, betas)
+    if len(values) <= max(until):
+        return False
+    # an eigenvalue at zero has no size of its own
+    size = np.maximum(abs(values), 0.01 * abs(values).max())
+    return all(residuals[i] <= tol * size[i] for i in until)
+
+
+def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Vector, Vector, Vector]:
+    """Solve the tridiagonal problem in float64: values, residuals, coefficients, descending."""
+    entries = np.array(torch.stack(alphas + betas).tolist())
+    diagonal, off = entries[: len(alphas)], entries[len(alphas) :]
+    tridiagonal = np.diag(diagonal) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1)
+    values, weights = np.linalg.eigh(tridiagonal)
+    values, weights = values[::-1], weights[:, ::-1]
+    return values, abs(off[-1] * weights[-1]), weights

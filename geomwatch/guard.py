@@ -1,0 +1,102 @@
+"""A probe never stops a run: failures are reported once, and probing is paused if they go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from geomwatch.errors import UsageError
+from geomwatch.prober import Probed, Prober
+from geomwatch.records import Estimate
+from geomwatch.sinks import logger
+
+_PATIENCE = 3  # failed probes in a row before probing is paused
+
+
+class Guard:
+    """Runs probes, survives them, and keeps the last margin for the steps in between."""
+
+    def __init__(self, prober: Prober) -> None:
+        self.prober = prober
+        self.paused = False
+        self.seconds = 0.0  # spent in probes so far
+        self.last: Probed | None = None
+        self._failures = 0
+        self._told: set[str] = set()
+
+    def probe(self, window: Sequence[Any], step: int, *, same_data: Sequence[Any]) -> Probed | None:
+        """Probe, or report why not and return None.
+
+        Raises:
+            UsageError: the very first probe shows that something was passed that can't work.
+        """
+        start = time.perf_counter()
+        try:
+            probed = self.prober.probe(window, step, same_data=same_data)
+        except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
+            if isinstance(error, UsageError) and self.prober.probes == 0:
+                raise
+            self._report(step, error)
+            return None
+        finally:
+            self.seconds += time.perf_counter() - start
+        self._failures = 0
+        self.last = probed
+        self._tell_surprises()
+        return probed
+
+    def resume(self) -> None:
+        """Probe again after a pause."""
+        self.paused = False
+        self._failures = 0
+
+    def lr_ratio(self, lr: Sequence[float]) -> float:
+        """Return the largest factor by which a group's rate has grown since the last probe."""
+        if self.last is None or self.last.record.lr == lr:
+            return 1.0
+        pairs = zip(lr, self.last.record.lr, strict=False)
+        return max((now / then for now, then in pairs if then > 0), default=1.0)
+
+    def margin(self, lr: Sequence[float]) -> Estimate | None:
+        """Return the last margin, re-scaled to the learning rates `lr` of the coming step."""
+        margin = None if self.last is None else self.last.margin
+        ratio = self.lr_ratio(lr)
+        if margin is None or margin.value is None or margin.error is None or ratio == 1:
+            return margin
+        return replace(margin, value=margin.value * ratio, error=margin.error * ratio)
+
+    def _report(self, step: int, error: Exception) -> None:
+        self._failures += 1
+        if "failure" not in self._told:
+            self._told.add("failure")
+            logger.warning(
+                "step %d: a probe failed with %s: %s. Training goes on untouched. A probe calls "
+                "loss_fn(model, batch) again on the same batch; make sure that works.",
+                step,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+        if self._failures == _PATIENCE:
+            self.paused = True
+            logger.warning(
+                "step %d: probing is paused after %d failed probes in a row, the last with %s: %s. "
+                "monitor.resume() starts it again.",
+                step,
+                _PATIENCE,
+                type(error).__name__,
+                error,
+            )
+
+    def _tell_surprises(self) -> None:
+        for name in self.prober.surprises:
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "evaluating the loss changes %s, which a probe can't put back. Pass a loss_fn= "
+                    "that leaves it alone, or name its owner in also=(...).",
+                    name,
+                )
+        self.prober.surprises.clear()

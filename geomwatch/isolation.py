@@ -1,0 +1,176 @@
+"""A probe leaves no trace: what is switched off, set up and put back around it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import module as torch_module
+
+from geomwatch.snapshot import HOOKS, Snapshot
+
+_GLOBAL_HOOKS = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
+_PROBING: ContextVar[bool] = ContextVar("geomwatch_probing", default=False)
+
+
+def is_probing() -> bool:
+    """Tell whether geomwatch is evaluating the loss, so that a hook or loss_fn can step aside."""
+    return _PROBING.get()
+
+
+@contextlib.contextmanager
+def isolated(
+    model: nn.Module, params: Sequence[Tensor], *, others: Sequence[object] = (), mode: str
+) -> Iterator[Snapshot]:
+    """Run a probe in a world that is put back bit for bit when it ends, however it ends.
+
+    Off for the probe: parameter and backward hooks (they would bend an HVP), autocast, the
+    caller's no_grad or inference_mode, fused attention and RNN kernels (they have no double
+    backward), compiled code. `.grad` is set aside, so that a loss_fn that calls backward()
+    inside can't add to it. Forward hooks do run: spectral norm and FSDP need them.
+    """
+    with contextlib.ExitStack() as stack:
+        token = _PROBING.set(True)
+        stack.callback(_PROBING.reset, token)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        snapshot = Snapshot([model, *others])
+        for device_type in {p.device.type for p in params} | {"cpu"}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        for switch in _kernels_with_double_backward(snapshot.modules):
+            stack.enter_context(switch)
+        parameters = _parameters(snapshot.modules)
+        stack.enter_context(_hooks_off(parameters, snapshot.modules))
+        stack.enter_context(_gradients_aside(parameters))
+        stack.callback(snapshot.finish)
+        if _set_mode(model, mode):
+            # Each evaluation is to start from the new mode, the end of the probe is not.
+            snapshot = Snapshot([model, *others])
+        yield snapshot
+
+
+def captured_by(loss_fn: Callable[..., Any]) -> list[object]:
+    """Find what a loss_fn carries along: itself or its owner, and the modules it names.
+
+    Names are looked up in its closure, its defaults and its file, and in those of the functions
+    from the same file that it names in turn.
+    """
+    found: list[object] = []
+    waiting: list[object] = [loss_fn]
+    seen: set[int] = set()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, types.MethodType):
+            found.append(item.__self__)
+            waiting.append(item.__func__)
+        elif isinstance(item, functools.partial):
+            waiting += [item.func, *item.args, *item.keywords.values()]
+        elif isinstance(item, types.FunctionType):
+            waiting += _named_in(item)
+        elif isinstance(item, nn.Module) or item is loss_fn:
+            found.append(item)
+    return found
+
+
+def _named_in(function: types.FunctionType) -> list[object]:
+    """What a function can reach by a name: its closure, its defaults, globals of its file."""
+    reached: list[object] = [
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+    ]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            reached.append(cell.cell_contents)
+    namespace = function.__globals__
+    codes = [function.__code__]
+    for code in codes:  # grows: the bodies of lambdas and comprehensions are constants
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        for name in code.co_names:
+            item = namespace.get(name)
+            if not isinstance(item, types.FunctionType) or item.__globals__ is namespace:
+                reached.append(item)
+    return reached
+
+
+def _set_mode(model: nn.Module, mode: str) -> bool:
+    # A model that trains keeps its flags as they are: the user may hold some BatchNorm in eval.
+    if mode == "train" and not model.training:
+        model.train()
+        return True
+    if mode == "eval" and any(m.training for m in model.modules()):
+        model.eval()
+        return True
+    return False
+
+
+def _kernels_with_double_backward(
+    modules: Sequence[nn.Module],
+) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    yield sdpa_kernel(SDPBackend.MATH)
+    if any(isinstance(m, nn.RNNBase) for m in modules):
+        yield _disabled(torch.backends.mkldnn)
+        yield _disabled(torch.backends.cudnn)
+    # Importing dynamo takes seconds; nothing is compiled unless somebody has done it already.
+    if "torch._dynamo" in sys.modules:
+        yield torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _disabled(backend: Any) -> Iterator[None]:
+    # Not `backend.flags(enabled=False)`: it sets all other flags too, and warns on doing so.
+    before, backend.enabled = backend.enabled, False
+    try:
+        yield
+    finally:
+        backend.enabled = before
+
+
+@contextlib.contextmanager
+def _hooks_off(params: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Empty the hook dictionaries in place (autograd holds on to them) and refill them after."""
+
+    def dictionaries() -> list[dict[Any, Any]]:
+        of_tensors = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in params]
+        of_modules = [tuple(getattr(m, name) for name in HOOKS) for m in modules]
+        every = itertools.chain(*of_tensors, *of_modules, _GLOBAL_HOOKS)
+        return [hooks for hooks in every if hooks]
+
+    filled = [(hooks, list(hooks.items())) for hooks in dictionaries()]
+    for hooks, _ in filled:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks in dictionaries():  # of a loss_fn that registers hooks itself
+            hooks.clear()
+        for hooks, items in filled:
+            hooks.update(items)
+
+
+@contextlib.contextmanager
+def _gradients_aside(params: Sequence[Tensor]) -> Iterator[None]:
+    gradients = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
+    found = {id(p): p for m in modules for p in m._parameters.values() if p is not None}
+    return list(found.values())

@@ -1,0 +1,94 @@
+"""Rules applied to each step, and what they say sent to whom it concerns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from geomwatch.errors import UsageError
+from geomwatch.records import Alert, Record
+from geomwatch.rules import Observation, Rule, default_rules
+from geomwatch.sinks import Line, Log, Sink, alert_line, logger, record_line
+
+
+class Judge:
+    """Observation -> alerts -> log, sinks and callback; the latter three on rank zero only."""
+
+    def __init__(
+        self,
+        rules: Sequence[Rule] | None,
+        sinks: Sequence[Sink],
+        on_alert: Callable[[Alert], None] | None,
+    ) -> None:
+        self._rules = list(default_rules() if rules is None else rules)
+        self._sinks: list[Sink] = [Log(), *sinks]
+        self._on_alert = on_alert
+        self.history: list[Record] = []
+        self.alerts: list[Alert] = []
+
+    def __call__(self, seen: Observation, record: Record | None) -> Record | None:
+        """Judge one step; return its record, if any, with the alerts it raised."""
+        alerts = [alert for rule in self._rules if (alert := rule(seen)) is not None]
+        if record is not None:
+            record = replace(record, alerts=tuple(alerts))
+            self.history.append(record)
+            self.emit(record_line(record))
+        for alert in alerts:
+            self.alerts.append(alert)
+            self.emit(alert_line(alert))
+            if self._on_alert is not None and _is_rank_zero():
+                _safely(self._on_alert, alert)
+        return record
+
+    def emit(self, line: Line) -> None:
+        """Send a line to the log and the sinks."""
+        if _is_rank_zero():
+            for sink in self._sinks:
+                _safely(sink, line)
+
+    def close(self) -> None:
+        """Close the sinks that can be closed."""
+        for sink in self._sinks:
+            closer = getattr(sink, "close", None)
+            if closer is not None:
+                closer()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the rules' memories."""
+        return [rule.state_dict() for rule in self._rules]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over the memories of the same rules.
+
+        Raises:
+            UsageError: they are not as many.
+        """
+        if len(states) != len(self._rules):
+            raise UsageError(
+                f"state must hold {len(self._rules)} rules, got {len(states)}. "
+                "Build the monitor with the rules it was saved with."
+            )
+        for rule, state in zip(self._rules, states, strict=True):
+            rule.load_state_dict(state)
+
+
+def _safely(receiver: Callable[[Any], None], message: Any) -> None:
+    """Deliver a message; a full disk or a bug in a callback must not stop a training run."""
+    try:
+        receiver(message)
+    except Exception as error:
+        logger.warning(
+            "%r could not take a message and lost it: %s: %s", receiver, type(error).__name__, error
+        )
+
+
+def _is_rank_zero() -> bool:
+    distributed = torch.distributed
+    return (
+        not distributed.is_available()
+        or not distributed.is_initialized()
+        or distributed.get_rank() == 0
+    )

@@ -1,0 +1,318 @@
+"""The monitor of a training run: due? -> measure -> rules -> sinks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch.errors import UsageError
+from geomwatch.guard import Guard
+from geomwatch.judge import Judge
+from geomwatch.objective import LossFn
+from geomwatch.prober import Probed, Prober
+from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
+from geomwatch.quantities import resolve
+from geomwatch.records import Alert, Record
+from geomwatch.rules import Observation, Rule
+from geomwatch.running import Difficulty
+from geomwatch.schedule import make_schedule
+from geomwatch.sinks import Sink, run_line
+from geomwatch.stability import learning_rates, unwrap
+from geomwatch.vectors import Layout
+
+_PLACE = (
+    "Call monitor.step(batch) once per optimizer step, after loss.backward() and before "
+    "optimizer.step()."
+)
+
+
+class Monitor:
+    """Watches the geometry of the loss while a model trains, and warns before it goes wrong.
+
+    Call `step(batch)` between `loss.backward()` and `optimizer.step()`. When a probe is due it
+    measures and returns a Record, otherwise None. Training is bit-identical with and without it.
+
+    Args:
+        model: the module in training.
+        loss_fn: (model, batch) -> the scalar loss that is trained on, evaluated again by probes.
+        optimizer: the optimizer in use; it sets the limit that the margin is measured against.
+        every: optimizer steps between two probes of a calm run.
+        schedule: "adaptive" (denser when it matters) or "fixed".
+        max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05.
+        quantities: "default", "all", or names of quantities.
+        probe_batch: measure on this batch always, instead of the step's own.
+        mode: "train" (the flags of the training step) or "eval".
+        params: shell-style patterns of the parameter names to measure; all by default.
+        also: other modules the loss uses (a teacher, a discriminator) that probes must isolate.
+        rules: the rules to judge by; `default_rules()` by default.
+        on_alert: called with each Alert; on rank zero.
+        sinks: called with each line of the run's log, for example `JsonLines("run.jsonl")`.
+        seed: of the probes' own random vectors; the global generators are never touched.
+
+    Raises:
+        UsageError: (a ValueError) an argument can't work; at construction or at the first probe.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        optimizer: Any,
+        *,
+        every: int = 100,
+        schedule: str = "adaptive",
+        max_overhead: float | None = None,
+        quantities: str | Sequence[str] = "default",
+        probe_batch: Any = None,
+        mode: str = "train",
+        params: str | Sequence[str] | None = None,
+        also: Sequence[object] = (),
+        rules: Sequence[Rule] | None = None,
+        on_alert: Callable[[Alert], None] | None = None,
+        sinks: Sequence[Sink] = (),
+        seed: int = 0,
+    ) -> None:
+        _check_options(model, loss_fn, mode, max_overhead)
+        names = resolve(quantities, has_optimizer=True)
+        layout = Layout.of(model, params)
+        self._schedule = make_schedule(schedule, every)
+        self._guard = Guard(
+            Prober(
+                model,
+                loss_fn,
+                optimizer,
+                names,
+                layout=layout,
+                mode=mode,
+                also=also,
+                every=every if quantities == "default" else None,
+                seed=seed,
+            )
+        )
+        self._judge = Judge(rules, sinks, on_alert)
+        self._difficulty = Difficulty() if "difficulty" in names else None
+        self._optimizer = optimizer
+        self._optimizer_name = _describe(optimizer)
+        self._params = layout.params
+        self._probe_batch = probe_batch
+        self._max_overhead = max_overhead
+        self._counter = StepCounter(optimizer, layout.params)
+        self._scalars = StepScalars()
+        self._window: list[Any] = []
+        self._lr: tuple[float, ...] = ()  # of the last call
+        self._last_probe = -1
+        self._called = False
+        self._began = time.perf_counter()
+        self._disabled = os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")
+        self._facts = {
+            "torch": torch.__version__,
+            "optimizer": self._optimizer_name,
+            "parameters": layout.dim,
+            "every": every,
+            "schedule": schedule,
+            "quantities": list(names),
+            "mode": mode,
+            "seed": seed,
+        }
+
+    @property
+    def history(self) -> list[Record]:
+        """All records so far."""
+        return self._judge.history
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts so far."""
+        return self._judge.alerts
+
+    @property
+    def probe_seconds(self) -> float:
+        """Wall time spent in probes so far."""
+        return self._guard.seconds
+
+    def observe(self, batch: Any) -> None:
+        """Note a micro-batch of the accumulation window that the coming step averages over."""
+        if not self._disabled and not self._guard.paused:
+            self._window.append(batch)
+
+    def step(
+        self,
+        batch: Any = None,
+        *,
+        loss: Tensor | float | None = None,
+        grad_norm: Tensor | float | None = None,
+    ) -> Record | None:
+        """Watch one optimizer step; call it after backward() and before optimizer.step().
+
+        With a GradScaler or clipping, after `unscale_` and after `clip_grad_norm_`.
+
+        Args:
+            batch: the step's batch (or use `observe` for each micro-batch of a window).
+            loss: the step's loss; lets the loss rule see every step. No host sync.
+            grad_norm: what `clip_grad_norm_` returned, to know the norm before clipping.
+
+        Returns:
+            The Record when a probe was due, else None.
+
+        Raises:
+            UsageError: at the first call, when it is made in the wrong place or without a batch.
+        """
+        if self._disabled:
+            return None
+        if batch is not None:
+            self.observe(batch)
+        window, self._window = self._window, []
+        if not self._called:
+            self._check_place(window)
+        settled = self._exchange(loss, grad_norm)
+        probed = self._probe(window) if self._is_due() else None
+        return self._conclude(settled, probed)
+
+    def pause(self) -> None:
+        """Stop probing; loss and gradient are still watched."""
+        self._guard.paused = True
+
+    def resume(self) -> None:
+        """Probe again, after `pause` or after failed probes."""
+        self._guard.resume()
+
+    def close(self) -> None:
+        """Judge the last step, take the hook off the optimizer and close the sinks."""
+        settled = self._scalars.take(self._counter.steps)
+        if settled is not None:
+            self._conclude(settled, None)
+        self._counter.close()
+        self._judge.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives; the first probe after loading them starts cold."""
+        return {
+            "step": self._counter.steps,
+            "schedule": self._schedule.state_dict(),
+            "prober": self._guard.prober.state_dict(),
+            "rules": self._judge.state_dict(),
+            "difficulty": self._difficulty.state_dict() if self._difficulty else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another monitor of the same run stopped.
+
+        Raises:
+            UsageError: it was saved with other rules.
+        """
+        self._judge.load_state_dict(state["rules"])
+        self._counter.steps = state["step"]
+        self._last_probe = state["step"] - 1
+        self._schedule.load_state_dict(state["schedule"])
+        self._guard.prober.load_state_dict(state["prober"])
+        if self._difficulty and state["difficulty"]:
+            self._difficulty.load_state_dict(state["difficulty"])
+
+    def _check_place(self, window: Sequence[Any]) -> None:
+        if not self._counter.has_gradient():
+            raise UsageError(f"monitor.step() must find gradients, got none. {_PLACE}")
+        if self._counter.gradient_is_used_up():
+            raise UsageError(
+                "monitor.step() must come before optimizer.step(), got a gradient that it has "
+                f"stepped with already. {_PLACE}"
+            )
+        if not window and self._probe_batch is None:
+            raise UsageError(
+                "monitor.step() must know the batch, got none. Pass it as step(batch), call "
+                "observe(batch) for each micro-batch, or give the monitor a probe_batch."
+            )
+        self._called = True
+        self._judge.emit(run_line(self._facts))
+
+    def _exchange(
+        self, loss: Tensor | float | None, grad_norm: Tensor | float | None
+    ) -> Settled | None:
+        """Read what the last step left behind and start copying this step's scalars."""
+        if not self._counter.is_automatic and self._lr:
+            self._counter.count()
+        steps = self._counter.steps
+        settled = self._scalars.take(steps)
+        norm = gradient_norm(self._params) if grad_norm is None else grad_norm
+        self._scalars.put(steps, loss, norm)
+        if settled is not None and self._difficulty is not None:
+            self._difficulty.update(max(self._lr), settled, self._guard.prober.lambda_max())
+        self._lr = learning_rates(self._optimizer)
+        return settled
+
+    def _is_due(self) -> bool:
+        step = self._counter.steps
+        if self._guard.paused or step <= self._last_probe:  # a skipped step is the same step
+            return False
+        if self._max_overhead is not None and self._guard.last is not None:
+            rest = time.perf_counter() - self._began - self._guard.seconds
+            if self._guard.seconds > self._max_overhead * rest:
+                return False
+        margin = self._guard.margin(self._lr)
+        value = None if margin is None else margin.value
+        return self._schedule.due(step, lr_ratio=self._guard.lr_ratio(self._lr), margin=value)
+
+    def _probe(self, window: Sequence[Any]) -> Probed | None:
+        own = [self._probe_batch] if self._probe_batch is not None else window
+        if not own:
+            return None
+        step = self._last_probe = self._counter.steps
+        probed = self._guard.probe(own, step, same_data=window)
+        margin = None if probed is None or probed.margin is None else probed.margin.value
+        self._schedule.probed(step, margin=margin)
+        return probed
+
+    def _conclude(self, settled: Settled | None, probed: Probed | None) -> Record | None:
+        record = probed.record if probed is not None else None
+        if record is not None and self._difficulty is not None:
+            estimates = {**record.estimates, "difficulty": self._difficulty.estimate()}
+            record = replace(record, estimates=estimates)
+        last = self._guard.last
+        seen = Observation(
+            step=self._counter.steps,
+            lr=self._lr,
+            optimizer=self._optimizer_name,
+            margin=self._guard.margin(self._lr),
+            fresh=probed is not None,
+            deterministic=last is not None and last.deterministic,
+            estimates=record.estimates if record is not None else None,
+            loss=record.loss if record is not None else None,
+            layers=last.layers if last is not None else (),
+            settled=settled,
+        )
+        return self._judge(seen, record)
+
+
+def _check_options(model: object, loss_fn: object, mode: str, max_overhead: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not callable(loss_fn):
+        raise UsageError(
+            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
+        )
+    if mode not in ("train", "eval"):
+        raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
+    if max_overhead is None:
+        return
+    if not isinstance(max_overhead, float | int) or not max_overhead > 0:
+        raise UsageError(
+            f"max_overhead must be a positive share such as 0.05 for 5 %, got {max_overhead!r}."
+        )
+
+
+def _describe(optimizer: Any) -> str:
+    inner: Any = unwrap(optimizer)
+    group = inner.param_groups[0] if getattr(inner, "param_groups", None) else {}
+    options = [f"{k} {group[k]:g}" for k in ("momentum", "weight_decay") if group.get(k)]
+    return " ".join([type(inner).__name__, *options])

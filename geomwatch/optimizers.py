@@ -1,0 +1,250 @@
+r"""One coming step of each torch.optim optimizer, made linear: its rate, preconditioner, threshold.
+
+With the preconditioner P frozen, each of these is one recursion in w and a buffer m, whose
+coefficients alone decide when it is stable (`linear_step`). lambda is an eigenvalue of
+P^-1 (H + wd I), eta = lr, mu = momentum, d = dampening, b1, b2 = betas; stable: lambda < threshold.
+
+| optimizer        | P, from the state as the coming step will have it   | eta * threshold         |
+|------------------|-----------------------------------------------------|-------------------------|
+| SGD              | 1                                                   | 2                       |
+| SGD, heavy ball  | 1                                                   | 2(1+mu)/(1-d)           |
+| SGD, Nesterov    | 1                                                   | 2(1+mu)/(1+2mu)         |
+| ASGD             | 1; eta from the state, lambd shrinks the weights    | 2 - eta lambd           |
+| Adam             | sqrt(v/(1-b2^t)) + eps                              | 2(1+b1)/(1-b1)          |
+| AdamW            | as Adam                                             | (2-eta wd)(1+b1)/(1-b1) |
+| AMSGrad          | as Adam; v the maximum so far, before correction    | as Adam                 |
+| Adamax           | max(b2 u, abs(g) + eps)                             | as Adam                 |
+| NAdam, step t    | as Adam              | 2(1+b1)/[(1-mu_t)(1+b1) + mu_{t+1}(1-b1)]              |
+| RAdam, rectified | (sqrt(v) + eps)/sqrt(1-b2^t); eta = lr r_t          | as Adam                 |
+| RAdam, before    | 1                                                   | as Adam                 |
+| RMSprop          | sqrt(v) + eps; centered: sqrt(v - avg(g)^2) + eps   | 2(1+mu)                 |
+| Adagrad          | sqrt(sum) + eps; eta = lr/(1+(t-1) lr_decay)        | 2                       |
+| Adadelta         | sqrt(v + eps)/sqrt(acc_delta + eps)                 | 2                       |
+
+Weight decay is coupled (wd I beside H) unless the optimizer decouples it, as AdamW does.
+Sources: SGD: Cohen, Kaur, Li, Kolter, Talwalkar 2021, "Gradient descent on neural networks
+typically occurs at the edge of stability"; Adam: Cohen et al. 2022, "Adaptive gradient methods at
+the edge of stability" (arXiv 2207.14484); the rest: `linear_step`. All are bisected against
+torch.optim itself in tests/test_stability.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """What a formula may look at: one parameter just before its step."""
+
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+    lr: float
+    gradient: Tensor  # (n,), as the optimizer will use it: sign flipped, coupled decay added
+    count: float  # t, this step's number, from 1
+    sign: float  # -1 if it maximizes
+    decay: float  # coupled weight decay
+    keep: float  # what decoupled weight decay leaves of the weights, 1 - lr wd
+    cold_start: bool  # keep the bias correction of the first moment
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One parameter's coming step: stable on lambda(P^-1 H) iff rate * lambda < threshold."""
+
+    rate: float
+    threshold: float = 1.0  # 0 if no curvature is stable, inf if the gradient does not enter
+    noise_ratio: float = 1.0  # threshold over that of the small-batch limit
+    preconditioner: Tensor | None = None  # (n,) P; None for 1
+    moment: Tensor | None = None  # (n,) what P is made of: > 0 where a gradient was seen
+    decay: float = 0.0  # coupled weight decay
+
+
+def unwrap(optimizer: object) -> object:
+    """Return the optimizer inside wrappers that hold it as `.optimizer` (accelerate, Lightning).
+
+    A wrapper with a state of its own (Lookahead) is another algorithm and stays as it is.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if inner is None or inner is optimizer or not hasattr(inner, "param_groups"):
+        return optimizer
+    state = getattr(inner, "state", None)
+    return unwrap(inner) if getattr(optimizer, "state", state) is state else optimizer
+
+
+def algorithm(optimizer: object) -> str:
+    """Return the torch.optim class whose step() runs, "" if it is somebody else's.
+
+    The class's own name would not do: a subclass that overrides step() is another algorithm. Under
+    the wrappers of torch and of schedulers step() keeps the name of the class that defines it.
+    """
+    step: Any = inspect.unwrap(getattr(type(optimizer), "step", algorithm))
+    module = getattr(step, "__module__", None) or ""
+    return str(step.__qualname__).removesuffix(".step") if module.startswith("torch.optim.") else ""
+
+
+def linear_step(
+    rate: float,
+    *,
+    memory: float = 0.0,
+    intake: float = 0.0,
+    direct: float = 1.0,
+    through: float = 0.0,
+    keep: float = 1.0,
+) -> Step:
+    r"""Return the stability threshold of one linear recursion with momentum.
+
+    m' = memory m + intake g,   w' = keep w - rate P^-1 (direct g + through m'),   g = lambda P w.
+
+    Its characteristic polynomial is z^2 - T z + det with
+    T = keep + memory - rate lambda (direct + through intake) and
+    det = memory (keep - rate lambda direct). Jury's test fails first at z = -1, where 1 + T + det
+    = 0 gives rate lambda = (1 + keep)(1 + memory) / (direct (1 + memory) + through intake).
+
+    When the noise of small batches dominates (lambda -> 0 at a finite E[h^2]/E[h], h a batch's
+    curvature), each kick is complete before the next one matters, so only its total size
+    direct + through intake / (1 - memory) counts, and the threshold is 2 over it: 2(1-mu) for heavy
+    ball (Andreyev et al. 2026, arXiv 2604.14108), 2 for Adam. `noise_ratio` is the ratio of both.
+    """
+    push = direct * (1 + memory) + through * intake
+    if memory >= 1 or keep <= -1 or push < 0:
+        return Step(rate, threshold=0.0)
+    if push == 0:
+        return Step(rate, threshold=math.inf)
+    threshold = (1 + keep) * (1 + memory) / push
+    total = direct + through * intake / (1 - memory)
+    return Step(rate, threshold, threshold * total / 2)
+
+
+def _sgd(c: Coming) -> Step:
+    mu, dampening = float(c.group["momentum"]), float(c.group["dampening"])
+    if mu == 0:
+        return linear_step(c.lr)
+    direct, through = (1.0, mu) if c.group["nesterov"] else (0.0, 1.0)
+    return linear_step(c.lr, memory=mu, intake=1 - dampening, direct=direct, through=through)
+
+
+def _asgd(c: Coming) -> Step:
+    # The rate was put into the state by the step before: a new lr takes effect one step late.
+    eta = float(c.state.get("eta", c.lr))
+    return linear_step(eta, keep=1 - float(c.group["lambd"]) * eta)
+
+
+def _adam(c: Coming) -> Step:
+    v, p = _second_moment(c)
+    return _averaging(c, p, v, through=_first_correction(c))
+
+
+def _adamax(c: Coming) -> Step:
+    b2, eps = float(c.group["betas"][1]), float(c.group["eps"])
+    u = torch.maximum(b2 * _read(c, "exp_inf"), c.gradient.abs() + eps)
+    # Where no gradient was ever seen u is eps, up to the rounding of a narrow state.
+    return _averaging(c, u, u - 1.01 * eps, through=_first_correction(c))
+
+
+def _nadam(c: Coming) -> Step:
+    b1, decay = float(c.group["betas"][0]), float(c.group["momentum_decay"])
+    mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * decay)) for t in (c.count, c.count + 1))
+    product = float(c.state.get("mu_product", 1.0)) * mu if c.cold_start else 0.0
+    v, p = _second_moment(c)
+    direct, through = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
+    return _averaging(c, p, v, direct=direct, through=through)
+
+
+def _radam(c: Coming) -> Step:
+    b2, t, correction = float(c.group["betas"][1]), c.count, _first_correction(c)
+    corrected = 1 - b2**t
+    longest = 2 / (1 - b2) - 1
+    length = longest - 2 * t * b2**t / corrected
+    if length <= 5:  # too few gradients to trust v: the plain average of them
+        return _averaging(c, torch.ones_like(c.gradient), None, through=correction)
+    v = _average_of_squares(c, "exp_avg_sq", b2)
+    p = (v.sqrt() + float(c.group["eps"])) / math.sqrt(corrected)
+    rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return replace(_averaging(c, p, v, through=correction), rate=c.lr * math.sqrt(rectified))
+
+
+def _rmsprop(c: Coming) -> Step:
+    alpha, mu = float(c.group["alpha"]), float(c.group["momentum"])
+    v = _average_of_squares(c, "square_avg", alpha)
+    if c.group["centered"]:
+        average = torch.lerp(_read(c, "grad_avg"), c.gradient, 1 - alpha)
+        v = (v - average.square()).clamp_min(0)
+    step = linear_step(c.lr, memory=mu, intake=1, direct=0, through=1)
+    return replace(step, preconditioner=v.sqrt() + float(c.group["eps"]), moment=v)
+
+
+def _adagrad(c: Coming) -> Step:
+    total = _read(c, "sum") + c.gradient.square()
+    step = linear_step(c.lr / (1 + (c.count - 1) * float(c.group["lr_decay"])))
+    return replace(step, preconditioner=total.sqrt() + float(c.group["eps"]), moment=total)
+
+
+def _adadelta(c: Coming) -> Step:
+    eps = float(c.group["eps"])
+    v = _average_of_squares(c, "square_avg", float(c.group["rho"]))
+    # The step divides by the average of squared updates as it was before this update.
+    p = (v + eps).sqrt() / (_read(c, "acc_delta") + eps).sqrt()
+    return replace(linear_step(c.lr), preconditioner=p, moment=v)
+
+
+def plain_step(c: Coming) -> Step:
+    """Return the step of an optimizer without a formula: M = lr lambda_max(H)."""
+    return Step(c.lr)
+
+
+FORMULAS: dict[str, Callable[[Coming], Step]] = {
+    "SGD": _sgd,
+    "ASGD": _asgd,
+    "Adam": _adam,
+    "AdamW": _adam,  # inherits Adam's step() now, has its own in older torch
+    "Adamax": _adamax,
+    "NAdam": _nadam,
+    "RAdam": _radam,
+    "RMSprop": _rmsprop,
+    "Adagrad": _adagrad,
+    "Adadelta": _adadelta,
+}
+
+
+def _averaging(
+    c: Coming, p: Tensor, moment: Tensor | None, *, direct: float = 0.0, through: float
+) -> Step:
+    """Step along the gradient and its running average m = b1 m + (1-b1) g.
+
+    P takes up what makes them sum to another weight than 1: Adam's (1-b1^t) at a cold start.
+    """
+    b1, total = float(c.group["betas"][0]), direct + through
+    direct, through = direct / total, through / total
+    step = linear_step(c.lr, memory=b1, intake=1 - b1, direct=direct, through=through, keep=c.keep)
+    return replace(step, preconditioner=p / total, moment=moment)
+
+
+def _first_correction(c: Coming) -> float:
+    return 1 / (1 - float(c.group["betas"][0]) ** c.count) if c.cold_start else 1.0
+
+
+def _second_moment(c: Coming) -> tuple[Tensor, Tensor]:
+    """Adam's v and sqrt(v/(1-b2^t)) + eps."""
+    b2 = float(c.group["betas"][1])
+    v = _average_of_squares(c, "exp_avg_sq", b2)
+    if c.group.get("amsgrad", False):
+        v = torch.maximum(v, _read(c, "max_exp_avg_sq"))
+    return v, v.sqrt() / math.sqrt(1 - b2**c.count) + float(c.group["eps"])
+
+
+def _average_of_squares(c: Coming, key: str, decay: float) -> Tensor:
+    return decay * _read(c, key) + (1 - decay) * c.gradient.square()
+
+
+def _read(c: Coming, key: str) -> Tensor:
+    """A state tensor as a vector in the gradient's dtype; zeros before the first step."""
+    value = c.state.get(key)
+    return torch.zeros_like(c.gradient) if value is None else value.reshape(-1).to(c.gradient)

@@ -1,0 +1,160 @@
+"""What the quantities of one point share: gradient, spectra, samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from geomwatch.estimators.hutchinson import Samples, hutchinson
+from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
+from geomwatch.estimators.sharpness import directional_sharpness
+from geomwatch.objective import Objective
+from geomwatch.stability import Stability
+
+_PART = 4  # of the batch, in a cold start
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """HVPs a probe may spend on its Lanczos run and its trace samples, and when to stop early."""
+
+    lanczos: int = 20
+    samples: int = 8
+    tol: float = 1e-4
+
+
+@dataclass(slots=True)
+class WarmStart:
+    """The last Ritz vectors of the Hessian and of the margin's operator."""
+
+    hessian: Tensor | None = None  # (3, D)
+    margin: Tensor | None = None
+
+
+class Probe:
+    """What the quantities of one point share; each part is computed when first asked for."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        stability: Stability | None = None,
+        budget: Budget | None = None,
+        warm: WarmStart | None = None,
+        rng: torch.Generator | None = None,
+        until: Sequence[int] = (0,),
+    ) -> None:
+        self.objective = objective
+        self.stability = stability
+        self.budget = budget or Budget()
+        self.warm = warm or WarmStart()
+        self.rng = rng or torch.Generator().manual_seed(0)
+        self._until = until  # which Ritz values of the Hessian must converge
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Ritz values of the Hessian; of the margin's operator, scaled, where they are alike."""
+        if self._margin_is_hessian:
+            assert self.stability is not None
+            assert self.stability.uniform is not None
+            return _scaled(self.margin_spectrum, 1 / self.stability.uniform**2)
+        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, self._until)
+        self.warm.hessian = spectrum.vectors
+        return spectrum
+
+    @cached_property
+    def margin_spectrum(self) -> Spectrum:
+        """Ritz values of S (H + W) S, the operator whose largest eigenvalue is the margin."""
+        assert self.stability is not None
+        apply = self.stability.apply
+        until = self._until if self._margin_is_hessian else (0,)
+        spectrum = self._lanczos(lambda o: apply(o.hvp), self.warm.margin, until)
+        self.warm.margin = spectrum.vectors
+        return spectrum
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Hutchinson samples of the Hessian."""
+        return hutchinson(
+            self.objective.hvp, self.objective.layout, samples=self.budget.samples, rng=self.rng
+        )
+
+    @cached_property
+    def batch_sharpness(self) -> float:
+        """Curvature along the gradient, g'Hg / g'g."""
+        return directional_sharpness(self.objective.hvp, self.objective.gradient())
+
+    @cached_property
+    def margin_sharpness(self) -> float:
+        """d'(H + W)d / g'd along the preconditioned step d = S^2 g: the margin of one batch."""
+        assert self.stability is not None
+        s = self.stability
+        if self._margin_is_hessian and s.uniform is not None:
+            return s.uniform**2 * self.batch_sharpness
+        ones = torch.ones_like(s.scale)
+
+        def shifted(v: Tensor) -> Tensor:
+            hv = s.sign * self.objective.hvp(v)
+            return hv if s.decay is None else hv + s.decay * v
+
+        return directional_sharpness(shifted, self.objective.gradient(), weight=ones * s.scale**2)
+
+    @property
+    def costs_separate_hessian(self) -> bool:
+        """Whether the Hessian's own spectrum needs HVPs beyond the margin's."""
+        return not self._margin_is_hessian
+
+    @property
+    def _margin_is_hessian(self) -> bool:
+        s = self.stability
+        return s is not None and s.uniform is not None and s.decay is None and s.sign > 0
+
+    def _lanczos(
+        self,
+        operator_of: Callable[[Objective], Operator],
+        vectors: Tensor | None,
+        until: Sequence[int],
+    ) -> Spectrum:
+        budget, spent = self.budget.lanczos, 0
+        if vectors is None:
+            coarse = self._coarse(operator_of, budget)
+            if coarse is not None:
+                vectors, spent = coarse.vectors, math.ceil(coarse.hvps / _PART)
+        start = warm_start(vectors, self.objective.layout.normal(self.rng))
+        operator = operator_of(self.objective)
+        fine = lanczos(
+            operator,
+            start,
+            max_hvps=max(budget - spent, 1),
+            tol=self.budget.tol,
+            until=until,
+        )
+        return replace(fine, hvps=fine.hvps + spent)
+
+    def _coarse(self, operator_of: Callable[[Objective], Operator], budget: int) -> Spectrum | None:
+        """Start vectors from a quarter of the batch, where an HVP costs a quarter.
+
+        At initialisation the top eigenvalues lie within a few percent of one another, and 20 HVPs
+        from a random vector err by up to 3 %; 20 quarter HVPs and 15 whole ones by 0.2 %.
+        """
+        part = self.objective.part(_PART)
+        if part is None or budget < 8:
+            return None
+        try:
+            found = lanczos(
+                operator_of(part), self.objective.layout.normal(self.rng), max_hvps=budget
+            )
+        except (RuntimeError, ValueError):  # a loss that insists on its whole batch
+            return None
+        self.objective.hvps += math.ceil(found.hvps / _PART)
+        return found
+
+
+def _scaled(spectrum: Spectrum, factor: float) -> Spectrum:
+    values = tuple(v * factor for v in spectrum.values)
+    return replace(spectrum, values=values, residuals=tuple(r * factor for r in spectrum.residuals))

@@ -1,0 +1,225 @@
+"""One probe of a running training: the measurement with the memory that spans probes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch import batches
+from geomwatch.errors import UsageError
+from geomwatch.invariance import ScaleInvariance
+from geomwatch.objective import LossFn, Objective
+from geomwatch.probe import Budget, Probe, WarmStart
+from geomwatch.quantities import evaluate, ritz_indices, scaled
+from geomwatch.records import Estimate, Record
+from geomwatch.running import Held, RunningTrace
+from geomwatch.stability import learning_rates, stability_of
+from geomwatch.vectors import Layout
+
+_SLOW = 10  # probes between two measurements of what is costly and moves slowly
+_LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
+_WARM = Budget(lanczos=5, samples=1, tol=1e-2)
+_COLD = Budget(lanczos=12, samples=4, tol=1e-3)  # nothing to start from yet
+_LAYERS_NAMED = 3
+_LAYER_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A record with what only the rules need beside it."""
+
+    record: Record
+    margin: Estimate | None
+    layers: tuple[str, ...]
+    deterministic: bool
+
+
+class Prober:
+    """Measures at a training step; keeps warm starts, the running trace and held values.
+
+    With `every` it may leave out quantities between steps that are that far apart; None measures
+    all of them at each probe.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        optimizer: Any,
+        names: Sequence[str],
+        *,
+        layout: Layout,
+        mode: str,
+        also: Sequence[object],
+        every: int | None,
+        seed: int,
+    ) -> None:
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._names = tuple(names)
+        self._layout = layout
+        self._mode = mode
+        self._also = also
+        self._every = every
+        self._rng = torch.Generator().manual_seed(seed)
+        self._warm = WarmStart()
+        self._invariance = ScaleInvariance()
+        self._trace = RunningTrace()
+        self._held = Held()
+        self._fingerprint: tuple[float, ...] | None = None
+        self._last_full = 0
+        self.probes = 0
+        self.surprises: list[str] = []  # things to tell the user once
+
+    def probe(self, window: Sequence[Any], step: int, *, same_data: Sequence[Any]) -> Probed:
+        """Measure on `window`; `same_data` are the batches the step itself has seen."""
+        start = time.perf_counter()
+        # A step that came through a scaler or a clip knows its gradient; a probe may not.
+        gradient = self._training_gradient()
+        with self._objective(window) as objective:
+            if self.probes == 0 and gradient is not None:
+                _refuse_scaled(gradient, objective.gradient())
+            finite = objective.is_finite()
+            probe = self._shared(objective, gradient)
+            names = self._due_names(probe, step)
+            fresh = evaluate(probe, [n for n in names if n not in ("trace", "trace_per_param")])
+            if finite:
+                fresh |= self._running_trace(probe, fresh, names)
+            layers = self._layers(probe) if finite else ()
+            how = objective.how | {"hvps": objective.hvps}
+            loss = objective.loss()
+            self.surprises += objective.changed_objects
+        deterministic = self._sees_the_same_data(same_data)
+        self.probes += 1
+        record = Record(
+            step=step,
+            loss=loss,
+            lr=learning_rates(self._optimizer),
+            seconds=time.perf_counter() - start,
+            estimates=self._ordered(self._held.merge(step, fresh)),
+            how=how | {"deterministic": deterministic},
+        )
+        return Probed(record, fresh.get("stability_margin"), layers, deterministic)
+
+    def lambda_max(self) -> float | None:
+        """Return the last known lambda_max of the Hessian."""
+        return self._held.value("lambda_max")
+
+    def _objective(self, window: Sequence[Any]) -> Objective:
+        return Objective(
+            self._model,
+            self._loss_fn,
+            window,
+            layout=self._layout,
+            mode=self._mode,
+            also=self._also,
+        )
+
+    def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
+        used = objective.gradient() if gradient is None else gradient
+        cold = self._warm.hessian is None and self._warm.margin is None
+        invariant = self._invariance.update(self._layout, objective.gradient())
+        return Probe(
+            objective,
+            stability=stability_of(self._optimizer, self._layout, gradient=used, exclude=invariant),
+            budget=_COLD if cold else _WARM,
+            warm=self._warm,
+            rng=self._rng,
+            until=ritz_indices(self._names),
+        )
+
+    def _due_names(self, probe: Probe, step: int) -> list[str]:
+        """Spare the costly quantities where the user left the choice to us.
+
+        Everything at every 10th probe; else without what needs HVPs of another operator than the
+        margin's; and while probes are dense, little more than the margin.
+        """
+        names = list(self._names)
+        if self._every is None or self.probes % _SLOW == 0:
+            self._last_full = step
+            return names
+        if probe.costs_separate_hessian:
+            names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
+        if step - self._last_full < min(self._every, self._last_full):
+            return [n for n in names if n in _LIGHT]
+        self._last_full = step
+        return names
+
+    def _running_trace(
+        self, probe: Probe, fresh: dict[str, Estimate], names: Sequence[str]
+    ) -> dict[str, Estimate]:
+        wanted = [n for n in ("trace", "trace_per_param") if n in names]
+        if not wanted:
+            return {}
+        known = fresh.get("lambda_max")
+        reference = known.value if known is not None else self.lambda_max()
+        trace = self._trace.update(probe.samples, reference)
+        factors = {"trace": 1.0, "trace_per_param": 1 / self._layout.dim}
+        return {name: scaled(trace, factors[name]) for name in wanted}
+
+    def _layers(self, probe: Probe) -> tuple[str, ...]:
+        """Name the modules that hold the top Ritz vector: squares of its entries, for free."""
+        if "stability_margin" not in self._names:
+            return ()
+        mass = self._layout.mass_by_module(probe.margin_spectrum.vectors[0])
+        named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]
+        return tuple(f"{m} ({share:.0%})" for m, share in named[:_LAYERS_NAMED])
+
+    def _training_gradient(self) -> Tensor | None:
+        gradients = [p.grad for p in self._layout.params]
+        if all(g is None for g in gradients):
+            return None
+        filled = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self._layout.params, gradients, strict=True)
+        ]
+        return self._layout.flatten(filled)
+
+    def _sees_the_same_data(self, window: Sequence[Any]) -> bool:
+        now = tuple(number for batch in window for number in batches.fingerprint(batch))
+        before, self._fingerprint = self._fingerprint, now
+        return (
+            before is not None
+            and len(before) == len(now) > 0
+            and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(before, now, strict=True))
+        )
+
+    def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
+        return {name: estimates[name] for name in self._names if name in estimates}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what spans probes, except the warm starts (as large as the model)."""
+        return {
+            "probes": self.probes,
+            "last_full": self._last_full,
+            "rng": self._rng.get_state(),
+            "invariance": self._invariance.state_dict(),
+            "trace": self._trace.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what spans probes; the next probe starts cold."""
+        self.probes, self._last_full = state["probes"], state["last_full"]
+        self._rng.set_state(state["rng"])
+        self._invariance.load_state_dict(state["invariance"])
+        self._trace.load_state_dict(state["trace"])
+        self._warm = WarmStart()
+
+
+def _refuse_scaled(used: Tensor, own: Tensor) -> None:
+    """Recognise the gradient of a scaled loss: parallel to the probe's and 2^k times as long."""
+    ratio = float(used.norm() / own.norm()) if float(own.norm()) > 0 else 0.0
+    if not math.isfinite(ratio) or ratio < 64:
+        return
+    cosine = float(used @ own / (used.norm() * own.norm()))
+    power = round(math.log2(ratio))
+    if cosine > 0.9 and abs(ratio / 2.0**power - 1) < 0.2:
+        raise UsageError(
+            f"gradients must be unscaled before monitor.step(), got gradients 2^{power} times the "
+            "loss's own. Call scaler.unscale_(optimizer) first, then clip, then monitor.step()."
+        )

@@ -1,0 +1,124 @@
+"""What happens between probes: optimizer steps counted, two scalars read one step late."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What is known of an optimizer step once it is over."""
+
+    step: int
+    loss: float | None
+    grad_norm: float
+    stepped: bool  # False when a GradScaler left the step out
+
+
+class StepCounter:
+    """Counts the steps an optimizer really takes, through its own post-step hook."""
+
+    def __init__(self, optimizer: Any, params: Sequence[Tensor]) -> None:
+        self.steps = 0
+        self._params = params
+        self._witness = min(params, key=lambda p: p.numel())
+        # The gradient object itself is kept, not its id: ids of freed tensors are used again.
+        self._used: tuple[Tensor, int] | None = None
+        self._handle = None
+        if hasattr(optimizer, "register_step_post_hook"):
+            # A weak reference: the optimizer must not keep a forgotten monitor alive.
+            me = weakref.ref(self)
+
+            def count(*_: object) -> None:
+                counter = me()
+                if counter is not None:
+                    counter.count()
+
+            self._handle = optimizer.register_step_post_hook(count)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the optimizer tells of its steps; otherwise call `count` for each."""
+        return self._handle is not None
+
+    def count(self) -> None:
+        """Count one step."""
+        self.steps += 1
+        gradient = self._witness.grad
+        self._used = None if gradient is None else (gradient, gradient._version)
+
+    def gradient_is_used_up(self) -> bool:
+        """Tell whether the present gradient is the one the optimizer has stepped with already."""
+        if self._used is None:
+            return False
+        gradient, version = self._used
+        return self._witness.grad is gradient and gradient._version == version
+
+    def has_gradient(self) -> bool:
+        """Tell whether any parameter has a gradient."""
+        return any(p.grad is not None for p in self._params)
+
+    def close(self) -> None:
+        """Take the hook off the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class StepScalars:
+    """Loss and gradient norm of each step, copied asynchronously and read one step later.
+
+    On a GPU reading a scalar at once would stall the host until the device has caught up; a step
+    later the copy has long arrived.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[int, _Scalar | None, _Scalar] | None = None
+
+    def put(self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float) -> None:
+        """Start the copy; `steps` is the number of steps the optimizer has taken."""
+        self._pending = (steps, None if loss is None else _Scalar(loss), _Scalar(grad_norm))
+
+    def take(self, steps: int) -> Settled | None:
+        """Read what `put` left, now that the optimizer has taken `steps` steps."""
+        if self._pending is None:
+            return None
+        before, loss, grad_norm = self._pending
+        self._pending = None
+        value = None if loss is None else loss.read()
+        return Settled(before, value, grad_norm.read(), stepped=steps > before)
+
+
+class _Scalar:
+    """A number on its way from a device to the host."""
+
+    def __init__(self, value: Tensor | float) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if isinstance(value, Tensor) and value.is_cuda:
+            host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value: Tensor | float = host.copy_(value.detach(), non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._value = float(value)
+
+    def read(self) -> float:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._value)
+
+
+def gradient_norm(params: Sequence[Tensor]) -> Tensor:
+    """Return the norm of the gradient the step will use, without a host sync."""
+    gradients = [p.grad for p in params if p.grad is not None]
+    if all(type(g) is Tensor for g in gradients) and len({g.device for g in gradients}) == 1:
+        # get_total_norm sorts by device and dtype first, which costs more than the norm itself.
+        norms: list[Tensor] = list(torch._foreach_norm(gradients))
+        total: Tensor = torch.stack(norms).norm()
+        return total
+    return torch.nn.utils.get_total_norm(gradients)

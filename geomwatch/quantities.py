@@ -1,0 +1,160 @@
+"""Every quantity by name: a function from a Probe to an Estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from geomwatch.errors import UsageError
+from geomwatch.estimators.hutchinson import mean_with_stderr
+from geomwatch.probe import Probe
+from geomwatch.records import Estimate
+
+DEFAULT = (
+    "loss",
+    "grad_norm",
+    "lambda_max",
+    "stability_margin",
+    "stochastic_margin",
+    "batch_sharpness",
+    "trace",
+    "trace_per_param",
+    "difficulty",
+)
+
+
+def resolve(quantities: str | Sequence[str], *, has_optimizer: bool) -> tuple[str, ...]:
+    """Turn "default", "all" or a list of names into names.
+
+    Raises:
+        UsageError: a name is unknown, or needs an optimizer that was not passed.
+    """
+    if quantities in ("default", "all"):
+        names: Collection[str] = DEFAULT if quantities == "default" else QUANTITIES
+        return tuple(n for n in names if has_optimizer or n not in _NEED_OPTIMIZER)
+    names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
+    for name in names:
+        if name not in QUANTITIES:
+            raise UsageError(
+                f'quantities must be "default", "all" or a list of known names, got {name!r}. '
+                f"Known: {', '.join(QUANTITIES)}."
+            )
+        if name in _NEED_OPTIMIZER and not has_optimizer:
+            raise UsageError(f"quantity {name!r} needs optimizer=, got None. Pass the optimizer.")
+    return tuple(names)
+
+
+def ritz_indices(names: Collection[str]) -> tuple[int, ...]:
+    """Return which Ritz values, largest first, quantities need to be converged."""
+    return tuple({0} | {index for name, index in _RITZ.items() if name in names})
+
+
+def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
+    """Evaluate quantities; one that fails gets a reason and leaves the others alone."""
+    if not probe.objective.is_finite():
+        reason = "the loss or its gradient is not finite at this point"
+        return {name: Estimate(None, status="failed", reason=reason) for name in names}
+    estimates = {}
+    for name in names:
+        try:
+            estimates[name] = QUANTITIES[name](probe)
+        except (RuntimeError, ValueError, ArithmeticError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            estimates[name] = Estimate(None, status="failed", reason=reason)
+    return estimates
+
+
+def _loss(probe: Probe) -> Estimate:
+    return Estimate(probe.objective.loss())
+
+
+def _grad_norm(probe: Probe) -> Estimate:
+    return Estimate(float(probe.objective.gradient().norm()))
+
+
+def _ritz(index: int) -> Callable[[Probe], Estimate]:
+    def quantity(probe: Probe) -> Estimate:
+        s = probe.spectrum
+        if not -len(s.values) <= index < len(s.values):
+            return Estimate(None, status="withheld", reason="the model has too few parameters")
+        return Estimate(s.values[index], s.residuals[index], "residual", hvps=s.hvps)
+
+    return quantity
+
+
+def _spectral_gap(probe: Probe) -> Estimate:
+    first, second = _ritz(0)(probe), _ritz(1)(probe)
+    if first.value is None or second.value is None:
+        return second
+    error = (first.error or 0.0) + (second.error or 0.0)
+    return Estimate(first.value - second.value, error, "residual", hvps=first.hvps)
+
+
+def _stability_margin(probe: Probe) -> Estimate:
+    assert probe.stability is not None
+    s = probe.margin_spectrum
+    return Estimate(
+        s.values[0],
+        s.residuals[0],
+        "residual",
+        status=probe.stability.status,
+        reason=probe.stability.reason,
+        hvps=s.hvps,
+    )
+
+
+def _stochastic_margin(probe: Probe) -> Estimate:
+    assert probe.stability is not None
+    s = probe.stability
+    value = s.noise_ratio * probe.margin_sharpness
+    return Estimate(value, status=s.status, reason=s.reason, hvps=1)
+
+
+def _batch_sharpness(probe: Probe) -> Estimate:
+    return Estimate(probe.batch_sharpness, hvps=1)
+
+
+def _trace(probe: Probe) -> Estimate:
+    return mean_with_stderr(probe.samples.quadratic, hvps=len(probe.samples.quadratic))
+
+
+def _trace_per_param(probe: Probe) -> Estimate:
+    return scaled(_trace(probe), 1 / probe.objective.layout.dim)
+
+
+def _trace_squared(probe: Probe) -> Estimate:
+    return mean_with_stderr(probe.samples.squared, hvps=len(probe.samples.squared))
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """Multiply an estimate and its error by a positive factor."""
+    if estimate.value is None:
+        return estimate
+    error = None if estimate.error is None else estimate.error * factor
+    return replace(estimate, value=estimate.value * factor, error=error)
+
+
+def _difficulty(probe: Probe) -> Estimate:
+    reason = "a sum over the steps of a run; a Monitor keeps it"
+    return Estimate(None, status="withheld", reason=reason)
+
+
+_RITZ = {"lambda_2": 1, "lambda_3": 2, "lambda_min": -1, "spectral_gap": 1}
+
+QUANTITIES: dict[str, Callable[[Probe], Estimate]] = {
+    "loss": _loss,
+    "grad_norm": _grad_norm,
+    "stability_margin": _stability_margin,
+    "lambda_max": _ritz(0),
+    "lambda_2": _ritz(1),
+    "lambda_3": _ritz(2),
+    "lambda_min": _ritz(-1),
+    "spectral_gap": _spectral_gap,
+    "stochastic_margin": _stochastic_margin,
+    "batch_sharpness": _batch_sharpness,
+    "trace": _trace,
+    "trace_per_param": _trace_per_param,
+    "trace_squared": _trace_squared,
+    "difficulty": _difficulty,
+}
+_NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "difficulty"})

@@ -1,0 +1,97 @@
+"""What geomwatch says: frozen data, no behaviour beyond looking a value up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Severity = Literal["info", "warning", "critical"]
+ErrorKind = Literal["residual", "stderr", "none"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One measured number with its error, or the reason why there is none.
+
+    `error` is in the units of `value`. "residual": some eigenvalue lies within `error` of `value`
+    (it bounds neither from above nor below which one). "stderr": one standard error of a mean.
+    `status` is "ok", "held" (from an earlier probe, `age` steps ago), "unknown" (no formula for
+    this optimizer), "withheld" (it could be computed but would mislead) or "failed".
+    """
+
+    value: float | None
+    error: float | None = None
+    error_kind: ErrorKind = "none"
+    status: str = "ok"
+    reason: str = ""
+    hvps: int = 0
+    age: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A rule found something: what was seen, the number, its limit, where, and what to do."""
+
+    rule: str
+    severity: Severity
+    message: str
+    value: float
+    limit: float
+    step: int
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """A controller turned a knob of the training loop."""
+
+    knob: str
+    before: float
+    after: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All that one probe measured. `step` counts the optimizer steps already taken, from 0."""
+
+    step: int
+    loss: float
+    lr: tuple[float, ...]  # one per parameter group
+    seconds: float
+    estimates: Mapping[str, Estimate]
+    alerts: tuple[Alert, ...] = ()
+    adjustments: tuple[Adjustment, ...] = ()
+    how: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Estimate:
+        if name not in self.estimates:
+            raise KeyError(f"{name!r} was not measured. This record has: {', '.join(self)}")
+        return self.estimates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.estimates)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.estimates
+
+    @property
+    def hvps(self) -> int:
+        """Hessian-vector products this probe spent."""
+        return sum(e.hvps for e in self.estimates.values())
+
+    def scalars(self, prefix: str = "geom/") -> dict[str, float]:
+        """Return a flat dict for a tracker: every finite value, its error under `<name>_error`."""
+        flat: dict[str, float] = {}
+        for name, estimate in self.estimates.items():
+            if estimate.value is None or not math.isfinite(estimate.value):
+                continue
+            flat[f"{prefix}{name}"] = estimate.value
+            if estimate.error is not None and math.isfinite(estimate.error):
+                flat[f"{prefix}{name}_error"] = estimate.error
+        flat[f"{prefix}probe_seconds"] = self.seconds
+        return flat

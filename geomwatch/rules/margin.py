@@ -1,0 +1,191 @@
+"""The learning rate is near, or beyond, what the curvature allows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from geomwatch.records import Alert, Severity
+from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.sinks import format_estimate
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    warning: float  # of the mean of the last measurements
+    critical: float  # of the mean, for some steps
+    at_once: float  # of a single measurement
+
+
+# Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
+# training lives at 1 (the edge of stability) and survives 2.75 at the start. docs/rules.md has
+# the runs behind the numbers.
+_NOISY = _Levels(warning=0.5, critical=0.8, at_once=2.0)
+_FULL_BATCH = _Levels(warning=1.3, critical=2.0, at_once=3.0)
+_EDGE = 0.9
+_BEFORE_START = 10.0  # at step 0, where a catapult out of sharp weights is still harmless
+_RELEASE = 0.7  # of the warning level
+_RELATIVE = 4.0  # times the run's own median, where no limit is known
+_TARGET = 0.4  # the margin that the advice aims for
+_PROBES = 3  # averaged, if they are recent:
+_RECENT = 60  # steps
+_WARM_UP = 10  # steps without warnings; critical alerts are possible from the first
+
+
+class StabilityMargin:
+    """Warns when lr * curvature comes near the limit of the optimizer.
+
+    M = lambda_max(S (H + W) S) < 1 is linear stability (see `stability`). One batch differs from
+    the next by more than a probe errs, so the rule judges the geometric mean of the last three
+    measurements, re-scaled to the present learning rate. Critical needs that mean above its level
+    for `persistence` steps, or one measurement beyond a higher level. Where every step sees the
+    same data, levels are those of the edge of stability and the loss must rise too. For optimizers
+    without a formula the limit is 4 x the median of the run's last 20 measurements.
+    """
+
+    name = "stability_margin"
+
+    def __init__(self, *, persistence: int = 5) -> None:
+        self._persistent = Persistence(persistence)
+        self._latch = Latch()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
+        self._history: deque[float] = deque(maxlen=20)
+        self._loss_before: float | None = None
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """Judge the margin of one step; only a fresh measurement can raise an alert."""
+        if not seen.fresh or seen.margin is None or seen.margin.value is None:
+            return None
+        if seen.margin.status != "ok":
+            return self._relative(seen, seen.margin.value)
+        levels = _FULL_BATCH if seen.deterministic else _NOISY
+        mean, count = self._mean(seen, seen.margin.value)
+        severity = self._severity(seen, mean, count, levels)
+        if severity is None:
+            if mean < _RELEASE * levels.warning:
+                self._latch.calm(seen.step)
+            else:
+                self._latch.between()
+            return None
+        if not self._latch.admit(severity, seen.step):
+            return None
+        return _alert(self.name, seen, mean, count, severity, levels)
+
+    def _mean(self, seen: Observation, margin: float) -> tuple[float, int]:
+        """Return the geometric mean of the recent margins at this learning rate."""
+        lr = max(seen.lr, default=1.0) or 1.0
+        self._recent.append((seen.step, max(margin, 1e-3) / lr))
+        recent = [m for step, m in self._recent if seen.step - step <= _RECENT]
+        return lr * statistics.geometric_mean(recent), len(recent)
+
+    def _severity(
+        self, seen: Observation, mean: float, count: int, levels: _Levels
+    ) -> Severity | None:
+        assert seen.margin is not None
+        assert seen.margin.value is not None
+        persistent = self._persistent(mean > levels.critical and seen.step > 0, seen.step)
+        trouble = self._loss_rises(seen) or not seen.deterministic
+        if seen.step == 0:
+            return "critical" if seen.margin.value > _BEFORE_START else None
+        if seen.margin.value > levels.at_once or (persistent and trouble):
+            return "critical"
+        if mean > levels.warning and seen.step >= _WARM_UP and count >= 2 and trouble:
+            return "warning"
+        if seen.deterministic and _EDGE <= mean <= levels.warning:
+            return "info"
+        return None
+
+    def _loss_rises(self, seen: Observation) -> bool:
+        before, now = self._loss_before, seen.loss
+        self._loss_before = now if now is not None else before
+        return before is None or now is None or now > before
+
+    def _relative(self, seen: Observation, margin: float) -> Alert | None:
+        usual = statistics.median(self._history) if len(self._history) >= 5 else math.inf
+        self._history.append(abs(margin))
+        present = margin > _RELATIVE * usual
+        if not self._persistent(present, seen.step):
+            if not present:
+                self._latch.calm(seen.step)
+            return None
+        if not self._latch.admit("warning", seen.step):
+            return None
+        message = (
+            f"curvature is {margin / usual:.1f} times what this run has had (lr x λ_max "
+            f"{margin:.3g}, median so far {usual:.3g}); no stability limit is known for "
+            f"{seen.optimizer}{_carried_by(seen)}. Watch the loss, and lower the learning rate if "
+            "it rises."
+        )
+        limit = _RELATIVE * usual
+        return Alert(self.name, "warning", message, margin, limit, seen.step, seen.layers)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"persistent": self._persistent, "latch": self._latch}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return persistence, latch and the recent measurements."""
+        return state_of(self._parts) | {
+            "recent": [list(pair) for pair in self._recent],
+            "history": list(self._history),
+            "loss_before": self._loss_before,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over persistence, latch and the recent measurements."""
+        load_into(self._parts, state)
+        self._recent = deque(((int(s), float(m)) for s, m in state["recent"]), maxlen=_PROBES)
+        self._history = deque(state["history"], maxlen=20)
+        self._loss_before = state["loss_before"]
+
+
+def _alert(
+    rule: str, seen: Observation, mean: float, count: int, severity: Severity, levels: _Levels
+) -> Alert:
+    assert seen.margin is not None
+    assert seen.margin.value is not None
+    if severity == "info":
+        message = (
+            f"at the edge of stability: margin {format_estimate(seen.margin)} with the same data "
+            "at each step. This is where full-batch training settles; no action needed."
+        )
+        return Alert(rule, severity, message, mean, _EDGE, seen.step, seen.layers)
+    if seen.step == 0:
+        value, level = seen.margin.value, _BEFORE_START
+    elif severity == "critical" and seen.margin.value > levels.at_once:
+        value, level = seen.margin.value, levels.at_once
+    else:
+        value, level = mean, levels.critical if severity == "critical" else levels.warning
+    message = _message(seen, value, level, mean, count)
+    return Alert(rule, severity, message, value, level, seen.step, seen.layers)
+
+
+def _message(seen: Observation, value: float, level: float, mean: float, count: int) -> str:
+    assert seen.margin is not None
+    lr = max(seen.lr)
+    beyond = "is beyond" if value > 1 else "comes close to"
+    averaged = f", mean of the last {count} probes {mean:.2f}" if count > 1 else ""
+    return (
+        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}: margin "
+        f"{format_estimate(seen.margin)}{averaged} (alert above {level:g}, unstable at 1)"
+        f"{_curvature(seen)}{_carried_by(seen)}. Lower it to about {lr * _TARGET / value:.1g} "
+        f"({_TARGET / value:.2g} x), or end the warm-up there."
+    )
+
+
+def _curvature(seen: Observation) -> str:
+    found = None if seen.estimates is None else seen.estimates.get("lambda_max")
+    assert seen.margin is not None
+    if found is None or found.value is None or found.age or not seen.margin.value:
+        return ""
+    return (
+        f"; λ_max {format_estimate(found)}, stable below {found.value / seen.margin.value:.3g} "
+        "at this rate"
+    )
+
+
+def _carried_by(seen: Observation) -> str:
+    return f"; carried by layers {', '.join(seen.layers)}" if seen.layers else ""

@@ -1,0 +1,82 @@
+"""NaN or Inf in the loss or the gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from geomwatch.records import Alert, Severity
+from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+
+_SKIPS = 5
+
+
+class NonFinite:
+    """Critical when the loss, or a gradient that is stepped with, is NaN or Inf.
+
+    A step that a GradScaler leaves out because of an infinite gradient is information: it lowers
+    its scale and goes on. Five in a row are critical: no scale helps any more.
+    """
+
+    name = "non_finite"
+
+    def __init__(self) -> None:
+        self._latch = Latch(release=1, cooldown=0)
+        self._skipped = 0
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """Judge the probe of this step and the scalars of the step before."""
+        if seen.loss is not None and not math.isfinite(seen.loss):
+            return self._raise("critical", seen.step, seen.loss, _loss_message(seen.loss))
+        settled = seen.settled
+        if settled is None:
+            return None
+        if settled.loss is not None and not math.isfinite(settled.loss):
+            return self._raise("critical", settled.step, settled.loss, _loss_message(settled.loss))
+        if math.isfinite(settled.grad_norm):
+            self._skipped = 0
+            self._latch.calm(settled.step)
+            return None
+        if settled.stepped:
+            message = (
+                f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
+                "the weights are lost. Go back to the last checkpoint and lower the learning rate."
+            )
+            return self._raise("critical", settled.step, settled.grad_norm, message)
+        self._skipped += 1
+        return self._skip(settled.step, settled.grad_norm)
+
+    def _skip(self, step: int, grad_norm: float) -> Alert | None:
+        if self._skipped < _SKIPS:
+            message = (
+                f"the gradient norm is {grad_norm}; the step was left out, as a GradScaler does "
+                "while it looks for its scale. No action needed."
+            )
+            return self._raise("info", step, grad_norm, message)
+        message = (
+            f"{self._skipped} steps in a row were left out because of a gradient norm of "
+            f"{grad_norm}: the weights do not move any more. Go back to the last checkpoint, lower "
+            "the learning rate, or train in bfloat16."
+        )
+        return self._raise("critical", step, grad_norm, message)
+
+    def _raise(self, severity: Severity, step: int, value: float, message: str) -> Alert | None:
+        if not self._latch.admit(severity, step):
+            return None
+        return Alert(self.name, severity, message, value, math.inf, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of skipped steps and the latch."""
+        return state_of({"latch": self._latch}) | {"skipped": self._skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the count and the latch."""
+        load_into({"latch": self._latch}, state)
+        self._skipped = state["skipped"]
+
+
+def _loss_message(loss: float) -> str:
+    return (
+        f"the loss is {loss}. Training goes on, but it will not recover by itself: go back to the "
+        "last checkpoint and lower the learning rate, or look for bad data in the last batches."
+    )

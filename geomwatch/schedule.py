@@ -1,0 +1,96 @@
+"""When a probe is due: from steps, learning rates and measured margins, never from the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomwatch.errors import UsageError
+
+_DENSE_START = (0, 1, 2, 3, 5, 8)
+_GROWTH = 1.6  # of the interval, after the dense start and after an approach that came to nothing
+_CALM = 0.25  # margins below this need no attention: half the lowest warning level
+_LR_RISE = 1.1  # a held margin is not trusted across a larger rise of the learning rate
+
+
+class FixedSchedule:
+    """A probe every `every` steps, from step 0: exactly ceil(steps / every) of them."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
+        """Tell whether to probe before this step."""
+        return step % self.every == 0
+
+    def probed(self, step: int, *, margin: float | None) -> None:
+        """Take note of a probe and the margin it measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the step says it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over nothing."""
+
+
+class AdaptiveSchedule(FixedSchedule):
+    """Dense when it matters: at the start, while the rate rises, while the margin approaches 1.
+
+    Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 up to `every`. A rise of
+    the learning rate by more than 10 % since the last probe makes one due at once. A margin above
+    0.25 that has risen by 10 % since the last probe shortens the interval to every / 20 as it
+    nears the first warning level, 0.6; a margin that holds still lets it grow back.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self._next = 0
+        self._interval = 1.0
+        self._margin: float | None = None
+
+    def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
+        """Tell whether to probe; `lr_ratio` is the lr now over that of the last probe."""
+        risky = margin is not None and margin > _CALM
+        return step >= self._next or lr_ratio > (_LR_RISE if risky else _LR_RISE**2)
+
+    def probed(self, step: int, *, margin: float | None) -> None:
+        """Take note of a probe and choose the next step."""
+        rising = margin is not None and (self._margin is None or margin > 1.1 * self._margin)
+        self._margin = margin
+        start = next((s for s in _DENSE_START if s > step), None)
+        if start is not None:
+            self._next = min(start, step + self.every)
+            return
+        interval = max(self._interval * _GROWTH, 5.0)
+        if rising and margin is not None and margin > _CALM:
+            # (0.25 / margin)^3.4 is 1/20 at 0.6
+            interval = min(interval, self.every * (_CALM / margin) ** 3.4)
+        self._interval = min(max(interval, self.every / 20, 1.0), self.every)
+        self._next = step + max(1, round(self._interval))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the next step, the interval and the last margin."""
+        return {"next": self._next, "interval": self._interval, "margin": self._margin}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over where another schedule stopped."""
+        self._next, self._interval = state["next"], state["interval"]
+        self._margin = state["margin"]
+
+
+def make_schedule(kind: str, every: int) -> FixedSchedule:
+    """Return the schedule of that name.
+
+    Raises:
+        UsageError: `every` is not a positive integer, or the name is unknown.
+    """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UsageError(
+            f"every must be an integer >= 1, got {every!r}. It is the number of optimizer steps "
+            "between two probes of a calm run; 100 is a good start."
+        )
+    if kind == "adaptive":
+        return AdaptiveSchedule(every)
+    if kind == "fixed":
+        return FixedSchedule(every)
+    raise UsageError(f'schedule must be "adaptive" or "fixed", got {kind!r}.')

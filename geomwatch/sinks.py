@@ -1,0 +1,128 @@
+"""Where records and alerts go: any callable that takes a line, a flat dict with a `kind`.
+
+A line's `kind` is "run" (provenance, once), "record", "alert" or "adjustment"; `schema` is the
+version of the format. Every line is plain JSON: a missing or non-finite value is null.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record
+
+logger = logging.getLogger("geomwatch")
+
+Line: TypeAlias = dict[str, Any]
+Sink: TypeAlias = Callable[[Line], None]
+
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
+_IN_THE_LOG = (
+    ("lambda_max", "λ_max"),
+    ("stability_margin", "margin"),
+    ("stochastic_margin", "batch margin"),
+    ("trace", "trace"),
+    ("grad_norm", "|g|"),
+)
+
+
+class JsonLines:
+    """Appends each line to a file as JSON; flushed at once, so that a crash loses nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: IO[str] | None = None
+
+    def __call__(self, line: Line) -> None:
+        """Append one line."""
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(_plain(line), allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Log:
+    """Writes records at INFO and alerts at their own level to the logger "geomwatch"."""
+
+    def __call__(self, line: Line) -> None:
+        """Log one line."""
+        if line["kind"] == "record":
+            logger.info("%s", _sentence(line))
+        elif line["kind"] == "alert":
+            where = f"step {line['step']}: "
+            logger.log(_LEVELS[line["severity"]], "%s%s", where, line["message"])
+
+
+def run_line(facts: Mapping[str, Any]) -> Line:
+    """Return the line that says what ran: versions, optimizer, options."""
+    return {"kind": "run", "schema": SCHEMA, **facts}
+
+
+def record_line(record: Record) -> Line:
+    """Return the line of a record; its alerts have lines of their own."""
+    line = {"kind": "record", "schema": SCHEMA, **asdict(record)}
+    del line["alerts"], line["adjustments"]
+    return line
+
+
+def alert_line(alert: Alert) -> Line:
+    """Return the line of an alert."""
+    return {"kind": "alert", "schema": SCHEMA, **asdict(alert)}
+
+
+def adjustment_line(adjustment: Adjustment) -> Line:
+    """Return the line of an adjustment."""
+    return {"kind": "adjustment", "schema": SCHEMA, **asdict(adjustment)}
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Write a value with its error, both to the error's leading digit: 12.3 ± 0.4, 68 ± 21."""
+    if estimate.value is None:
+        return "n/a"
+    error = estimate.error
+    if not error or not math.isfinite(error) or not math.isfinite(estimate.value):
+        return f"{estimate.value:.3g}"
+    largest = max(abs(estimate.value), error)
+    if not 1e-3 <= largest < 1e5:
+        return f"{estimate.value:.2e} ± {error:.0e}"
+    shown = min(math.floor(math.log10(error)), math.floor(math.log10(largest)))
+    # never more than four digits of the value, however small the error
+    decimals = max(0, min(-shown, 3 - math.floor(math.log10(largest))))
+    least = 10.0**-decimals
+    if error < least / 2:
+        return f"{estimate.value:.{decimals}f}"
+    return f"{estimate.value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _sentence(line: Line) -> str:
+    parts = [f"step {line['step']}", f"loss {line['loss']:.4g}"]
+    if line["lr"]:
+        parts.append(f"lr {max(line['lr']):.3g}")
+    for name, label in _IN_THE_LOG:
+        found = line["estimates"].get(name)
+        if found is not None and found["value"] is not None:
+            age = f" (at step {line['step'] - found['age']})" if found["age"] else ""
+            parts.append(f"{label} {format_estimate(Estimate(**found))}{age}")
+    return "  ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

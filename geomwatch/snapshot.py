@@ -1,0 +1,123 @@
+"""The state that evaluating a loss can change, found and held together.
+
+One Snapshot serves two ends. Restored before each evaluation inside a probe, it makes the loss a
+deterministic function of the weights: dropout draws the same mask, spectral norm starts from the
+same vectors. Restored at the end, it makes sure that training sees no trace of the probe.
+"""
+
+from __future__ import annotations
+
+import random
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geomwatch.saved import (
+    CONTAINERS,
+    GENERATORS,
+    Saved,
+    SavedContainer,
+    SavedObject,
+    SavedTensor,
+)
+
+HOOKS = ("_backward_hooks", "_backward_pre_hooks")  # of a module; `isolation` looks after them
+_SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+_ITSELF = (nn.Module, Tensor, np.ndarray, tuple, *CONTAINERS, *GENERATORS)
+_UNNAMED = ("_parameters", "_buffers", "_modules")
+_LARGEST_SEARCH = 1_000  # items of a container that are looked into one by one
+
+
+class Snapshot:
+    """Random state, parameters, buffers, modes and Python attributes of some objects.
+
+    Attributes are put back where they are scalars, tensors, arrays, random generators, modules or
+    containers of such (nested); `changed_objects` names those that changed otherwise. Arrays and
+    frozen tensors of more than a million elements are not copied: the latter are watched.
+    """
+
+    def __init__(self, objects: Iterable[object]) -> None:
+        self.modules: list[nn.Module] = []
+        self._rng = _RandomState()
+        self._saved: list[Saved] = []
+        roots = list(objects)
+        # An object that is looked after from the inside needs no watching from the outside.
+        self._seen = {id(root) for root in roots if _is_plain(root)}
+        for root in roots:
+            self._visit(type(root).__name__, vars(root) if _is_plain(root) else root)
+        # Containers first: they put those tensors back in place whose values are put back next.
+        self._saved.sort(key=lambda saved: not isinstance(saved, SavedContainer))
+
+    def restore(self) -> None:
+        """Put everything back; called before each evaluation."""
+        for saved in self._saved:
+            saved.restore()
+        self._rng.restore()
+
+    def finish(self) -> None:
+        """Put everything back for good."""
+        self.restore()
+        for saved in self._saved:
+            saved.finish()
+
+    def changed_objects(self) -> list[str]:
+        """Name the attributes that changed and that `restore` can't put back."""
+        return [saved.name for saved in self._saved if saved.lost()]
+
+    def _visit(self, name: str, value: object) -> None:
+        if isinstance(value, _SCALARS) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            self._saved.append(SavedTensor(name, value))
+        elif isinstance(value, nn.Module):
+            self._visit_module(name, value)
+        elif isinstance(value, CONTAINERS):
+            self._saved.append(SavedContainer(name, value))
+            self._visit_items(name, value)
+        elif isinstance(value, tuple):
+            self._visit_items(name, value)
+        elif not isinstance(value, type | types.ModuleType):
+            self._saved.append(SavedObject(name, value))
+
+    def _visit_module(self, name: str, module: nn.Module) -> None:
+        self.modules.append(module)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in self._seen:
+                self._seen.add(id(tensor))
+                frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+                self._saved.append(SavedTensor(f"{name}.{key}", tensor, always=not frozen))
+        self._visit(name, vars(module))
+
+    def _visit_items(self, name: str, container: Any) -> None:
+        if len(container) > _LARGEST_SEARCH:
+            return
+        pairs = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, item in pairs:
+            if key not in HOOKS:
+                self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
+
+
+class _RandomState:
+    """The global generators of torch (every device in use), NumPy and Python."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._numpy = np.random.get_state()
+        self._python = random.getstate()
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+
+def _is_plain(root: object) -> bool:
+    return hasattr(root, "__dict__") and not isinstance(root, _ITSELF)

@@ -1,0 +1,157 @@
+"""Flat parameter vectors: the only file that knows how they are stored.
+
+A vector of a model with D trainable parameters is one contiguous tensor of shape (D,). That makes
+dot products and the re-orthogonalisation of a Krylov basis single BLAS calls (4.7-6 times faster
+than a list of tensors on a CPU), and a Krylov basis one matrix.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch.errors import UsageError, UsageTypeError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each trainable parameter of a model lies in a flat vector."""
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: str | Sequence[str] | None = None) -> Layout:
+        """Lay out the parameters that require grad, tied ones once.
+
+        `patterns` are shell-style name patterns ("encoder.*"); a parameter is kept when one fits
+        one of its names.
+
+        Raises:
+            UsageError: no parameter requires grad, none fits `patterns`, or one is complex.
+        """
+        if not isinstance(model, nn.Module):
+            raise UsageTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise UsageError(
+                "model must have at least one parameter with requires_grad=True, got none of "
+                f"{sum(1 for _ in model.parameters())} parameters. Unfreeze what you train before "
+                "you build the monitor."
+            )
+        if patterns is not None:
+            wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+            # A tied parameter has several names, of which it is laid out under the first.
+            names = model.named_parameters(remove_duplicate=False)
+            fits = {id(p) for n, p in names if any(fnmatch.fnmatchcase(n, w) for w in wanted)}
+            kept = [(n, p) for n, p in trainable if id(p) in fits]
+            if not kept:
+                raise UsageError(
+                    f"params must match at least one trainable parameter, got {patterns!r}. "
+                    f"The names are: {', '.join(n for n, _ in trainable[:8])}"
+                    f"{', ...' if len(trainable) > 8 else ''}."
+                )
+            trainable = kept
+        for name, p in trainable:
+            if p.is_complex():
+                raise UsageError(
+                    f"parameters must be real to be measured, got {p.dtype} for {name!r}. Leave "
+                    "it out with params=[...], or keep it as its real view (torch.view_as_real)."
+                )
+        return cls(tuple(n for n, _ in trainable), tuple(p for _, p in trainable))
+
+    @property
+    def dim(self) -> int:
+        """D, the number of scalars in a vector."""
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The vectors' dtype: float64 for float64 parameters, float32 for all narrower ones."""
+        wide = any(p.dtype == torch.float64 for p in self.params)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """The vectors' device: that of the first parameter."""
+        return self.params[0].device
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Join one tensor per parameter into one vector."""  # (D,)
+        device, dtype = self.device, self.dtype
+        return torch.cat([_dense(t).detach().reshape(-1).to(device, dtype) for t in tensors])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """Cut a vector into one tensor per parameter, in its shape, dtype and device."""
+        if vector.numel() != self.dim:
+            raise ValueError(f"vector has {vector.numel()} elements, the parameters {self.dim}")
+        pieces = vector.split(self._sizes())
+        return [
+            piece.view(p.shape).to(device=p.device, dtype=p.dtype)
+            for piece, p in zip(pieces, self.params, strict=True)
+        ]
+
+    def values(self) -> Tensor:
+        """Return the parameters' present values as a vector."""
+        return self.flatten(self.params)
+
+    def normal(self, rng: torch.Generator) -> Tensor:
+        """Draw a standard normal vector; the same one on every device for one seed."""
+        return torch.randn(self.dim, generator=rng, dtype=self.dtype).to(self.device)
+
+    def rademacher(self, rng: torch.Generator) -> Tensor:
+        """Draw a vector of independent +-1; the same one on every device for one seed."""
+        bits = torch.randint(0, 2, (self.dim,), generator=rng, dtype=torch.int8)
+        return bits.to(self.device).to(self.dtype).mul_(2).sub_(1)
+
+    def mask(self, names: Iterable[str]) -> Tensor:
+        """Return a vector that is 0 on the named parameters and 1 elsewhere."""
+        out = set(names)
+        parts = [
+            torch.full((p.numel(),), 0.0 if n in out else 1.0, dtype=self.dtype, device=self.device)
+            for n, p in zip(self.names, self.params, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def mass_by_module(self, vector: Tensor) -> dict[str, float]:
+        """Return the share of a vector's squared norm in each module, largest first."""
+        squares = torch.stack([t.square().sum() for t in vector.split(self._sizes())])
+        shares = (squares / squares.sum().clamp_min(torch.finfo(vector.dtype).tiny)).tolist()
+        mass: dict[str, float] = {}
+        for name, share in zip(self.names, shares, strict=True):
+            module = name.rpartition(".")[0] or name
+            mass[module] = mass.get(module, 0.0) + share
+        return dict(sorted(mass.items(), key=lambda item: -item[1]))
+
+    def _sizes(self) -> list[int]:
+        return [p.numel() for p in self.params]
+
+
+class Basis:
+    """Up to `capacity` orthonormal vectors as the rows of one matrix."""
+
+    def __init__(self, capacity: int, like: Tensor) -> None:
+        self._rows = torch.empty(capacity, like.numel(), dtype=like.dtype, device=like.device)
+        self.size = 0
+
+    def append(self, vector: Tensor) -> None:
+        """Add a vector that is already orthonormal to the others."""
+        self._rows[self.size].copy_(vector)
+        self.size += 1
+
+    def project_out(self, vector: Tensor) -> Tensor:
+        """Remove from a vector what lies in the span: two matrix-vector products."""
+        rows = self._rows[: self.size]
+        return vector - rows.T @ (rows @ vector)
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Return the linear combinations with the given coefficients, (size, m) -> (m, D)."""
+        return coefficients.T.to(self._rows) @ self._rows[: self.size]
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor

@@ -1,0 +1,44 @@
+"""What all tests share: one thread, fixed seeds, no network, real data where it is installed."""
+
+import importlib.util
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def needs_data() -> Callable[[str, str], Path]:
+    """Return `find(package, file)`: where a data package keeps a file, or skip the test."""
+
+    def find(package: str, file: str) -> Path:
+        spec = importlib.util.find_spec(package)  # imports nothing
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip(f"needs the data package {package}: run `make data`")
+        return Path(spec.submodule_search_locations[0]) / file
+
+    return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "needs_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
