@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module as torch_module
 
+from geomwatch.second_order import twice_differentiable
 from geomwatch.snapshot import HOOKS, Snapshot
 
 _GLOBAL_HOOKS = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
@@ -34,9 +33,9 @@ def isolated(
     """Run a probe in a world that is put back bit for bit when it ends, however it ends.
 
     Off for the probe: parameter and backward hooks (they would bend an HVP), autocast, the
-    caller's no_grad or inference_mode, fused attention and RNN kernels (they have no double
-    backward), compiled code. `.grad` is set aside, so that a loss_fn that calls backward()
-    inside can't add to it. Forward hooks do run: spectral norm and FSDP need them.
+    caller's no_grad or inference_mode, and what has no second derivative (see `second_order`).
+    `.grad` is set aside, so that a loss_fn that calls backward() inside can't add to it. Forward
+    hooks do run: spectral norm and FSDP need them.
     """
     with contextlib.ExitStack() as stack:
         token = _PROBING.set(True)
@@ -46,8 +45,7 @@ def isolated(
         snapshot = Snapshot([model, *others])
         for device_type in {p.device.type for p in params} | {"cpu"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        for switch in _kernels_with_double_backward(snapshot.modules):
-            stack.enter_context(switch)
+        stack.enter_context(twice_differentiable(snapshot.modules))
         parameters = _parameters(snapshot.modules)
         stack.enter_context(_hooks_off(parameters, snapshot.modules))
         stack.enter_context(_gradients_aside(parameters))
@@ -79,7 +77,7 @@ def captured_by(loss_fn: Callable[..., Any]) -> list[object]:
             waiting += [item.func, *item.args, *item.keywords.values()]
         elif isinstance(item, types.FunctionType):
             waiting += _named_in(item)
-        elif isinstance(item, nn.Module) or item is loss_fn:
+        elif isinstance(item, nn.Module) or (item is loss_fn and hasattr(item, "__dict__")):
             found.append(item)
     return found
 
@@ -113,28 +111,6 @@ def _set_mode(model: nn.Module, mode: str) -> bool:
         model.eval()
         return True
     return False
-
-
-def _kernels_with_double_backward(
-    modules: Sequence[nn.Module],
-) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    yield sdpa_kernel(SDPBackend.MATH)
-    if any(isinstance(m, nn.RNNBase) for m in modules):
-        yield _disabled(torch.backends.mkldnn)
-        yield _disabled(torch.backends.cudnn)
-    # Importing dynamo takes seconds; nothing is compiled unless somebody has done it already.
-    if "torch._dynamo" in sys.modules:
-        yield torch.compiler.set_stance("force_eager")
-
-
-@contextlib.contextmanager
-def _disabled(backend: Any) -> Iterator[None]:
-    # Not `backend.flags(enabled=False)`: it sets all other flags too, and warns on doing so.
-    before, backend.enabled = backend.enabled, False
-    try:
-        yield
-    finally:
-        backend.enabled = before
 
 
 @contextlib.contextmanager

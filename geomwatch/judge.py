@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from geomwatch.errors import UsageError
 from geomwatch.records import Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
 from geomwatch.sinks import Line, Log, Sink, alert_line, logger, record_line
+
+T = TypeVar("T")
 
 
 class Judge:
@@ -26,12 +28,14 @@ class Judge:
         self._rules = list(default_rules() if rules is None else rules)
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
+        self._broken: set[int] = set()  # ids of what has raised and was reported
         self.history: list[Record] = []
         self.alerts: list[Alert] = []
 
     def __call__(self, seen: Observation, record: Record | None) -> Record | None:
         """Judge one step; return its record, if any, with the alerts it raised."""
-        alerts = [alert for rule in self._rules if (alert := rule(seen)) is not None]
+        verdicts = [self._safely(rule, seen) for rule in self._rules]
+        alerts = [alert for alert in verdicts if alert is not None]
         if record is not None:
             record = replace(record, alerts=tuple(alerts))
             self.history.append(record)
@@ -40,21 +44,21 @@ class Judge:
             self.alerts.append(alert)
             self.emit(alert_line(alert))
             if self._on_alert is not None and _is_rank_zero():
-                _safely(self._on_alert, alert)
+                self._safely(self._on_alert, alert)
         return record
 
     def emit(self, line: Line) -> None:
         """Send a line to the log and the sinks."""
         if _is_rank_zero():
             for sink in self._sinks:
-                _safely(sink, line)
+                self._safely(sink, line)
 
     def close(self) -> None:
         """Close the sinks that can be closed."""
         for sink in self._sinks:
             closer = getattr(sink, "close", None)
             if closer is not None:
-                closer()
+                self._safely(closer)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the rules' memories."""
@@ -74,15 +78,22 @@ class Judge:
         for rule, state in zip(self._rules, states, strict=True):
             rule.load_state_dict(state)
 
-
-def _safely(receiver: Callable[[Any], None], message: Any) -> None:
-    """Deliver a message; a full disk or a bug in a callback must not stop a training run."""
-    try:
-        receiver(message)
-    except Exception as error:
-        logger.warning(
-            "%r could not take a message and lost it: %s: %s", receiver, type(error).__name__, error
-        )
+    def _safely(self, part: Callable[..., T], *arguments: Any) -> T | None:
+        """Call a part; a full disk or a bug in a callback must not stop a training run."""
+        try:
+            return part(*arguments)
+        except Exception as error:
+            if id(part) not in self._broken:
+                self._broken.add(id(part))
+                logger.warning(
+                    "%r failed with %s: %s. Training goes on, and it will be called again; this is "
+                    "said once.",
+                    part,
+                    type(error).__name__,
+                    error,
+                    exc_info=error,
+                )
+            return None
 
 
 def _is_rank_zero() -> bool:

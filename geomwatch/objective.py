@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
-from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.checks import check_loss, check_options, explain_device, find_once_differentiable
+from geomwatch.errors import UsageError
 from geomwatch.isolation import captured_by, isolated
 from geomwatch.snapshot import Snapshot
 from geomwatch.vectors import Layout
 
 _SMALLEST_PART = 16  # items
-_WRONG_DEVICE = "same device|expected device|expected on|weight type|storage has not been allocated"
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 
@@ -45,7 +44,7 @@ class Objective:
         mode: str = "train",
         also: Sequence[object] = (),
     ) -> None:
-        _check_options(loss_fn, mode)
+        check_options(loss_fn, mode)
         self.layout = layout or Layout.of(model)
         self.hvps = 0
         self.items = sum(batches.items(batch) for batch in window)
@@ -61,6 +60,8 @@ class Objective:
         self._graph: list[Tensor] | None = None  # d loss / d param with graph, of a single batch
         self._loss: float | None = None
         self._gradient: Tensor | None = None
+        self._displacement: Tensor | None = None
+        self._obstacle: str | None = None  # to a second derivative
 
     def __enter__(self) -> Objective:
         self._loss = self._gradient = None
@@ -125,6 +126,31 @@ class Objective:
             self._graph = graph if self._keeps_graph else None
         return total
 
+    def loss_at(self, displacement: Tensor) -> float:
+        """Return L(w + displacement); the weights are back when it returns. One forward pass."""
+        with self._displaced(displacement), torch.no_grad():
+            losses = [weight * self._evaluate(batch) for weight, batch in self._sweep()]
+            return float(torch.stack(losses).double().sum())
+
+    def gradient_at(self, displacement: Tensor) -> Tensor:
+        """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)
+        with self._displaced(displacement):
+            total = torch.zeros_like(displacement)
+            for weight, batch in self._sweep():
+                _, gradient = self._differentiate(batch, create_graph=False)
+                total.add_(self.layout.flatten(gradient), alpha=weight)
+            return total
+
+    @contextlib.contextmanager
+    def _displaced(self, displacement: Tensor) -> Iterator[None]:
+        assert self._snapshot is not None
+        self._displacement = displacement
+        try:
+            yield
+        finally:
+            self._displacement = None
+            self._snapshot.restore()  # by copy: adding and subtracting would leave rounding behind
+
     def part(self, share: int) -> Objective | None:
         """Return the same loss on the first 1/`share` of the items, for use inside this block.
 
@@ -136,8 +162,7 @@ class Objective:
         piece = batches.head(self._window[0], self.items // share)
         part = Objective(self._model, self._loss_fn, [piece], layout=self.layout, mode=self._mode)
         part._snapshot = self._snapshot
-        # What the part does to the buffers would reach into the graph that is kept.
-        self._graph = None
+        self._graph = None  # as in _sweep, which the part does on its own
         return part
 
     def is_finite(self) -> bool:
@@ -152,7 +177,14 @@ class Objective:
         """Yield each batch with its weight; state runs on through the window, as in training."""
         if self._snapshot is None:
             raise RuntimeError("an Objective is used inside its `with` block only")
+        # The graph that is kept shares the buffers and weights that a forward pass may change.
+        self._graph = None
         self._snapshot.restore()
+        if self._displacement is not None:
+            for p, piece in zip(
+                self.layout.params, self.layout.unflatten(self._displacement), strict=True
+            ):
+                p.data.add_(piece)
         for batch in self._window:
             yield batches.items(batch) / self.items, batch
 
@@ -165,10 +197,17 @@ class Objective:
                 "loss_fn must return a loss that depends on the model's parameters, got one that "
                 f"depends on none of the {len(params)} measured. Use the model it is called with."
             )
+        if create_graph:
+            self._obstacle = find_once_differentiable(loss, found)
         gradients = zip(params, found, strict=True)
         return loss, [torch.zeros_like(p) if g is None else g for p, g in gradients]
 
     def _differentiate_again(self, graph: Sequence[Tensor], v: Tensor) -> Tensor:
+        if self._obstacle is not None:
+            raise RuntimeError(
+                f"{self._obstacle} in the loss has no second derivative: its backward is marked "
+                "once_differentiable. Write that backward with differentiable operations."
+            )
         # A gradient without grad_fn is constant in the parameters: its rows of H are zero.
         rows = [
             (g, piece)
@@ -187,45 +226,6 @@ class Objective:
         try:
             loss = self._loss_fn(self._model, batches.fresh_copy(batch))
         except RuntimeError as error:
-            self._explain_device(batch, error)
+            explain_device(error, batch, self.layout.device)
             raise
-        return _checked(loss)
-
-    def _explain_device(self, batch: Any, error: RuntimeError) -> None:
-        devices = {str(t.device) for t in batches.tensors(batch)}
-        elsewhere = bool(devices) and str(self.layout.device) not in devices
-        # Out of memory, say, has nothing to do with a batch that loss_fn itself moves.
-        if elsewhere and re.search(_WRONG_DEVICE, str(error)):
-            raise UsageError(
-                f"batch must be on the model's device {self.layout.device}, got tensors on "
-                f"{', '.join(sorted(devices))}. Move the batch before step(batch), or inside "
-                f"loss_fn. (torch said: {error})"
-            ) from error
-
-
-def _check_options(loss_fn: object, mode: str) -> None:
-    if not callable(loss_fn):
-        raise UsageTypeError(
-            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
-        )
-    if mode not in ("train", "eval"):
-        raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
-
-
-def _checked(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise UsageTypeError(
-            f"loss_fn must return a scalar tensor, got {type(loss).__name__} {loss!r}. "
-            "Return the loss itself, without .item() or float()."
-        )
-    if loss.numel() != 1:
-        raise UsageError(
-            f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}. "
-            "Reduce it the way you train on it, for example loss.mean()."
-        )
-    if not loss.requires_grad:
-        raise UsageError(
-            "loss_fn must return a loss that depends on the model's parameters, got a tensor "
-            "without a graph. Don't detach it or compute it under torch.no_grad()."
-        )
-    return loss.reshape(())
+        return check_loss(loss, with_graph=torch.is_grad_enabled())

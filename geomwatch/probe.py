@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,11 +11,14 @@ from torch import Tensor
 
 from geomwatch.estimators.hutchinson import Samples, hutchinson
 from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
+from geomwatch.estimators.readout import Readout, read_out
+from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.objective import Objective
 from geomwatch.stability import Stability
 
-_PART = 4  # of the batch, in a cold start
+# Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
+_COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,17 @@ class Probe:
 
         return directional_sharpness(shifted, self.objective.gradient(), weight=ones * s.scale**2)
 
+    @cached_property
+    def readout(self) -> Readout:
+        """How exactly differences of losses can be read here."""
+        return read_out(self.objective.loss_at, self.objective.layout, rng=self.rng)
+
+    @cached_property
+    def slices(self) -> Slices:
+        """The loss along random filter-normalised directions."""
+        objective = self.objective
+        return take_slices(objective.loss_at, objective.layout, self.readout, rng=self.rng)
+
     @property
     def costs_separate_hessian(self) -> bool:
         """Whether the Hessian's own spectrum needs HVPs beyond the margin's."""
@@ -121,11 +134,11 @@ class Probe:
         until: Sequence[int],
     ) -> Spectrum:
         budget, spent = self.budget.lanczos, 0
+        noise = self.objective.layout.normal(self.rng)
+        start = warm_start(vectors, noise)
         if vectors is None:
-            coarse = self._coarse(operator_of, budget)
-            if coarse is not None:
-                vectors, spent = coarse.vectors, math.ceil(coarse.hvps / _PART)
-        start = warm_start(vectors, self.objective.layout.normal(self.rng))
+            coarse, spent = self._coarse(operator_of, budget)
+            start = warm_start(coarse, noise, weights=_COARSE_WEIGHTS)
         operator = operator_of(self.objective)
         fine = lanczos(
             operator,
@@ -136,23 +149,28 @@ class Probe:
         )
         return replace(fine, hvps=fine.hvps + spent)
 
-    def _coarse(self, operator_of: Callable[[Objective], Operator], budget: int) -> Spectrum | None:
-        """Start vectors from a quarter of the batch, where an HVP costs a quarter.
+    def _coarse(
+        self, operator_of: Callable[[Objective], Operator], budget: int
+    ) -> tuple[Tensor | None, int]:
+        """Spend a fifth of the budget on an eighth of the batch, where an HVP costs an eighth.
 
         At initialisation the top eigenvalues lie within a few percent of one another, and 20 HVPs
-        from a random vector err by up to 3 %; 20 quarter HVPs and 15 whole ones by 0.2 %.
+        from noise are off by more than 1 % in one of 17 cases, by up to 8 %; 32 HVPs on an eighth
+        and 16 on the whole batch in one of 50, by up to 1.6 % (docs/benchmarks/lanczos_starts.md).
         """
-        part = self.objective.part(_PART)
-        if part is None or budget < 8:
-            return None
+        parts = ((share, self.objective.part(share)) for share in (8, 4))
+        share, part = next(((s, p) for s, p in parts if p is not None), (1, None))
+        spent = budget // 5
+        if part is None or spent == 0:
+            return None, 0
+        noise = self.objective.layout.normal(self.rng)
+        top = len(_COARSE_WEIGHTS)
         try:
-            found = lanczos(
-                operator_of(part), self.objective.layout.normal(self.rng), max_hvps=budget
-            )
+            found = lanczos(operator_of(part), noise, max_hvps=spent * share, top=top)
         except (RuntimeError, ValueError):  # a loss that insists on its whole batch
-            return None
-        self.objective.hvps += math.ceil(found.hvps / _PART)
-        return found
+            return None, 0
+        self.objective.hvps += spent
+        return found.vectors, spent
 
 
 def _scaled(spectrum: Spectrum, factor: float) -> Spectrum:

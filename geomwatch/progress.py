@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomwatch.errors import UsageError
+
 
 @dataclass(frozen=True, slots=True)
 class Settled:
@@ -99,9 +101,16 @@ class _Scalar:
 
     def __init__(self, value: Tensor | float) -> None:
         self._arrived: torch.cuda.Event | None = None
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise UsageError(
+                    "loss and grad_norm must be scalars in monitor.step(), got shape "
+                    f"{tuple(value.shape)}. Pass the mean that backward() was called on."
+                )
+            value = value.detach().reshape(())
         if isinstance(value, Tensor) and value.is_cuda:
             host = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value: Tensor | float = host.copy_(value.detach(), non_blocking=True)
+            self._value: Tensor | float = host.copy_(value, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         else:
@@ -115,10 +124,15 @@ class _Scalar:
 
 def gradient_norm(params: Sequence[Tensor]) -> Tensor:
     """Return the norm of the gradient the step will use, without a host sync."""
-    gradients = [p.grad for p in params if p.grad is not None]
+    gradients = [_values(p.grad) for p in params if p.grad is not None]
     if all(type(g) is Tensor for g in gradients) and len({g.device for g in gradients}) == 1:
         # get_total_norm sorts by device and dtype first, which costs more than the norm itself.
         norms: list[Tensor] = list(torch._foreach_norm(gradients))
         total: Tensor = torch.stack(norms).norm()
         return total
     return torch.nn.utils.get_total_norm(gradients)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """Return the entries of a gradient, which an embedding may keep sparse."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

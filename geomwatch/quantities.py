@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
+import torch
+
 from geomwatch.errors import UsageError
+from geomwatch.estimators.critical_lr import critical_lr
+from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
+from geomwatch.estimators.normalized_sharpness import (
+    normalized_sharpness,
+    normalized_sharpness_linf,
+)
+from geomwatch.estimators.roughness import roughness, roughness_residual
 from geomwatch.probe import Probe
 from geomwatch.records import Estimate
 
@@ -126,6 +135,55 @@ def _trace_squared(probe: Probe) -> Estimate:
     return mean_with_stderr(probe.samples.squared, hvps=len(probe.samples.squared))
 
 
+def _effective_rank(probe: Probe) -> Estimate:
+    ends = probe.spectrum.values
+    return effective_rank(probe.samples, smallest=ends[-1], largest=ends[0])
+
+
+def _roughness(probe: Probe) -> Estimate:
+    return roughness(probe.slices)
+
+
+def _roughness_residual(probe: Probe) -> Estimate:
+    return roughness_residual(probe.slices)
+
+
+def _normalized_sharpness(probe: Probe) -> Estimate:
+    return normalized_sharpness(probe.objective, probe.readout, rng=probe.rng)
+
+
+def _normalized_sharpness_linf(probe: Probe) -> Estimate:
+    return normalized_sharpness_linf(probe.objective, probe.readout, rng=probe.rng)
+
+
+def _critical_lr(probe: Probe) -> Estimate:
+    """Along the preconditioned gradient P^-1 g, without momentum; along g without an optimizer.
+
+    To be held against lr, or lr / (1 - mu) under heavy ball. With several groups, against the
+    largest of their rates.
+    """
+    gradient, readout, s = probe.objective.gradient(), probe.readout, probe.stability
+    tiny = torch.finfo(gradient.dtype).tiny
+    if s is None:
+        slope = float(gradient @ gradient)
+        start = abs(readout.loss) / max(slope, tiny)  # Polyak's step
+        return critical_lr(probe.objective.loss_at, gradient, readout, slope=slope, start=start)
+    # S^2 = rate / threshold P^-1: without the thresholds, which momentum has a part in
+    squared = s.scale**2
+    rate = torch.where(squared > 0, squared / s.inverse_preconditioner, 0).amax().clamp_min(tiny)
+    direction = s.sign * squared * gradient / rate
+    found = critical_lr(
+        lambda d: s.sign * probe.objective.loss_at(d),
+        direction,
+        replace(readout, loss=s.sign * readout.loss),
+        slope=s.sign * float(gradient @ direction),
+        start=2 * float(rate) * s.noise_ratio,
+    )
+    if found.value is None or s.status == "ok":
+        return found
+    return replace(found, status=s.status, reason=s.reason)
+
+
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """Multiply an estimate and its error by a positive factor."""
     if estimate.value is None:
@@ -155,6 +213,12 @@ QUANTITIES: dict[str, Callable[[Probe], Estimate]] = {
     "trace": _trace,
     "trace_per_param": _trace_per_param,
     "trace_squared": _trace_squared,
+    "effective_rank": _effective_rank,
+    "roughness": _roughness,
+    "roughness_residual": _roughness_residual,
+    "normalized_sharpness": _normalized_sharpness,
+    "normalized_sharpness_linf": _normalized_sharpness_linf,
+    "critical_lr": _critical_lr,
     "difficulty": _difficulty,
 }
 _NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "difficulty"})

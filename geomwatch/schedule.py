@@ -37,9 +37,10 @@ class AdaptiveSchedule(FixedSchedule):
     """Dense when it matters: at the start, while the rate rises, while the margin approaches 1.
 
     Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 up to `every`. A rise of
-    the learning rate by more than 10 % since the last probe makes one due at once. A margin above
-    0.25 that has risen by 10 % since the last probe shortens the interval to every / 20 as it
-    nears the first warning level, 0.6; a margin that holds still lets it grow back.
+    the learning rate by more than 21 % since the last probe, 10 % while the margin is above 0.25,
+    makes one due at once. A margin above 0.25 that has risen by 10 % since the last probe shortens
+    the interval, to every / 10 at the first warning level of 0.5 and every / 20 from 0.6; a margin
+    that holds still lets it grow back.
     """
 
     def __init__(self, every: int) -> None:

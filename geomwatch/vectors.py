@@ -101,11 +101,12 @@ class Layout:
 
     def normal(self, rng: torch.Generator) -> Tensor:
         """Draw a standard normal vector; the same one on every device for one seed."""
-        return torch.randn(self.dim, generator=rng, dtype=self.dtype).to(self.device)
+        drawn = torch.randn(self.dim, generator=rng, dtype=self.dtype, device=rng.device)
+        return drawn.to(self.device)
 
     def rademacher(self, rng: torch.Generator) -> Tensor:
         """Draw a vector of independent +-1; the same one on every device for one seed."""
-        bits = torch.randint(0, 2, (self.dim,), generator=rng, dtype=torch.int8)
+        bits = torch.randint(0, 2, (self.dim,), generator=rng, dtype=torch.int8, device=rng.device)
         return bits.to(self.device).to(self.dtype).mul_(2).sub_(1)
 
     def mask(self, names: Iterable[str]) -> Tensor:

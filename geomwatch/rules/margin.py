@@ -18,20 +18,23 @@ class _Levels:
     warning: float  # of the mean of the last measurements
     critical: float  # of the mean, for some steps
     at_once: float  # of a single measurement
+    target: float  # that the advice aims for
 
 
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
 # training lives at 1 (the edge of stability) and survives 2.75 at the start. docs/rules.md has
 # the runs behind the numbers.
-_NOISY = _Levels(warning=0.5, critical=0.8, at_once=2.0)
-_FULL_BATCH = _Levels(warning=1.3, critical=2.0, at_once=3.0)
+_NOISY = _Levels(warning=0.5, critical=0.8, at_once=2.0, target=0.4)
+_FULL_BATCH = _Levels(warning=1.3, critical=2.0, at_once=3.0, target=0.8)
 _EDGE = 0.9
 _BEFORE_START = 10.0  # at step 0, where a catapult out of sharp weights is still harmless
 _RELEASE = 0.7  # of the warning level
-_RELATIVE = 4.0  # times the run's own median, where no limit is known
-_TARGET = 0.4  # the margin that the advice aims for
+_RELATIVE = 2.0  # times the run's own median, where no limit is known,
+_RELATIVE_LOSS = 1.5  # while the loss is this many times its median
+_ENOUGH = 5  # measurements for such a median
 _PROBES = 3  # averaged, if they are recent:
 _RECENT = 60  # steps
+_LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this in the mean
 _WARM_UP = 10  # steps without warnings; critical alerts are possible from the first
 
 
@@ -43,16 +46,19 @@ class StabilityMargin:
     measurements, re-scaled to the present learning rate. Critical needs that mean above its level
     for `persistence` steps, or one measurement beyond a higher level. Where every step sees the
     same data, levels are those of the edge of stability and the loss must rise too. For optimizers
-    without a formula the limit is 4 x the median of the run's last 20 measurements.
+    without a formula lr * lambda_max must stay above 2 x the median of the run's last 20
+    measurements, and the loss above 1.5 x its own, for `persistence` steps: curvature alone also
+    grows in a healthy run, more than fivefold, while the loss falls.
     """
 
     name = "stability_margin"
 
     def __init__(self, *, persistence: int = 5) -> None:
         self._persistent = Persistence(persistence)
+        self._lasting = Persistence(persistence)  # the same for warnings
         self._latch = Latch()
         self._recent: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
-        self._history: deque[float] = deque(maxlen=20)
+        self._history: deque[tuple[float, float]] = deque(maxlen=20)  # lr * lambda_max, loss
         self._loss_before: float | None = None
 
     def __call__(self, seen: Observation) -> Alert | None:
@@ -76,10 +82,11 @@ class StabilityMargin:
 
     def _mean(self, seen: Observation, margin: float) -> tuple[float, int]:
         """Return the geometric mean of the recent margins at this learning rate."""
-        lr = max(seen.lr, default=1.0) or 1.0
-        self._recent.append((seen.step, max(margin, 1e-3) / lr))
-        recent = [m for step, m in self._recent if seen.step - step <= _RECENT]
-        return lr * statistics.geometric_mean(recent), len(recent)
+        lr = max(seen.lr, default=1.0)
+        if lr > 0:  # at 0 nothing is learnt of other rates
+            self._recent.append((seen.step, margin / lr))
+        recent = [lr * m for step, m in self._recent if seen.step - step <= _RECENT] or [margin]
+        return statistics.geometric_mean(max(m, _LEAST) for m in recent), len(recent)
 
     def _severity(
         self, seen: Observation, mean: float, count: int, levels: _Levels
@@ -87,12 +94,14 @@ class StabilityMargin:
         assert seen.margin is not None
         assert seen.margin.value is not None
         persistent = self._persistent(mean > levels.critical and seen.step > 0, seen.step)
+        # Two recent measurements above the level, or two that lie further apart.
+        lasting = self._lasting(mean > levels.warning, seen.step) or count >= 2
         trouble = self._loss_rises(seen) or not seen.deterministic
         if seen.step == 0:
             return "critical" if seen.margin.value > _BEFORE_START else None
         if seen.margin.value > levels.at_once or (persistent and trouble):
             return "critical"
-        if mean > levels.warning and seen.step >= _WARM_UP and count >= 2 and trouble:
+        if mean > levels.warning and lasting and seen.step >= _WARM_UP and trouble:
             return "warning"
         if seen.deterministic and _EDGE <= mean <= levels.warning:
             return "info"
@@ -104,9 +113,12 @@ class StabilityMargin:
         return before is None or now is None or now > before
 
     def _relative(self, seen: Observation, margin: float) -> Alert | None:
-        usual = statistics.median(self._history) if len(self._history) >= 5 else math.inf
-        self._history.append(abs(margin))
-        present = margin > _RELATIVE * usual
+        if seen.loss is None:
+            return None
+        usual, usual_loss = self._usual()
+        self._history.append((margin, seen.loss))
+        loss_limit = usual_loss + (_RELATIVE_LOSS - 1) * abs(usual_loss)
+        present = margin > _RELATIVE * usual > 0 and seen.loss > loss_limit
         if not self._persistent(present, seen.step):
             if not present:
                 self._latch.calm(seen.step)
@@ -114,23 +126,35 @@ class StabilityMargin:
         if not self._latch.admit("warning", seen.step):
             return None
         message = (
-            f"curvature is {margin / usual:.1f} times what this run has had (lr x λ_max "
-            f"{margin:.3g}, median so far {usual:.3g}); no stability limit is known for "
-            f"{seen.optimizer}{_carried_by(seen)}. Watch the loss, and lower the learning rate if "
-            "it rises."
+            f"lr x λ_max has risen to {margin:.3g}, {margin / usual:.1f} times its median in this "
+            f"run, and the loss to {seen.loss:.4g} from a median of {usual_loss:.4g} (alert above "
+            f"{_RELATIVE:g} times the median with the loss above {loss_limit:.4g}; no stability "
+            f"limit is known for {seen.optimizer}){_carried_by(seen)}. Lower the learning rate if "
+            "the loss goes on rising."
         )
         limit = _RELATIVE * usual
         return Alert(self.name, "warning", message, margin, limit, seen.step, seen.layers)
 
+    def _usual(self) -> tuple[float, float]:
+        """Return the medians of lr * lambda_max and of the loss; infinite while they are young."""
+        if len(self._history) < _ENOUGH:
+            return math.inf, math.inf
+        margins, losses = zip(*self._history, strict=True)
+        return statistics.median(margins), statistics.median(losses)
+
     @property
     def _parts(self) -> dict[str, Any]:
-        return {"persistent": self._persistent, "latch": self._latch}
+        return {
+            "persistent": self._persistent,
+            "lasting": self._lasting,
+            "latch": self._latch,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return persistence, latch and the recent measurements."""
         return state_of(self._parts) | {
             "recent": [list(pair) for pair in self._recent],
-            "history": list(self._history),
+            "history": [list(pair) for pair in self._history],
             "loss_before": self._loss_before,
         }
 
@@ -138,7 +162,7 @@ class StabilityMargin:
         """Take over persistence, latch and the recent measurements."""
         load_into(self._parts, state)
         self._recent = deque(((int(s), float(m)) for s, m in state["recent"]), maxlen=_PROBES)
-        self._history = deque(state["history"], maxlen=20)
+        self._history = deque(((float(m), float(x)) for m, x in state["history"]), maxlen=20)
         self._loss_before = state["loss_before"]
 
 
@@ -153,26 +177,26 @@ def _alert(
             "at each step. This is where full-batch training settles; no action needed."
         )
         return Alert(rule, severity, message, mean, _EDGE, seen.step, seen.layers)
-    if seen.step == 0:
-        value, level = seen.margin.value, _BEFORE_START
-    elif severity == "critical" and seen.margin.value > levels.at_once:
-        value, level = seen.margin.value, levels.at_once
+    single = seen.step == 0 or (severity == "critical" and seen.margin.value > levels.at_once)
+    if single:
+        value, level = seen.margin.value, levels.at_once if seen.step else _BEFORE_START
     else:
         value, level = mean, levels.critical if severity == "critical" else levels.warning
-    message = _message(seen, value, level, mean, count)
+    shown = format_estimate(seen.margin)
+    if not single and count > 1:
+        shown = f"{mean:.2f} over the last {count} probes, {shown} now"
+    message = _message(seen, value, f"{shown} (alert above {level:g}, unstable at 1)", levels)
     return Alert(rule, severity, message, value, level, seen.step, seen.layers)
 
 
-def _message(seen: Observation, value: float, level: float, mean: float, count: int) -> str:
-    assert seen.margin is not None
-    lr = max(seen.lr)
+def _message(seen: Observation, value: float, margin: str, levels: _Levels) -> str:
+    lr, factor = max(seen.lr, default=1.0), levels.target / value
     beyond = "is beyond" if value > 1 else "comes close to"
-    averaged = f", mean of the last {count} probes {mean:.2f}" if count > 1 else ""
+    rising = ", and the loss rises" if seen.deterministic else ""
     return (
-        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}: margin "
-        f"{format_estimate(seen.margin)}{averaged} (alert above {level:g}, unstable at 1)"
-        f"{_curvature(seen)}{_carried_by(seen)}. Lower it to about {lr * _TARGET / value:.1g} "
-        f"({_TARGET / value:.2g} x), or end the warm-up there."
+        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
+        f"stability margin {margin}{_curvature(seen)}{_carried_by(seen)}. Lower the learning rate "
+        f"to about {lr * factor:.1g} ({factor:.2g} x), or end its warm-up there."
     )
 
 
@@ -188,4 +212,4 @@ def _curvature(seen: Observation) -> str:
 
 
 def _carried_by(seen: Observation) -> str:
-    return f"; carried by layers {', '.join(seen.layers)}" if seen.layers else ""
+    return f"; mostly in layers {', '.join(seen.layers)}" if seen.layers else ""

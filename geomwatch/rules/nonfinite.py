@@ -40,7 +40,8 @@ class NonFinite:
         if settled.stepped:
             message = (
                 f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
-                "the weights are lost. Go back to the last checkpoint and lower the learning rate."
+                "the weights are lost. Go back to the last checkpoint and lower the learning rate, "
+                "or look for bad data in the last batches."
             )
             return self._raise("critical", settled.step, settled.grad_norm, message)
         self._skipped += 1
@@ -77,6 +78,7 @@ class NonFinite:
 
 def _loss_message(loss: float) -> str:
     return (
-        f"the loss is {loss}. Training goes on, but it will not recover by itself: go back to the "
-        "last checkpoint and lower the learning rate, or look for bad data in the last batches."
+        f"the loss is {loss}. A step taken on it destroys the weights, and training will not "
+        "recover by itself: go back to the last checkpoint and lower the learning rate, or look "
+        "for bad data in the last batches."
     )

@@ -1,0 +1,85 @@
+"""What can be wrong with a loss_fn, its loss or its batch, and what to do about each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from geomwatch import batches
+from geomwatch.errors import UsageError, UsageTypeError
+
+_WRONG_DEVICE = "same device|expected device|expected on|weight type|storage has not been allocated"
+_ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator makes of a backward
+_OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
+
+
+def check_options(loss_fn: object, mode: str) -> None:
+    """Refuse what can't be a loss_fn or a mode."""
+    if not callable(loss_fn):
+        raise UsageTypeError(
+            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
+        )
+    if mode not in ("train", "eval"):
+        raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
+
+
+def check_loss(loss: object, *, with_graph: bool) -> Tensor:
+    """Return the loss as a scalar tensor, or refuse it."""
+    if not isinstance(loss, Tensor):
+        raise UsageTypeError(
+            f"loss_fn must return a scalar tensor, got {type(loss).__name__} {loss!r}. "
+            "Return the loss itself, without .item() or float()."
+        )
+    if loss.numel() != 1:
+        raise UsageError(
+            f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}. "
+            "Reduce it the way you train on it, for example loss.mean()."
+        )
+    if with_graph and not loss.requires_grad:
+        raise UsageError(
+            "loss_fn must return a loss that depends on the model's parameters, got a tensor "
+            "without a graph. Don't detach it or compute it under torch.no_grad()."
+        )
+    return loss.reshape(())
+
+
+def explain_device(error: RuntimeError, batch: Any, device: torch.device) -> None:
+    """Raise a UsageError if a batch on another device is what the error is about."""
+    devices = {str(t.device) for t in batches.tensors(batch)}
+    elsewhere = bool(devices) and str(device) not in devices
+    # Out of memory, say, has nothing to do with a batch that loss_fn itself moves.
+    if elsewhere and re.search(_WRONG_DEVICE, str(error)):
+        raise UsageError(
+            f"batch must be on the model's device {device}, got tensors on "
+            f"{', '.join(sorted(devices))}. Move the batch before step(batch), or inside "
+            f"loss_fn. (torch said: {error})"
+        ) from error
+
+
+def find_once_differentiable(loss: Tensor, gradients: Iterable[Tensor | None]) -> str | None:
+    """Name a function in the graph whose backward is marked once_differentiable.
+
+    torch.autograd.grad takes the gradients of such functions for constants in a second pass, and
+    HVPs come out wrong without an error. Walks the graph: a microsecond per node.
+    """
+    waiting: list[Any] = [t.grad_fn for t in (loss, *gradients) if t is not None]
+    seen: set[Any] = set()
+    found = None
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function: Any = getattr(node, "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is _ONCE_DIFFERENTIABLE.__code__:
+            return str(function.__name__)
+        if node.name() == _OTHERS_ERROR:
+            found = "a function"
+        waiting += [child for child, _ in node.next_functions]
+    return found

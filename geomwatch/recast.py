@@ -1,0 +1,50 @@
+"""The same model at another precision, for as long as a probe needs it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def recast(
+    modules: Sequence[nn.Module], dtype: torch.dtype
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Put copies of all floating-point parameters and buffers at `dtype` in their place.
+
+    Yields a function from a parameter or buffer to its stand-in (tied ones share one). The
+    originals are untouched and back in their place afterwards. New tensors of an unnamed
+    precision are made at `dtype` too.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = _copy(tensor, dtype)
+        return copies[id(tensor)]
+
+    tables = [cast(dict[str, Any], t) for m in modules for t in (m._parameters, m._buffers)]
+    originals = [(table, list(table.items())) for table in tables]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        for table, items in originals:
+            table.update({key: stand_in(t) for key, t in items if t is not None})
+        yield stand_in
+    finally:
+        for table, items in originals:
+            table.update(items)
+        torch.set_default_dtype(default)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    values = tensor.detach().to(dtype, copy=True)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values

@@ -1,0 +1,67 @@
+"""Does double backward give the derivative of the gradient? Some code makes it silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from geomwatch.objective import Objective
+
+_TOLERANCE = 1e-3
+# A model may compute parts of itself in float32, whatever its parameters (as an RMSNorm does):
+# then the smallest step drowns in rounding and a larger one must serve.
+_SHARES = (1e-6, 1e-4, 1e-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a check of the double-backward HVP against differences of gradients has found."""
+
+    passed: bool | None  # None when it could not be run
+    error: float | None = None  # relative
+    reason: str = ""
+
+
+def validate(objective: Callable[[], Objective]) -> Validation:
+    """Compare H v by double backward with a difference of gradients, along one random v.
+
+    A backward that is not differentiable (raw tensors kept on ctx, computed without a graph) or a
+    gradient field whose Jacobian is not symmetric shows here and nowhere else. `objective` makes
+    the loss in float64 on a few items, where a step can be so small that it crosses no kink of a
+    ReLU. Costs one HVP and up to six gradients of those few items.
+    """
+    try:
+        with objective() as tested:
+            errors = _errors(tested)
+    except Exception as failure:
+        return Validation(None, reason=f"it could not be run: {type(failure).__name__}: {failure}")
+    error = min(errors)
+    if error <= _TOLERANCE:
+        return Validation(True, error)
+    return Validation(
+        False,
+        error,
+        f"double backward is off by {error:.0%} against differences of gradients: some backward "
+        "in the loss is not differentiable, although it does not say so",
+    )
+
+
+def _errors(objective: Objective) -> list[float]:
+    v = objective.layout.normal(torch.Generator().manual_seed(0)).to(torch.float64)
+    v = v / v.norm()
+    hv = objective.hvp(v)
+    norm, size = float(objective.gradient().norm()), float(hv.norm())
+    errors: list[float] = []
+    for share in _SHARES:
+        step = min(share * norm / size, 0.1) if size > 0 else share
+        ahead, behind = objective.gradient_at(step * v), objective.gradient_at(-step * v)
+        difference = (ahead - behind) / (2 * step)
+        scale = max(float(difference.norm()), size, 1e-12 * norm)
+        errors.append(float((difference - hv).norm()) / scale if scale > 0 else 0.0)
+        if errors[-1] <= _TOLERANCE:
+            break
+    return errors
