@@ -28,7 +28,7 @@ def check_options(loss_fn: object, mode: str) -> None:
         raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
 
 
-def check_loss(loss: object, *, with_graph: bool) -> Tensor:
+def check_loss(loss: object) -> Tensor:
     """Return the loss as a scalar tensor, or refuse it."""
     if not isinstance(loss, Tensor):
         raise UsageTypeError(
@@ -40,7 +40,7 @@ def check_loss(loss: object, *, with_graph: bool) -> Tensor:
             f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}. "
             "Reduce it the way you train on it, for example loss.mean()."
         )
-    if with_graph and not loss.requires_grad:
+    if not loss.requires_grad:
         raise UsageError(
             "loss_fn must return a loss that depends on the model's parameters, got a tensor "
             "without a graph. Don't detach it or compute it under torch.no_grad()."

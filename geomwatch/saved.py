@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import OrderedDict, deque
 from typing import Any
@@ -87,11 +88,12 @@ class SavedContainer(Saved):
     def restore(self) -> None:
         """Refill it, if its items are not the same objects any more."""
         now = self._now()
-        if len(now) == len(self._contents) and all(map(_same, now, self._contents)):
+        if len(now) == len(self._contents) and all(map(operator.is_, now, self._contents)):
             return
         self._type.clear(self._container)
         if isinstance(self._container, dict):
-            for key, value in self._contents:
+            half = len(self._contents) // 2
+            for key, value in zip(self._contents[:half], self._contents[half:], strict=True):
                 self._type.__setitem__(self._container, key, value)
         elif isinstance(self._container, set):
             self._type.update(self._container, self._contents)
@@ -99,8 +101,9 @@ class SavedContainer(Saved):
             self._type.extend(self._container, self._contents)
 
     def _now(self) -> list[Any]:
-        is_dict = isinstance(self._container, dict)
-        return list(self._container.items() if is_dict else self._container)
+        if isinstance(self._container, dict):
+            return [*self._container, *self._container.values()]
+        return list(self._container)
 
 
 class SavedObject(Saved):
@@ -156,12 +159,6 @@ def _place(tensor: Tensor) -> object:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return all(x is y for x, y in zip(a, b, strict=True))
-    return a is b
 
 
 def _mark(value: object) -> object:

@@ -58,7 +58,7 @@ class Log:
 
     def __call__(self, line: Line) -> None:
         """Log one line."""
-        if line["kind"] == "record":
+        if line["kind"] == "record" and logger.isEnabledFor(logging.INFO):
             logger.info("%s", _sentence(line))
         elif line["kind"] == "alert":
             where = f"step {line['step']}: "
@@ -72,9 +72,16 @@ def run_line(facts: Mapping[str, Any]) -> Line:
 
 def record_line(record: Record) -> Line:
     """Return the line of a record; its alerts have lines of their own."""
-    line = {"kind": "record", "schema": SCHEMA, **asdict(record)}
-    del line["alerts"], line["adjustments"]
-    return line
+    return {
+        "kind": "record",
+        "schema": SCHEMA,
+        "step": record.step,
+        "loss": record.loss,
+        "lr": record.lr,
+        "seconds": record.seconds,
+        "estimates": {name: asdict(e) for name, e in record.estimates.items()},
+        "how": dict(record.how),
+    }
 
 
 def alert_line(alert: Alert) -> Line:

@@ -44,6 +44,8 @@ class Snapshot:
         self.modules: list[nn.Module] = []
         self._rng = _RandomState()
         self._saved: list[Saved] = []
+        # Most containers of a module are hook dictionaries with nothing in them.
+        self._empty: list[Any] = []
         roots = list(objects)
         # An object that is looked after from the inside needs no watching from the outside.
         self._seen = {id(root) for root in roots if _is_plain(root)}
@@ -54,6 +56,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back; called before each evaluation."""
+        for container in self._empty:
+            if container:
+                container.clear()
         for saved in self._saved:
             saved.restore()
         self._rng.restore()
@@ -76,6 +81,8 @@ class Snapshot:
             self._saved.append(SavedTensor(name, value))
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
+        elif type(value) in CONTAINERS and not value:
+            self._empty.append(value)
         elif isinstance(value, CONTAINERS):
             self._saved.append(SavedContainer(name, value))
             self._visit_items(name, value)

@@ -49,7 +49,7 @@ class Stability:
 
         def scaled(y: Tensor) -> Tensor:
             v = self.scale * y
-            image = self.sign * hvp(v)
+            image = hvp(v) if self.sign > 0 else -hvp(v)
             if self.decay is not None:
                 image = image + self.decay * v
             return self.scale * image
@@ -230,6 +230,8 @@ def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
 
 def _spread(layout: Layout, values: Sequence[float]) -> Tensor:
     """One number for each parameter, on all its coordinates."""  # (D,)
+    if len(set(values)) == 1:
+        return torch.full((layout.dim,), values[0], dtype=layout.dtype, device=layout.device)
     numbers = torch.tensor(values, dtype=layout.dtype, device=layout.device)
     sizes = torch.tensor(_sizes(layout), device=layout.device)
     return numbers.repeat_interleave(sizes, output_size=layout.dim)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from geomwatch.vectors import Basis
 
+_CANCELLATION = 0.1
+
 Vector: TypeAlias = npt.NDArray[np.float64]
+Ritz: TypeAlias = tuple[Vector, Vector, Vector]  # values, residuals, coefficients
 Operator: TypeAlias = Callable[[Tensor], Tensor]  # (D,) -> (D,), symmetric
 
 
@@ -57,18 +60,25 @@ def lanczos(
     betas: list[Tensor] = []
     tiny = torch.finfo(start.dtype).tiny
     q = _unit(start)
+    ritz: Ritz | None = None
     for step in range(capacity):
         basis.append(q)
-        w = operator(q)
-        alphas.append(q @ w)
-        w = basis.project_out(w)
-        betas.append(w.norm())
-        # Gram-Schmidt once more, after scaling: "twice is enough" (Kahan), and a w that is all
-        # rounding, in an exhausted Krylov space, still gives a new orthogonal direction.
-        q = _unit(basis.project_out(w / betas[-1].clamp_min(tiny)))
-        if tol > 0 and step >= 2 and _converged(alphas, betas, tol, until):
-            break
-    values, residuals, weights = _ritz(alphas, betas)
+        inside, w = basis.split(operator(q))
+        length = w.norm()
+        alphas.append(inside[-1])
+        betas.append(length)
+        w = w / length.clamp_min(tiny)
+        # Where little is left over, it is orthogonal to little more than rounding: a second pass
+        # mends that ("twice is enough", Kahan), and in an exhausted Krylov space makes of what is
+        # all rounding a new orthogonal direction.
+        if float(length) < _CANCELLATION * float(inside.norm()):
+            w = _unit(basis.split(w)[1])
+        q = w
+        if tol > 0 and step >= 2:
+            ritz = _ritz(alphas, betas)
+            if _converged(ritz, tol, until):
+                break
+    values, residuals, weights = ritz or _ritz(alphas, betas)
     coefficients = torch.from_numpy(weights[:, :top].copy())
     vectors = basis.combine(coefficients)
     return Spectrum(tuple(values.tolist()), tuple(residuals.tolist()), vectors, len(alphas))
@@ -89,10 +99,14 @@ def warm_start(
     with equal weights, 5 % with these.) Without `vectors` the noise is the start.
     """  # (k, D), (D,) -> (D,)
     noise = _unit(noise)
-    if vectors is None or not bool(torch.isfinite(vectors).all()):
+    if vectors is None:
         return noise
     falling = torch.tensor(weights[: len(vectors)], dtype=vectors.dtype, device=vectors.device)
-    return _unit(falling @ vectors[: len(falling)]).add_(noise, alpha=share)
+    memory = falling @ vectors[: len(falling)]
+    length = float(memory.norm())
+    if not 0 < length < float("inf"):  # of a run that has overflowed
+        return noise
+    return (memory / length).add_(noise, alpha=share)
 
 
 def _unit(vector: Tensor) -> Tensor:
@@ -100,8 +114,8 @@ def _unit(vector: Tensor) -> Tensor:
     return vector / length
 
 
-def _converged(alphas: list[Tensor], betas: list[Tensor], tol: float, until: Sequence[int]) -> bool:
-    values, residuals, _ = _ritz(alphas, betas)
+def _converged(ritz: Ritz, tol: float, until: Sequence[int]) -> bool:
+    values, residuals, _ = ritz
     if len(values) <= max(until):
         return False
     # an eigenvalue at zero has no size of its own
@@ -109,7 +123,7 @@ def _converged(alphas: list[Tensor], betas: list[Tensor], tol: float, until: Seq
     return all(residuals[i] <= tol * size[i] for i in until)
 
 
-def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> tuple[Vector, Vector, Vector]:
+def _ritz(alphas: list[Tensor], betas: list[Tensor]) -> Ritz:
     """Solve the tridiagonal problem in float64: values, residuals, coefficients, descending."""
     entries = np.array(torch.stack(alphas + betas).tolist())
     diagonal, off = entries[: len(alphas)], entries[len(alphas) :]
