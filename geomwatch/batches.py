@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 
-def fresh_copy(batch: Any) -> Any:
+def fresh_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """Copy a batch, so that a loss that pops a key or scales its input in place changes nothing.
 
     Tensors and arrays are cloned (which also turns inference tensors into ordinary ones),
-    containers and batch objects rebuilt; anything else is passed through.
+    containers and batch objects rebuilt; anything else is passed through. With `dtype`,
+    floating-point tensors are cast to it.
     """
-    return _rebuild(batch, _clone)
+    if dtype is None:
+        return _rebuild(batch, _clone)
+    return _rebuild(batch, lambda leaf: _cast(_clone(leaf), dtype))
 
 
 def items(batch: Any) -> int:
@@ -98,6 +101,11 @@ def _absolute_sum(tensor: Tensor) -> float:
     signed = tensor.is_floating_point() or tensor.is_complex()  # abs() refuses bool
     widest = torch.float32 if tensor.device.type == "mps" else torch.float64
     return float((tensor.abs() if signed else tensor).sum(dtype=widest))
+
+
+def _cast(leaf: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.to(dtype) if floating else leaf
 
 
 def _clone(leaf: Any) -> Any:

@@ -18,7 +18,10 @@ _ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator mak
 _OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
-def check_options(loss_fn: object, mode: str) -> None:
+_BACKENDS = ("auto", "double_backward", "finite_difference")
+
+
+def check_options(loss_fn: object, mode: str, hvp: str) -> None:
     """Refuse what can't be a loss_fn or a mode."""
     if not callable(loss_fn):
         raise UsageTypeError(
@@ -26,6 +29,23 @@ def check_options(loss_fn: object, mode: str) -> None:
         )
     if mode not in ("train", "eval"):
         raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
+    if hvp not in _BACKENDS:
+        raise UsageError(f"hvp must be one of {', '.join(_BACKENDS)}, got {hvp!r}.")
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what can't be an optimizer."""
+    if not hasattr(optimizer, "param_groups"):
+        raise UsageTypeError(
+            "optimizer must be the torch optimizer in use (anything with param_groups), got "
+            f"{type(optimizer).__name__}."
+        )
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse a number of things that is none or too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
 def check_loss(loss: object) -> Tensor:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from geomwatch.checks import check_count, check_optimizer
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe
 from geomwatch.quantities import evaluate, resolve, ritz_indices
 from geomwatch.records import Record
 from geomwatch.stability import learning_rates, stability_of
-from geomwatch.vectors import Layout
+from geomwatch.validation import choose_backend
+from geomwatch.vectors import Layout, generator
 
 
 def measure(
@@ -28,6 +30,7 @@ def measure(
     mode: str = "train",
     params: str | Sequence[str] | None = None,
     also: Sequence[object] = (),
+    hvp: str = "auto",
     samples: int = 8,
     max_hvps: int = 20,
     seed: int = 0,
@@ -36,17 +39,24 @@ def measure(
 
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
     next step is measured too. The model, its gradients and every random generator are left as
-    they were. Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or
-    two for the sharpness along the gradient.
+    they were. `hvp` chooses how HVPs are computed: "auto", "double_backward" or
+    "finite_difference". Costs at most `max_hvps` HVPs for each operator, `samples` for the trace,
+    one or two for the sharpness along the gradient, and a check of double backward on four items.
 
     Raises:
         UsageError: (a ValueError, or a TypeError too) loss_fn gives no scalar tensor, the batch is
             on another device, a quantity is unknown, or no parameter requires grad.
     """
+    check_count("samples", samples, 1)
+    check_count("max_hvps", max_hvps, 1)
+    if optimizer is not None:
+        check_optimizer(optimizer)
     names = resolve(quantities, has_optimizer=optimizer is not None)
     layout = Layout.of(model, params)
     start = time.perf_counter()
-    with Objective(model, loss_fn, [batch], layout=layout, mode=mode, also=also) as objective:
+    options: dict[str, Any] = {"layout": layout, "mode": mode, "also": also}
+    backend, facts = choose_backend(model, loss_fn, batch, hvp, options)
+    with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:
         stability = None
         if optimizer is not None:
             gradient = objective.gradient()
@@ -56,11 +66,11 @@ def measure(
             objective,
             stability=stability,
             budget=Budget(lanczos=max_hvps, samples=samples),
-            rng=torch.Generator().manual_seed(seed),
+            rng=generator(seed),
             until=ritz_indices(names),
         )
         estimates = evaluate(probe, names)
-        how = objective.how | {"hvps": objective.hvps}
+        how = objective.how | facts | {"hvps": objective.hvps}
         loss = objective.loss()
     return Record(
         step=0,

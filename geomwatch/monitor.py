@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch.errors import UsageError
+from geomwatch.checks import check_optimizer, check_options
+from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
@@ -48,6 +49,7 @@ class Monitor:
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, instead of the step's own.
         mode: "train" (the flags of the training step) or "eval".
+        hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
         params: shell-style patterns of the parameter names to measure; all by default.
         also: other modules the loss uses (a teacher, a discriminator) that probes must isolate.
         rules: the rules to judge by; `default_rules()` by default.
@@ -71,6 +73,7 @@ class Monitor:
         quantities: str | Sequence[str] = "default",
         probe_batch: Any = None,
         mode: str = "train",
+        hvp: str = "auto",
         params: str | Sequence[str] | None = None,
         also: Sequence[object] = (),
         rules: Sequence[Rule] | None = None,
@@ -78,7 +81,9 @@ class Monitor:
         sinks: Sequence[Sink] = (),
         seed: int = 0,
     ) -> None:
-        _check_options(model, loss_fn, mode, max_overhead)
+        _check_options(model, max_overhead)
+        check_options(loss_fn, mode, hvp)
+        check_optimizer(optimizer)
         names = resolve(quantities, has_optimizer=True)
         layout = Layout.of(model, params)
         self._schedule = make_schedule(schedule, every)
@@ -91,6 +96,7 @@ class Monitor:
                 layout=layout,
                 mode=mode,
                 also=also,
+                hvp=hvp,
                 every=every if quantities == "default" else None,
                 seed=seed,
             )
@@ -102,14 +108,14 @@ class Monitor:
         self._params = layout.params
         self._probe_batch = probe_batch
         self._max_overhead = max_overhead
-        self._counter = StepCounter(optimizer, layout.params)
+        self._disabled = os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")
+        self._counter = StepCounter(None if self._disabled else optimizer, layout.params)
         self._scalars = StepScalars()
         self._window: list[Any] = []
         self._lr: tuple[float, ...] = ()  # of the last call
         self._last_probe = -1
         self._called = False
         self._began = time.perf_counter()
-        self._disabled = os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")
         self._facts = {
             "torch": torch.__version__,
             "optimizer": self._optimizer_name,
@@ -294,15 +300,9 @@ class Monitor:
         return self._judge(seen, record)
 
 
-def _check_options(model: object, loss_fn: object, mode: str, max_overhead: object) -> None:
+def _check_options(model: object, max_overhead: object) -> None:
     if not isinstance(model, nn.Module):
-        raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not callable(loss_fn):
-        raise UsageError(
-            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
-        )
-    if mode not in ("train", "eval"):
-        raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
+        raise UsageTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if max_overhead is None:
         return
     if not isinstance(max_overhead, float | int) or not max_overhead > 0:

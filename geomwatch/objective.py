@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
-from geomwatch.checks import check_loss, check_options, explain_device, find_once_differentiable
+from geomwatch.checks import check_loss, check_options, explain_device
+from geomwatch.double_backward import gradients, lacks_second_derivative, product
 from geomwatch.errors import UsageError
+from geomwatch.finite_difference import FiniteDifference, NotSmoothError
 from geomwatch.isolation import captured_by, isolated
+from geomwatch.recast import recast
 from geomwatch.snapshot import Snapshot
 from geomwatch.vectors import Layout
 
@@ -32,6 +35,10 @@ class Objective:
     HVPs are double backward, H v = grad(<grad L, v>) (Pearlmutter 1994). For one batch the graph
     of the gradient is built once and kept: an HVP then costs 1.2-2.2 training steps. For several
     it is built anew for each batch and HVP (about 3), so that memory stays that of one batch.
+    Where an operation has no second derivative, `hvp="auto"` goes over to differences of
+    gradients, in float32 where the loss is smooth, in float64 where it has kinks.
+
+    Everything is computed at `dtype`, by default that of the parameters, but at least float32.
     """
 
     def __init__(
@@ -43,8 +50,10 @@ class Objective:
         layout: Layout | None = None,
         mode: str = "train",
         also: nn.Module | Sequence[object] = (),
+        hvp: str = "auto",
+        dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(loss_fn, mode)
+        check_options(loss_fn, mode, hvp)
         self.layout = layout or Layout.of(model)
         self.hvps = 0
         self.items = sum(batches.items(batch) for batch in window)
@@ -62,13 +71,22 @@ class Objective:
         self._loss: float | None = None
         self._gradient: Tensor | None = None
         self._displacement: Tensor | None = None
-        self._obstacle: str | None = None  # to a second derivative
+        self._hvp = hvp
+        self._dtype = dtype or self.layout.dtype
+        self._leaves = self.layout  # what is differentiated: the parameters, or their stand-ins
+        self._cast: torch.dtype | None = None  # of the batches, with stand-ins
+        self._difference: FiniteDifference | None = None
+        self._fallback = ""  # why it is not double backward
+        self._graphless = False  # the gradient could not be had with its graph
 
     def __enter__(self) -> Objective:
-        self._loss = self._gradient = None
+        self._loss = self._gradient = self._difference = self._cast = None
+        self._leaves, self._fallback, self._graphless = self.layout, "", False
         self._snapshot = self._stack.enter_context(
             isolated(self._model, self.layout.params, others=self._others, mode=self._mode)
         )
+        if any(p.dtype != self._dtype for p in self.layout.params):
+            self._recast(self._dtype)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -78,12 +96,14 @@ class Objective:
     @property
     def how(self) -> dict[str, str | int | float | bool]:
         """How the numbers are obtained: backend, dtype, mode and items."""
-        return {
-            "backend": "double_backward",
-            "dtype": str(self.layout.dtype).removeprefix("torch."),
+        backend = "double_backward" if self._difference is None else "finite_difference"
+        facts: dict[str, str | int | float | bool] = {
+            "backend": backend,
+            "dtype": str(self._leaves.dtype).removeprefix("torch."),
             "mode": self._mode,
             "items": self.items,
         }
+        return facts | ({"fallback": self._fallback} if self._fallback else {})
 
     @property
     def changed_objects(self) -> list[str]:
@@ -107,25 +127,68 @@ class Objective:
             losses = []
             total = torch.zeros(self.layout.dim, dtype=self.layout.dtype, device=self.layout.device)
             for weight, batch in self._sweep():
-                loss, graph = self._differentiate(batch, create_graph=self._keeps_graph)
+                loss, graph = self._differentiate_once(batch)
                 losses.append(weight * loss.detach())
-                total.add_(self.layout.flatten(graph), alpha=weight)
+                total.add_(self._flatten(graph), alpha=weight)
                 self._graph = graph if self._keeps_graph else None
             self._loss = sum(torch.stack(losses).tolist())
             self._gradient = total
         return self._gradient
 
     def hvp(self, v: Tensor) -> Tensor:
-        """Return H v, H the Hessian of L. One HVP."""  # (D,) -> (D,)
+        """Return H v, H the Hessian of L. One HVP.
+
+        Raises:
+            NotSmoothError: there is no double backward, and differences do not agree either.
+        """  # (D,) -> (D,)
         self.hvps += 1
+        if self._difference is None and self._hvp == "finite_difference":
+            self._use_differences("asked for")
+        if self._difference is None:
+            try:
+                return self._double_backward(v)
+            except RuntimeError as error:
+                if self._hvp != "auto" or not lacks_second_derivative(error):
+                    raise
+                self._use_differences(f"no double backward: {error}")
+        return self._by_differences(v)
+
+    def _double_backward(self, v: Tensor) -> Tensor:
         if self._graph is not None:
-            return self._differentiate_again(self._graph, v)
+            return product(self._graph, self._leaves, v).to(v)
         total = torch.zeros_like(v)
         for weight, batch in self._sweep():
             _, graph = self._differentiate(batch, create_graph=True)
-            total.add_(self._differentiate_again(graph, v), alpha=weight)
+            total.add_(product(graph, self._leaves, v), alpha=weight)
             self._graph = graph if self._keeps_graph else None
         return total
+
+    def _use_differences(self, reason: str) -> None:
+        self._fallback = reason
+        norm = float(self.gradient().norm())
+        self._difference = FiniteDifference(self._gradient_at, norm, self._leaves.dtype)
+        self._graph = None
+
+    def _by_differences(self, v: Tensor) -> Tensor:
+        assert self._difference is not None
+        try:
+            return self._difference(v.to(self._leaves.dtype)).to(v)
+        except NotSmoothError:
+            if self._leaves.dtype == torch.float64:
+                raise
+        # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.
+        self._recast(torch.float64)
+        self._use_differences(self._fallback)
+        return self._difference(v.to(torch.float64)).to(v)
+
+    def _recast(self, dtype: torch.dtype) -> None:
+        assert self._snapshot is not None
+        stand_in = self._stack.enter_context(recast(self._snapshot.modules, dtype))
+        params = tuple(stand_in(p) for p in self.layout.params)
+        self._leaves, self._cast = Layout(self.layout.names, params), dtype
+        self._graph = None
+        # Each evaluation is to start from the stand-ins, the end of the probe is not.
+        self._snapshot = Snapshot([self._model, *self._others])
 
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""
@@ -137,11 +200,15 @@ class Objective:
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)
+        return self._gradient_at(displacement).to(displacement)
+
+    def _gradient_at(self, displacement: Tensor) -> Tensor:
+        """Return it in the precision it is computed in: differences need all of it."""
         with self._displaced(displacement):
-            total = torch.zeros_like(displacement)
+            total = torch.zeros_like(displacement, dtype=self._leaves.dtype)
             for weight, batch in self._sweep():
                 _, gradient = self._differentiate(batch, create_graph=False)
-                total.add_(self.layout.flatten(gradient), alpha=weight)
+                total.add_(self._leaves.flatten(gradient), alpha=weight)
             return total
 
     @contextlib.contextmanager
@@ -164,7 +231,8 @@ class Objective:
             return None
         piece = batches.head(self._window[0], self.items // share)
         part = Objective(self._model, self._loss_fn, [piece], layout=self.layout, mode=self._mode)
-        part._snapshot = self._snapshot
+        part._snapshot, part._leaves, part._cast = self._snapshot, self._leaves, self._cast
+        part._hvp = self._hvp
         self._graph = None  # as in _sweep, which the part does on its own
         return part
 
@@ -175,7 +243,11 @@ class Objective:
 
     @property
     def _keeps_graph(self) -> bool:
-        return len(self._window) == 1
+        wanted = self._hvp != "finite_difference" and not self._graphless
+        return len(self._window) == 1 and wanted
+
+    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self._leaves.flatten(tensors).to(self.layout.dtype)
 
     def _sweep(self) -> Iterator[tuple[float, Any]]:
         """Yield each batch with its weight; state runs on through the window, as in training."""
@@ -185,50 +257,30 @@ class Objective:
         self._graph = None
         self._snapshot.restore()
         if self._displacement is not None:
-            for p, piece in zip(
-                self.layout.params, self.layout.unflatten(self._displacement), strict=True
-            ):
+            pieces = self._leaves.unflatten(self._displacement)
+            for p, piece in zip(self._leaves.params, pieces, strict=True):
                 p.data.add_(piece)
         for batch in self._window:
             yield batches.items(batch) / self.items, batch
 
     def _differentiate(self, batch: Any, *, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
         loss = self._evaluate(batch)
-        params = self.layout.params
-        found = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
-        if all(g is None for g in found):
-            raise UsageError(
-                "loss_fn must return a loss that depends on the model's parameters, got one that "
-                f"depends on none of the {len(params)} measured. Use the model it is called with."
-            )
-        if create_graph:
-            self._obstacle = find_once_differentiable(loss, found)
-        gradients = zip(params, found, strict=True)
-        return loss, [torch.zeros_like(p) if g is None else g for p, g in gradients]
+        return loss, gradients(loss, self._leaves, create_graph=create_graph)
 
-    def _differentiate_again(self, graph: Sequence[Tensor], v: Tensor) -> Tensor:
-        if self._obstacle is not None:
-            raise RuntimeError(
-                f"{self._obstacle} in the loss has no second derivative: its backward is marked "
-                "once_differentiable. Write that backward with differentiable operations."
-            )
-        # A gradient without grad_fn is constant in the parameters: its rows of H are zero.
-        rows = [
-            (g, piece)
-            for g, piece in zip(graph, self.layout.unflatten(v), strict=True)
-            if g.requires_grad
-        ]
-        if not rows:
-            return torch.zeros_like(v)
-        outputs, pieces = zip(*rows, strict=True)
-        hv = torch.autograd.grad(
-            outputs, self.layout.params, pieces, retain_graph=True, materialize_grads=True
-        )
-        return self.layout.flatten(hv)
+    def _differentiate_once(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """Build the gradient's graph if it will be kept; lacking one is for `hvp` to report."""
+        if self._keeps_graph:
+            try:
+                return self._differentiate(batch, create_graph=True)
+            except RuntimeError as error:
+                if not lacks_second_derivative(error):
+                    raise
+                self._graphless = True
+        return self._differentiate(batch, create_graph=False)
 
     def _evaluate(self, batch: Any) -> Tensor:
         try:
-            loss = self._loss_fn(self._model, batches.fresh_copy(batch))
+            loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
         except RuntimeError as error:
             explain_device(error, batch, self.layout.device)
             raise

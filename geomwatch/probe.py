@@ -16,6 +16,7 @@ from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.objective import Objective
 from geomwatch.stability import Stability
+from geomwatch.vectors import generator
 
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
 _COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -55,7 +56,7 @@ class Probe:
         self.stability = stability
         self.budget = budget or Budget()
         self.warm = warm or WarmStart()
-        self.rng = rng or torch.Generator().manual_seed(0)
+        self.rng = rng or generator(0)
         self._until = until  # which Ritz values of the Hessian must converge
 
     @cached_property
@@ -75,7 +76,9 @@ class Probe:
         assert self.stability is not None
         apply = self.stability.apply
         until = self._until if self._margin_is_hessian else (0,)
-        spectrum = self._lanczos(lambda o: apply(o.hvp), self.warm.margin, until)
+        # nothing is to be found among the weights that are left out
+        keep = self.stability.scale > 0 if self.stability.uniform is None else None
+        spectrum = self._lanczos(lambda o: apply(o.hvp), self.warm.margin, until, keep)
         self.warm.margin = spectrum.vectors
         return spectrum
 
@@ -132,6 +135,7 @@ class Probe:
         operator_of: Callable[[Objective], Operator],
         vectors: Tensor | None,
         until: Sequence[int],
+        keep: Tensor | None = None,
     ) -> Spectrum:
         budget, spent = self.budget.lanczos, 0
         layout = self.objective.layout
@@ -140,6 +144,8 @@ class Probe:
             start = warm_start(coarse, layout.normal(self.rng), weights=_COARSE_WEIGHTS)
         else:  # a tenth of the start: +-1 is as good as normal, and drawn three times faster
             start = warm_start(vectors, layout.rademacher(self.rng))
+        if keep is not None:
+            start = start * keep
         operator = operator_of(self.objective)
         fine = lanczos(
             operator,
@@ -168,7 +174,7 @@ class Probe:
         top = len(_COARSE_WEIGHTS)
         try:
             found = lanczos(operator_of(part), noise, max_hvps=spent * share, top=top)
-        except (RuntimeError, ValueError):  # a loss that insists on its whole batch
+        except Exception:  # a loss that insists on its whole batch
             return None, 0
         self.objective.hvps += spent
         return found.vectors, spent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe, WarmStart
-from geomwatch.quantities import evaluate, ritz_indices, scaled
+from geomwatch.quantities import attempt, evaluate, ritz_indices, scaled
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
 from geomwatch.stability import learning_rates, stability_of
-from geomwatch.vectors import Layout
+from geomwatch.validation import choose_backend
+from geomwatch.vectors import Layout, generator
 
 _SLOW = 10  # probes between two measurements of what is costly and moves slowly
 _LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
@@ -57,16 +58,21 @@ class Prober:
         layout: Layout,
         mode: str,
         also: Sequence[object],
+        hvp: str,
         every: int | None,
         seed: int,
     ) -> None:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._hvp = hvp
+        self._validation: dict[str, str | int | float | bool] | None = None
         self._names = tuple(names)
         self._layout = layout
         self._mode = mode
         self._also = also
         self._every = every
-        self._rng = torch.Generator().manual_seed(seed)
+        # What is not pooled over probes needs an error bar from the samples of one.
+        self._least_samples = 4 if {"trace_squared", "effective_rank"} & set(names) else 1
+        self._rng = generator(seed)
         self._warm = WarmStart()
         self._invariance = ScaleInvariance()
         self._trace = RunningTrace()
@@ -90,8 +96,8 @@ class Prober:
             fresh = evaluate(probe, [n for n in names if n not in ("trace", "trace_per_param")])
             if finite:
                 fresh |= self._running_trace(probe, fresh, names)
-            layers = self._layers(probe) if finite else ()
-            how = objective.how | {"hvps": objective.hvps}
+            layers = self._layers(probe, fresh)
+            how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             loss = objective.loss()
             self.surprises += objective.changed_objects
         deterministic = self._sees_the_same_data(same_data)
@@ -111,23 +117,22 @@ class Prober:
         return self._held.value("lambda_max")
 
     def _objective(self, window: Sequence[Any]) -> Objective:
-        return Objective(
-            self._model,
-            self._loss_fn,
-            window,
-            layout=self._layout,
-            mode=self._mode,
-            also=self._also,
-        )
+        options: dict[str, Any] = {"layout": self._layout, "mode": self._mode, "also": self._also}
+        if self._validation is None:
+            self._hvp, self._validation = choose_backend(
+                self._model, self._loss_fn, window[0], self._hvp, options
+            )
+        return Objective(self._model, self._loss_fn, window, hvp=self._hvp, **options)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
         used = objective.gradient() if gradient is None else gradient
         cold = self._warm.hessian is None and self._warm.margin is None
+        budget = _COLD if cold else _WARM
         invariant = self._invariance.update(self._layout, objective.gradient())
         return Probe(
             objective,
             stability=stability_of(self._optimizer, self._layout, gradient=used, exclude=invariant),
-            budget=_COLD if cold else _WARM,
+            budget=replace(budget, samples=max(budget.samples, self._least_samples)),
             warm=self._warm,
             rng=self._rng,
             until=ritz_indices(self._names),
@@ -158,13 +163,13 @@ class Prober:
             return {}
         known = fresh.get("lambda_max")
         reference = known.value if known is not None else self.lambda_max()
-        trace = self._trace.update(probe.samples, reference)
+        trace = attempt(lambda: self._trace.update(probe.samples, reference))
         factors = {"trace": 1.0, "trace_per_param": 1 / self._layout.dim}
         return {name: scaled(trace, factors[name]) for name in wanted}
 
-    def _layers(self, probe: Probe) -> tuple[str, ...]:
+    def _layers(self, probe: Probe, fresh: dict[str, Estimate]) -> tuple[str, ...]:
         """Name the modules that hold the top Ritz vector: squares of its entries, for free."""
-        if "stability_margin" not in self._names:
+        if "stability_margin" not in fresh or fresh["stability_margin"].value is None:
             return ()
         mass = self._layout.mass_by_module(probe.margin_spectrum.vectors[0])
         named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from geomwatch.errors import UsageError
+from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
@@ -41,6 +43,10 @@ def resolve(quantities: str | Sequence[str], *, has_optimizer: bool) -> tuple[st
     if quantities in ("default", "all"):
         names: Collection[str] = DEFAULT if quantities == "default" else QUANTITIES
         return tuple(n for n in names if has_optimizer or n not in _NEED_OPTIMIZER)
+    if not isinstance(quantities, str | Sequence):
+        raise UsageTypeError(
+            f'quantities must be "default", "all" or a list of names, got {quantities!r}.'
+        )
     names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     for name in names:
         if name not in QUANTITIES:
@@ -63,14 +69,21 @@ def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
     if not probe.objective.is_finite():
         reason = "the loss or its gradient is not finite at this point"
         return {name: Estimate(None, status="failed", reason=reason) for name in names}
-    estimates = {}
-    for name in names:
-        try:
-            estimates[name] = QUANTITIES[name](probe)
-        except (RuntimeError, ValueError, ArithmeticError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            estimates[name] = Estimate(None, status="failed", reason=reason)
-    return estimates
+    return {name: attempt(partial(QUANTITIES[name], probe)) for name in names}
+
+
+def attempt(quantity: Callable[[], Estimate]) -> Estimate:
+    """Return an estimate, or one without a value that says why it could not be had."""
+    try:
+        estimate = quantity()
+    except torch.OutOfMemoryError:
+        raise  # the other quantities would fail as well
+    except Exception as error:  # whatever the loss raises, it is for the user to read
+        return Estimate(None, status="failed", reason=f"{type(error).__name__}: {error}")
+    if estimate.value is not None and not math.isfinite(estimate.value):
+        reason = f"it came out as {estimate.value}"
+        return replace(estimate, value=None, error=None, status="failed", reason=reason)
+    return estimate
 
 
 def _loss(probe: Probe) -> Estimate:

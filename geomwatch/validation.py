@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from geomwatch.objective import Objective
+from geomwatch import batches
+from geomwatch.objective import LossFn, Objective
+from geomwatch.vectors import generator
+
+_ITEMS = 4
 
 _TOLERANCE = 1e-3
 # A model may compute parts of itself in float32, whatever its parameters (as an RMSNorm does):
@@ -50,8 +55,32 @@ def validate(objective: Callable[[], Objective]) -> Validation:
     )
 
 
+def choose_backend(
+    model: nn.Module, loss_fn: LossFn, batch: Any, hvp: str, options: Mapping[str, Any]
+) -> tuple[str, dict[str, str | int | float | bool]]:
+    """Validate double backward where it may be used; return the backend and what was found.
+
+    "auto" becomes "finite_difference" where double backward is wrong.
+    """
+    if hvp == "finite_difference":
+        return hvp, {"validated": False, "validation": "differences of gradients check themselves"}
+    few = batches.head(batch, min(_ITEMS, batches.items(batch)))
+    found = validate(
+        lambda: Objective(
+            model, loss_fn, [few], hvp="double_backward", dtype=torch.float64, **options
+        )
+    )
+    facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
+    if found.error is not None:
+        facts["validation_error"] = found.error
+    if found.reason:
+        facts["validation"] = found.reason
+    wrong = found.passed is False and hvp == "auto"
+    return "finite_difference" if wrong else hvp, facts
+
+
 def _errors(objective: Objective) -> list[float]:
-    v = objective.layout.normal(torch.Generator().manual_seed(0)).to(torch.float64)
+    v = objective.layout.normal(generator(0)).to(torch.float64)
     v = v / v.norm()
     hv = objective.hvp(v)
     norm, size = float(objective.gradient().norm()), float(hv.norm())
@@ -61,7 +90,8 @@ def _errors(objective: Objective) -> list[float]:
         ahead, behind = objective.gradient_at(step * v), objective.gradient_at(-step * v)
         difference = (ahead - behind) / (2 * step)
         scale = max(float(difference.norm()), size, 1e-12 * norm)
-        errors.append(float((difference - hv).norm()) / scale if scale > 0 else 0.0)
+        error = float((difference - hv).norm()) / scale if scale > 0 else 0.0
+        errors.append(error if math.isfinite(error) else math.inf)
         if errors[-1] <= _TOLERANCE:
             break
     return errors

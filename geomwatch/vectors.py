@@ -137,6 +137,14 @@ class Layout:
         return [p.numel() for p in self.params]
 
 
+def generator(seed: int) -> torch.Generator:
+    """Return a generator of our own, unlike the user's torch.manual_seed(seed).
+
+    With the same seed a random vector would be parallel to freshly initialised weights.
+    """
+    return torch.Generator().manual_seed(seed + 0x67656F6D)
+
+
 class Basis:
     """Up to `capacity` orthonormal vectors as the rows of one matrix."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from geomwatch.estimators.lanczos import Operator
@@ -19,5 +18,7 @@ def directional_sharpness(
     P^-1). Signed: negative where the loss is concave along the step. One HVP.
     """
     step = gradient if weight is None else weight * gradient
-    squared = gradient @ step
-    return float((step @ hvp(step)) / squared.clamp_min(torch.finfo(squared.dtype).tiny))
+    squared = float(gradient @ step)
+    if squared == 0:
+        raise ValueError("the gradient is zero, so it has no direction")
+    return float(step @ hvp(step)) / squared

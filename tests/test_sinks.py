@@ -1,0 +1,328 @@
+"""What leaves a run: lines of JSON, lines of the log, and numbers as people write them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import cross_entropy, digits, mlp
+
+from geomwatch import Adjustment, Alert, Estimate, JsonLines, Monitor, Record
+from geomwatch.records import SCHEMA
+from geomwatch.sinks import (
+    Line,
+    Log,
+    adjustment_line,
+    alert_line,
+    format_estimate,
+    record_line,
+    run_line,
+)
+
+
+def record(**changes: Any) -> Record:
+    facts: dict[str, Any] = {
+        "step": 40,
+        "loss": 0.5,
+        "lr": (0.1, 0.02),
+        "seconds": 0.01,
+        "estimates": {
+            "lambda_max": Estimate(12.34, 0.41, "residual", hvps=5),
+            "stability_margin": Estimate(0.325, 0.011, "residual", hvps=5),
+            "trace": Estimate(68.0, 21.0, "stderr", status="held", age=15),
+            "grad_norm": Estimate(None, status="failed", reason="not finite"),
+        },
+    }
+    return Record(**facts | changes)
+
+
+def alert(severity: str = "warning", **changes: Any) -> Alert:
+    facts: dict[str, Any] = {
+        "rule": "stability_margin",
+        "severity": severity,
+        "message": "the margin is 0.7",
+        "value": 0.7,
+        "limit": 0.5,
+        "step": 41,
+        "layers": ("head (80%)",),
+    }
+    return Alert(**facts | changes)
+
+
+def watched_run(path: Path, *, lr: float = 0.05, steps: int = 4, **options: Any) -> Monitor:
+    model, batch = mlp(64, 16, 10), digits(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    with Monitor(model, cross_entropy, optimizer, sinks=[JsonLines(path)], **options) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            monitor.step(batch)
+            optimizer.step()
+    return monitor
+
+
+def lines_of(path: Path) -> list[Line]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in text]
+
+
+# JSON Lines
+
+
+def test_a_run_is_a_line_of_provenance_then_records_and_alerts(tmp_path):
+    path = tmp_path / "run.jsonl"
+    monitor = watched_run(path, lr=20.0)
+    lines = lines_of(path)
+    assert [line["kind"] for line in lines].count("run") == 1
+    assert lines[0]["kind"] == "run"
+    assert {line["kind"] for line in lines} == {"run", "record", "alert"}
+    assert {line["schema"] for line in lines} == {SCHEMA}
+    records = [line for line in lines if line["kind"] == "record"]
+    assert [line["step"] for line in records] == [r.step for r in monitor.history]
+    alerts = [line for line in lines if line["kind"] == "alert"]
+    assert [line["message"] for line in alerts] == [a.message for a in monitor.alerts]
+
+
+def test_the_run_line_says_what_ran(tmp_path):
+    watched_run(tmp_path / "run.jsonl", every=30, schedule="fixed", seed=5)
+    line = lines_of(tmp_path / "run.jsonl")[0]
+    assert line["torch"] == torch.__version__
+    assert line["optimizer"] == "SGD momentum 0.9"
+    assert line["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
+    assert (line["every"], line["schedule"], line["seed"]) == (30, "fixed", 5)
+    assert "lambda_max" in line["quantities"]
+
+
+def test_a_record_line_holds_every_estimate_in_full(tmp_path):
+    monitor = watched_run(tmp_path / "run.jsonl")
+    (last,) = (
+        line
+        for line in lines_of(tmp_path / "run.jsonl")
+        if (line["kind"], line.get("step")) == ("record", 3)
+    )
+    told = monitor.history[-1]
+    assert last["loss"] == told.loss
+    assert last["lr"] == list(told.lr)
+    assert last["how"] == dict(told.how)
+    assert set(last["estimates"]) == set(told)
+    for name, found in last["estimates"].items():
+        assert Estimate(**found) == told[name]
+    assert "alerts" not in last  # they have lines of their own
+
+
+def test_an_alert_line_holds_the_alert_in_full(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(alert_line(alert()))
+    assert lines_of(sink.path) == [
+        {
+            "kind": "alert",
+            "schema": SCHEMA,
+            "rule": "stability_margin",
+            "severity": "warning",
+            "message": "the margin is 0.7",
+            "value": 0.7,
+            "limit": 0.5,
+            "step": 41,
+            "layers": ["head (80%)"],
+        }
+    ]
+
+
+def test_an_adjustment_line_holds_the_adjustment_in_full(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(adjustment_line(Adjustment("lr", 0.1, 0.05, "the margin")))
+    assert lines_of(sink.path) == [
+        {
+            "kind": "adjustment",
+            "schema": SCHEMA,
+            "knob": "lr",
+            "before": 0.1,
+            "after": 0.05,
+            "reason": "the margin",
+        }
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null(value, tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    estimates = {"lambda_max": Estimate(1.0, value)}
+    sink(record_line(record(loss=value, lr=(value, 0.1), estimates=estimates)))
+    sink(alert_line(alert(value=value, limit=math.inf)))
+    told, warned = lines_of(sink.path)
+    assert told["loss"] is None
+    assert told["lr"] == [None, 0.1]
+    assert told["estimates"]["lambda_max"]["error"] is None
+    assert (warned["value"], warned["limit"]) == (None, None)
+
+
+def test_the_directory_is_made_and_the_file_is_there_only_once_there_is_a_line(tmp_path):
+    sink = JsonLines(tmp_path / "runs" / "first" / "run.jsonl")
+    assert not (tmp_path / "runs").exists()
+    sink(run_line({"seed": 0}))
+    assert lines_of(sink.path) == [{"kind": "run", "schema": SCHEMA, "seed": 0}]
+
+
+def test_a_path_is_appended_to_and_never_cut(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for seed in (1, 2):
+        sink = JsonLines(str(path))
+        sink(run_line({"seed": seed}))
+        sink.close()
+        sink.close()
+        sink(run_line({"seed": 10 * seed}))  # opens it again
+        sink.close()
+    assert [line["seed"] for line in lines_of(path)] == [1, 10, 2, 20]
+
+
+def test_each_line_is_on_disk_at_once(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    for count in (1, 2, 3):
+        sink(run_line({}))
+        assert len(lines_of(sink.path)) == count  # though the file is still open
+
+
+def test_greek_letters_stay_readable_in_the_file(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(alert_line(alert(message="λ_max 70 ± 2\nsecond line")))
+    assert "λ_max 70 ± 2" in sink.path.read_text(encoding="utf-8")
+    assert len(lines_of(sink.path)) == 1
+
+
+# Log
+
+
+@pytest.mark.parametrize(
+    ("severity", "level"),
+    [("info", logging.INFO), ("warning", logging.WARNING), ("critical", logging.CRITICAL)],
+)
+def test_an_alert_is_logged_at_the_level_of_its_severity(severity, level, caplog):
+    caplog.set_level(logging.DEBUG, "geomwatch")
+    Log()(alert_line(alert(severity)))
+    assert caplog.record_tuples == [("geomwatch", level, "step 41: the margin is 0.7")]
+
+
+def test_a_record_is_one_line_at_info(caplog):
+    caplog.set_level(logging.DEBUG, "geomwatch")
+    Log()(record_line(record()))
+    assert caplog.record_tuples == [
+        (
+            "geomwatch",
+            logging.INFO,
+            "step 40  loss 0.5  lr 0.1  λ_max 12.3 ± 0.4  margin 0.33 ± 0.01"
+            "  trace 68 ± 21 (at step 25)",
+        )
+    ]
+
+
+def test_a_record_of_a_broken_run_can_be_logged(caplog):
+    caplog.set_level(logging.DEBUG, "geomwatch")
+    Log()(record_line(record(loss=math.nan, lr=(), estimates={})))
+    assert [r.getMessage() for r in caplog.records] == ["step 40  loss nan"]
+
+
+def test_provenance_is_for_files_only(caplog):
+    caplog.set_level(logging.DEBUG, "geomwatch")
+    Log()(run_line({"seed": 0}))
+    assert not caplog.records
+
+
+def test_a_monitor_logs_its_records_without_being_asked(caplog, tmp_path):
+    caplog.set_level(logging.INFO, "geomwatch")
+    watched_run(tmp_path / "run.jsonl")
+    texts = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert [text.split("  ")[0] for text in texts] == ["step 0", "step 1", "step 2", "step 3"]
+    assert re.fullmatch(
+        r"step 0  loss \d\.\d+  lr 0\.05  λ_max \S+ ± \S+  margin \S+ ± \S+.*", texts[0]
+    )
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (12.34, 0.41, "12.3 ± 0.4"),
+        (68.0, 21.0, "68 ± 21"),
+        (-12.34, 0.41, "-12.3 ± 0.4"),
+        (0.325, 0.011, "0.33 ± 0.01"),
+        (1234.5, 21.0, "1234 ± 21"),
+        (54321.0, 900.0, "54321 ± 900"),
+        (3.0, 21.0, "3 ± 21"),
+        (0.0, 0.02, "0.00 ± 0.02"),
+        # an error below the fourth digit is not worth showing
+        (12.3456, 1e-9, "12.35"),
+        (9999.0, 0.01, "9999"),
+        # without an error
+        (68.0, None, "68.0"),
+        (1234.5, 0.0, "1234"),
+        (0.00123456, None, "0.00123"),
+        (0.0, None, "0"),
+        (-0.5, None, "-0.500"),
+        (5.0, math.inf, "5.00"),
+        (5.0, math.nan, "5.00"),
+        # tiny and huge
+        (1.234e-7, 4.1e-9, "(1.23 ± 0.04)e-7"),
+        (-1.234e-7, 4.1e-9, "(-1.23 ± 0.04)e-7"),
+        (1e-9, 2e-7, "(0 ± 2)e-7"),
+        (1.234e8, 2.1e7, "(1.2 ± 0.2)e8"),
+        (123456.0, 20.0, "1.235e5"),
+        (2.5e-300, None, "2.50e-300"),
+        (1.7e308, 1e307, "(1.7 ± 0.1)e308"),
+        (5e-324, None, "4.94066e-324"),
+        (math.inf, None, "inf"),
+        (math.nan, 0.1, "nan"),
+        (None, None, "n/a"),
+    ],
+)
+def test_an_estimate_is_written_to_the_digit_of_its_error(value, error, text):
+    assert format_estimate(Estimate(value, error, "residual")) == text
+
+
+def test_value_and_error_never_differ_in_notation():
+    for exponent in range(-12, 13):
+        for share in (1e-5, 0.003, 0.04, 0.5, 7.0, 300.0):
+            for lead in (1.0, 2.5, 9.999):
+                value = lead * 10.0**exponent
+                text = format_estimate(Estimate(value, share * value, "residual"))
+                plain = re.fullmatch(r"\(?(-?[\d.]+)(?: ± ([\d.]+))?\)?(?:e(-?\d+))?", text)
+                assert plain, text  # above all no 2e+01
+                scale = 10.0 ** int(plain[3] or 0)
+                shown, wide = float(plain[1]) * scale, float(plain[2] or 0) * scale
+                assert abs(shown - value) <= max(0.501 * share, 0.0006) * value, text
+                if plain[2]:
+                    assert wide == pytest.approx(share * value, rel=0.5), text
+
+
+# One process of many
+
+
+class Group:
+    """torch.distributed as one of two processes sees it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+        monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_zero_speaks(rank, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "geomwatch")
+    Group(monkeypatch, rank)
+    told: list[Alert] = []
+    monitor = watched_run(tmp_path / "run.jsonl", lr=20.0, on_alert=told.append)
+    assert monitor.history  # measured on every rank
+    assert monitor.alerts
+    spoken = [(tmp_path / "run.jsonl").exists(), bool(told), bool(caplog.records)]
+    assert spoken == [rank == 0] * 3
