@@ -76,6 +76,7 @@ class Objective:
         self._leaves = self.layout  # what is differentiated: the parameters, or their stand-ins
         self._cast: torch.dtype | None = None  # of the batches, with stand-ins
         self._difference: FiniteDifference | None = None
+        self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._fallback = ""  # why it is not double backward
         self._graphless = False  # the gradient could not be had with its graph
 
@@ -85,6 +86,7 @@ class Objective:
         self._snapshot = self._stack.enter_context(
             isolated(self._model, self.layout.params, others=self._others, mode=self._mode)
         )
+        self._still = _padding_mask(self._snapshot.modules, self.layout)
         if any(p.dtype != self._dtype for p in self.layout.params):
             self._recast(self._dtype)
         return self
@@ -138,10 +140,18 @@ class Objective:
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v, H the Hessian of L. One HVP.
 
+        Rows that an Embedding keeps still for padding are left out of H: their gradient is zeroed
+        on the way, so that their part of the Jacobian is not symmetric.
+
         Raises:
             NotSmoothError: there is no double backward, and differences do not agree either.
         """  # (D,) -> (D,)
         self.hvps += 1
+        if self._still is None:
+            return self._product(v)
+        return self._still * self._product(self._still * v)
+
+    def _product(self, v: Tensor) -> Tensor:
         if self._difference is None and self._hvp == "finite_difference":
             self._use_differences("asked for")
         if self._difference is None:
@@ -232,7 +242,7 @@ class Objective:
         piece = batches.head(self._window[0], self.items // share)
         part = Objective(self._model, self._loss_fn, [piece], layout=self.layout, mode=self._mode)
         part._snapshot, part._leaves, part._cast = self._snapshot, self._leaves, self._cast
-        part._hvp = self._hvp
+        part._hvp, part._still = self._hvp, self._still
         self._graph = None  # as in _sweep, which the part does on its own
         return part
 
@@ -285,3 +295,21 @@ class Objective:
             explain_device(error, batch, self.layout.device)
             raise
         return check_loss(loss)
+
+
+def _padding_mask(modules: Sequence[nn.Module], layout: Layout) -> Tensor | None:
+    """Return 0 on the rows of embeddings that stand for padding, 1 elsewhere; None without any."""
+    rows = {
+        id(m.weight): m.padding_idx
+        for m in modules
+        if isinstance(m, nn.Embedding) and m.padding_idx is not None
+    }
+    if not any(id(p) in rows for p in layout.params):
+        return None
+    parts = []
+    for p in layout.params:
+        part = torch.ones_like(p, dtype=layout.dtype)
+        if id(p) in rows:
+            part[rows[id(p)]] = 0
+        parts.append(part)
+    return layout.flatten(parts)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record
 
@@ -32,25 +32,17 @@ _IN_THE_LOG = (
 
 
 class JsonLines:
-    """Appends each line to a file as JSON; flushed at once, so that a crash loses nothing."""
+    """Appends each line to a file as JSON. No file stays open: a crash loses nothing."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: IO[str] | None = None
+        self.path = Path(path).absolute()  # wherever the program moves to
 
     def __call__(self, line: Line) -> None:
         """Append one line."""
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(_plain(line), allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; a later line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        text = json.dumps(_plain(line), allow_nan=False, ensure_ascii=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 class Log:

@@ -705,13 +705,23 @@ def test_leaving_the_with_block_closes_the_monitor_also_on_an_error():
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_close_closes_the_sinks(tmp_path):
+def test_close_closes_the_sinks_that_can_be_closed():
+    class Tracker:
+        closed = False
+
+        def __call__(self, line: dict[str, Any]) -> None:
+            assert not self.closed
+
+        def close(self) -> None:
+            self.closed = True
+
     model, optimizer = small()
-    sink = geomwatch.JsonLines(tmp_path / "run.jsonl")
-    with Monitor(model, cross_entropy, optimizer, sinks=[sink]) as monitor:
+    tracker, lines = Tracker(), []
+    with Monitor(model, cross_entropy, optimizer, sinks=[tracker, lines.append]) as monitor:
         train(model, optimizer, monitor, 2)
-        assert sink._file is not None
-    assert sink._file is None
+        assert not tracker.closed
+    assert tracker.closed
+    assert lines
 
 
 # Checkpoints

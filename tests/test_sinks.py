@@ -177,10 +177,7 @@ def test_a_path_is_appended_to_and_never_cut(tmp_path):
     for seed in (1, 2):
         sink = JsonLines(str(path))
         sink(run_line({"seed": seed}))
-        sink.close()
-        sink.close()
-        sink(run_line({"seed": 10 * seed}))  # opens it again
-        sink.close()
+        sink(run_line({"seed": 10 * seed}))
     assert [line["seed"] for line in lines_of(path)] == [1, 10, 2, 20]
 
 
@@ -188,7 +185,25 @@ def test_each_line_is_on_disk_at_once(tmp_path):
     sink = JsonLines(tmp_path / "run.jsonl")
     for count in (1, 2, 3):
         sink(run_line({}))
-        assert len(lines_of(sink.path)) == count  # though the file is still open
+        assert len(lines_of(sink.path)) == count
+
+
+def test_a_relative_path_stays_where_it_was_when_the_program_moves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sink = JsonLines("run.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sink(run_line({}))
+    assert len(lines_of(tmp_path / "run.jsonl")) == 1
+
+
+def test_a_line_that_cannot_be_written_leaves_the_file_whole(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(run_line({}))
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        sink(run_line({"model": object()}))
+    sink(run_line({}))
+    assert len(lines_of(sink.path)) == 2
 
 
 def test_greek_letters_stay_readable_in_the_file(tmp_path):
@@ -307,19 +322,12 @@ def test_value_and_error_never_differ_in_notation():
 # One process of many
 
 
-class Group:
-    """torch.distributed as one of two processes sees it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-        monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
-        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_zero_speaks(rank, monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.INFO, "geomwatch")
-    Group(monkeypatch, rank)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
     told: list[Alert] = []
     monitor = watched_run(tmp_path / "run.jsonl", lr=20.0, on_alert=told.append)
     assert monitor.history  # measured on every rank
