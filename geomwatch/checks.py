@@ -21,7 +21,7 @@ _OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that 
 _BACKENDS = ("auto", "double_backward", "finite_difference")
 
 
-def check_options(loss_fn: object, mode: str, hvp: str) -> None:
+def check_options(loss_fn: object, mode: str, hvp: str, precision: str) -> None:
     """Refuse what can't be a loss_fn or a mode."""
     if not callable(loss_fn):
         raise UsageTypeError(
@@ -31,6 +31,8 @@ def check_options(loss_fn: object, mode: str, hvp: str) -> None:
         raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
     if hvp not in _BACKENDS:
         raise UsageError(f"hvp must be one of {', '.join(_BACKENDS)}, got {hvp!r}.")
+    if precision not in ("float32", "training"):
+        raise UsageError(f'precision must be "float32" or "training", got {precision!r}.')
 
 
 def check_optimizer(optimizer: object) -> None:

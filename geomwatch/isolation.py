@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from geomwatch.recast import autocast_off
 from geomwatch.second_order import twice_differentiable
 from geomwatch.snapshot import HOOKS, Snapshot
 
@@ -28,14 +29,19 @@ def is_probing() -> bool:
 
 @contextlib.contextmanager
 def isolated(
-    model: nn.Module, params: Sequence[Tensor], *, others: Sequence[object] = (), mode: str
+    model: nn.Module,
+    params: Sequence[Tensor],
+    *,
+    others: Sequence[object] = (),
+    mode: str,
+    autocast: bool = False,
 ) -> Iterator[Snapshot]:
     """Run a probe in a world that is put back bit for bit when it ends, however it ends.
 
-    Off for the probe: parameter and backward hooks (they would bend an HVP), autocast, the
-    caller's no_grad or inference_mode, and what has no second derivative (see `second_order`).
-    `.grad` is set aside, so that a loss_fn that calls backward() inside can't add to it. Forward
-    hooks do run: spectral norm and FSDP need them.
+    Off for the probe: parameter and backward hooks (they would bend an HVP), autocast (unless it
+    is asked for), the caller's no_grad or inference_mode, and what has no second derivative (see
+    `second_order`). `.grad` is set aside, so that a loss_fn that calls backward() inside can't add
+    to it. Forward hooks do run: spectral norm and FSDP need them.
     """
     with contextlib.ExitStack() as stack:
         token = _PROBING.set(True)
@@ -43,8 +49,8 @@ def isolated(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         snapshot = Snapshot([model, *others])
-        for device_type in {p.device.type for p in params} | {"cpu"}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if not autocast:
+            stack.enter_context(autocast_off({p.device.type for p in params} | {"cpu"}))
         stack.enter_context(twice_differentiable(snapshot.modules))
         parameters = _parameters(snapshot.modules)
         stack.enter_context(_hooks_off(parameters, snapshot.modules))

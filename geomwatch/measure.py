@@ -31,6 +31,7 @@ def measure(
     params: str | Sequence[str] | None = None,
     also: Sequence[object] = (),
     hvp: str = "auto",
+    precision: str = "float32",
     samples: int = 8,
     max_hvps: int = 20,
     seed: int = 0,
@@ -40,8 +41,10 @@ def measure(
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
     next step is measured too. The model, its gradients and every random generator are left as
     they were. `hvp` chooses how HVPs are computed: "auto", "double_backward" or
-    "finite_difference". Costs at most `max_hvps` HVPs for each operator, `samples` for the trace,
-    one or two for the sharpness along the gradient, and a check of double backward on four items.
+    "finite_difference"; `precision` is "float32" (without autocast) or "training".
+
+    Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
+    sharpness along the gradient, and a check of double backward on four items.
 
     Raises:
         UsageError: (a ValueError, or a TypeError too) loss_fn gives no scalar tensor, the batch is
@@ -54,7 +57,12 @@ def measure(
     names = resolve(quantities, has_optimizer=optimizer is not None)
     layout = Layout.of(model, params)
     start = time.perf_counter()
-    options: dict[str, Any] = {"layout": layout, "mode": mode, "also": also}
+    options: dict[str, Any] = {
+        "layout": layout,
+        "mode": mode,
+        "also": also,
+        "precision": precision,
+    }
     backend, facts = choose_backend(model, loss_fn, batch, hvp, options)
     with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:
         stability = None

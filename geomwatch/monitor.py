@@ -50,6 +50,7 @@ class Monitor:
         probe_batch: measure on this batch always, instead of the step's own.
         mode: "train" (the flags of the training step) or "eval".
         hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
+        precision: "float32" (without autocast, whatever trains) or "training".
         params: shell-style patterns of the parameter names to measure; all by default.
         also: other modules the loss uses (a teacher, a discriminator) that probes must isolate.
         rules: the rules to judge by; `default_rules()` by default.
@@ -74,6 +75,7 @@ class Monitor:
         probe_batch: Any = None,
         mode: str = "train",
         hvp: str = "auto",
+        precision: str = "float32",
         params: str | Sequence[str] | None = None,
         also: Sequence[object] = (),
         rules: Sequence[Rule] | None = None,
@@ -82,7 +84,7 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         _check_options(model, max_overhead)
-        check_options(loss_fn, mode, hvp)
+        check_options(loss_fn, mode, hvp, precision)
         check_optimizer(optimizer)
         names = resolve(quantities, has_optimizer=True)
         layout = Layout.of(model, params)
@@ -97,6 +99,7 @@ class Monitor:
                 mode=mode,
                 also=also,
                 hvp=hvp,
+                precision=precision,
                 every=every if quantities == "default" else None,
                 seed=seed,
             )

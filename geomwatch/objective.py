@@ -38,7 +38,8 @@ class Objective:
     Where an operation has no second derivative, `hvp="auto"` goes over to differences of
     gradients, in float32 where the loss is smooth, in float64 where it has kinks.
 
-    Everything is computed at `dtype`, by default that of the parameters, but at least float32.
+    Everything is computed at `dtype`, by default that of the parameters, but at least float32, and
+    without autocast; `precision="training"` leaves both as they are in training.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Objective:
         mode: str = "train",
         also: nn.Module | Sequence[object] = (),
         hvp: str = "auto",
+        precision: str = "float32",
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_options(loss_fn, mode, hvp)
+        check_options(loss_fn, mode, hvp, precision)
         self.layout = layout or Layout.of(model)
         self.hvps = 0
         self.items = sum(batches.items(batch) for batch in window)
@@ -72,7 +74,8 @@ class Objective:
         self._gradient: Tensor | None = None
         self._displacement: Tensor | None = None
         self._hvp = hvp
-        self._dtype = dtype or self.layout.dtype
+        self._precision = precision
+        self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
         self._leaves = self.layout  # what is differentiated: the parameters, or their stand-ins
         self._cast: torch.dtype | None = None  # of the batches, with stand-ins
         self._difference: FiniteDifference | None = None
@@ -84,10 +87,16 @@ class Objective:
         self._loss = self._gradient = self._difference = self._cast = None
         self._leaves, self._fallback, self._graphless = self.layout, "", False
         self._snapshot = self._stack.enter_context(
-            isolated(self._model, self.layout.params, others=self._others, mode=self._mode)
+            isolated(
+                self._model,
+                self.layout.params,
+                others=self._others,
+                mode=self._mode,
+                autocast=self._precision == "training",
+            )
         )
         self._still = _padding_mask(self._snapshot.modules, self.layout)
-        if any(p.dtype != self._dtype for p in self.layout.params):
+        if self._dtype is not None and any(p.dtype != self._dtype for p in self.layout.params):
             self._recast(self._dtype)
         return self
 
@@ -101,7 +110,8 @@ class Objective:
         backend = "double_backward" if self._difference is None else "finite_difference"
         facts: dict[str, str | int | float | bool] = {
             "backend": backend,
-            "dtype": str(self._leaves.dtype).removeprefix("torch."),
+            "dtype": str(self._leaves.params[0].dtype).removeprefix("torch."),
+            "precision": self._precision,
             "mode": self._mode,
             "items": self.items,
         }

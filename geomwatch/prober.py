@@ -59,6 +59,7 @@ class Prober:
         mode: str,
         also: Sequence[object],
         hvp: str,
+        precision: str,
         every: int | None,
         seed: int,
     ) -> None:
@@ -67,8 +68,12 @@ class Prober:
         self._validation: dict[str, str | int | float | bool] | None = None
         self._names = tuple(names)
         self._layout = layout
-        self._mode = mode
-        self._also = also
+        self._options: dict[str, Any] = {
+            "layout": layout,
+            "mode": mode,
+            "also": also,
+            "precision": precision,
+        }
         self._every = every
         # What is not pooled over probes needs an error bar from the samples of one.
         self._least_samples = 4 if {"trace_squared", "effective_rank"} & set(names) else 1
@@ -117,7 +122,7 @@ class Prober:
         return self._held.value("lambda_max")
 
     def _objective(self, window: Sequence[Any]) -> Objective:
-        options: dict[str, Any] = {"layout": self._layout, "mode": self._mode, "also": self._also}
+        options = self._options
         if self._validation is None:
             self._hvp, self._validation = choose_backend(
                 self._model, self._loss_fn, window[0], self._hvp, options

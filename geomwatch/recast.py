@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,3 +48,24 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, requires_grad=tensor.requires_grad)
     return values
+
+
+@contextlib.contextmanager
+def autocast_off(device_types: Iterable[str]) -> Iterator[None]:
+    """Switch autocast off: the caller's, and one that the loss itself enters."""
+    own: Any = torch.autocast
+    enter = own.__enter__
+
+    def enter_disabled(context: Any) -> Any:
+        context._enabled, wanted = False, context._enabled
+        try:
+            return enter(context)
+        finally:
+            context._enabled = wanted
+
+    with contextlib.ExitStack() as stack:
+        for device_type in device_types:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        own.__enter__ = enter_disabled
+        stack.callback(setattr, own, "__enter__", enter)
+        yield

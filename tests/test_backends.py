@@ -193,6 +193,34 @@ def test_a_compiled_model_is_measured_like_the_plain_one():
     assert values[1] == pytest.approx(values[0], rel=1e-6)
 
 
+def in_autocast(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return cross_entropy(model, batch)
+
+
+def test_an_autocast_that_the_loss_enters_is_overridden_unless_asked_for():
+    model, batch = mlp(64, 16, 10), digits(64)
+    plain, cast, training = (
+        geomwatch.measure(model, loss_fn, batch, precision=precision)
+        for loss_fn, precision in [
+            (cross_entropy, "float32"),
+            (in_autocast, "float32"),
+            (in_autocast, "training"),
+        ]
+    )
+    assert cast["lambda_max"].value == plain["lambda_max"].value
+    assert training["lambda_max"].value != plain["lambda_max"].value
+    assert training["lambda_max"].value == pytest.approx(plain["lambda_max"].value, rel=0.05)
+    assert (cast.how["precision"], training.how["precision"]) == ("float32", "training")
+    with torch.autocast("cpu", torch.bfloat16):  # and works as before
+        assert model(batch[0]).dtype == torch.bfloat16
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(geomwatch.UsageError, match='precision must be "float32" or "training"'):
+        geomwatch.measure(mlp(64, 10), cross_entropy, digits(8), precision="half")
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(geomwatch.UsageError, match="hvp must be one of auto, double_backward"):
         geomwatch.measure(mlp(64, 10), cross_entropy, digits(8), hvp="forward")

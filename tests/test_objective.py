@@ -561,6 +561,7 @@ def test_hvps_are_counted_and_told_with_how_they_were_made():
             "backend": "double_backward",
             "dtype": "float32",
             "mode": "train",
+            "precision": "float32",
             "items": 9,
         }
 
