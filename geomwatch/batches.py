@@ -36,6 +36,25 @@ def head(batch: Any, count: int) -> Any:
     return _rebuild(batch, lambda t: t[:count] if t.ndim and t.shape[0] == length else t)
 
 
+def cut(batch: Any, count: int, rng: torch.Generator) -> list[Any]:
+    """Cut a batch into `count` pieces of random items, as long as one another but for one item.
+
+    Random, because neighbours in a data set may be more or less alike than items drawn from it.
+    """
+    length = items(batch)
+    order = torch.randperm(length, generator=rng, device=rng.device)
+
+    def piece(chosen: Tensor) -> Any:
+        def pick(t: Any) -> Any:
+            if not t.ndim or t.shape[0] != length:
+                return t
+            return t[chosen.to(t.device)] if isinstance(t, Tensor) else t[chosen.cpu().numpy()]
+
+        return _rebuild(batch, pick)
+
+    return [piece(chosen) for chosen in order.tensor_split(count)]
+
+
 def fingerprint(batch: Any) -> tuple[float, ...]:
     """Return numbers that two batches share when they hold the same items in any order."""
     return tuple(_absolute_sum(t.detach()) for t in tensors(batch))

@@ -76,6 +76,7 @@ def measure(
             budget=Budget(lanczos=max_hvps, samples=samples),
             rng=generator(seed),
             until=ritz_indices(names),
+            groups=getattr(optimizer, "param_groups", ()),
         )
         estimates = evaluate(probe, names)
         how = objective.how | facts | {"hvps": objective.hvps}

@@ -249,8 +249,22 @@ class Objective:
         """
         if len(self._window) != 1 or self.items < _SMALLEST_PART * share:
             return None
-        piece = batches.head(self._window[0], self.items // share)
-        part = Objective(self._model, self._loss_fn, [piece], layout=self.layout, mode=self._mode)
+        return self._on(batches.head(self._window[0], self.items // share))
+
+    def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
+        """Return the same loss on each micro-batch: those of the window, or `count` random ones.
+
+        For the spread of their gradients, inside this block. Empty where there are not two items
+        for each.
+        """
+        if len(self._window) > 1:
+            return [self._on(batch) for batch in self._window]
+        if self.items < 2 * count:
+            return []
+        return [self._on(piece) for piece in batches.cut(self._window[0], count, rng)]
+
+    def _on(self, batch: Any) -> Objective:
+        part = Objective(self._model, self._loss_fn, [batch], layout=self.layout, mode=self._mode)
         part._snapshot, part._leaves, part._cast = self._snapshot, self._leaves, self._cast
         part._hvp, part._still = self._hvp, self._still
         self._graph = None  # as in _sweep, which the part does on its own

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomwatch.estimators.hutchinson import Samples, hutchinson
 from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
+from geomwatch.estimators.noise import Spread, spread_of
 from geomwatch.estimators.readout import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
@@ -18,6 +20,7 @@ from geomwatch.objective import Objective
 from geomwatch.stability import Stability
 from geomwatch.vectors import generator
 
+_PIECES = 8
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
 _COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
 
@@ -51,12 +54,14 @@ class Probe:
         warm: WarmStart | None = None,
         rng: torch.Generator | None = None,
         until: Sequence[int] = (0,),
+        groups: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.objective = objective
         self.stability = stability
         self.budget = budget or Budget()
         self.warm = warm or WarmStart()
         self.rng = rng or generator(0)
+        self.groups = groups  # the optimizer's parameter groups
         self._until = until  # which Ritz values of the Hessian must converge
 
     @cached_property
@@ -108,6 +113,12 @@ class Probe:
             return hv if s.decay is None else hv + s.decay * v
 
         return directional_sharpness(shifted, self.objective.gradient(), weight=ones * s.scale**2)
+
+    @cached_property
+    def gradient_spread(self) -> Spread:
+        """How the gradients of micro-batches spread: those of the window, or eight random ones."""
+        pieces = self.objective.pieces(_PIECES, self.rng)
+        return spread_of([(piece.items, piece.gradient()) for piece in pieces])
 
     @cached_property
     def readout(self) -> Readout:

@@ -141,6 +141,7 @@ class Prober:
             warm=self._warm,
             rng=self._rng,
             until=ritz_indices(self._names),
+            groups=getattr(self._optimizer, "param_groups", ()),
         )
 
     def _due_names(self, probe: Probe, step: int) -> list[str]:

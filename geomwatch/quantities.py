@@ -13,6 +13,7 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
+from geomwatch.estimators.noise import gradient_noise_scale, temperature
 from geomwatch.estimators.normalized_sharpness import (
     normalized_sharpness,
     normalized_sharpness_linf,
@@ -197,6 +198,21 @@ def _critical_lr(probe: Probe) -> Estimate:
     return replace(found, status=s.status, reason=s.reason)
 
 
+def _gradient_noise_scale(probe: Probe) -> Estimate:
+    return gradient_noise_scale(probe.gradient_spread)
+
+
+def _temperature(probe: Probe) -> Estimate:
+    """With the gradient that has settled in the momentum: the largest group's lr and momentum."""
+    group = max(probe.groups, key=lambda g: float(g["lr"]))
+    return temperature(
+        probe.gradient_spread,
+        lr=float(group["lr"]),
+        dim=probe.objective.layout.dim,
+        momentum=float(group.get("momentum", 0.0)),
+    )
+
+
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """Multiply an estimate and its error by a positive factor."""
     if estimate.value is None:
@@ -232,6 +248,8 @@ QUANTITIES: dict[str, Callable[[Probe], Estimate]] = {
     "normalized_sharpness": _normalized_sharpness,
     "normalized_sharpness_linf": _normalized_sharpness_linf,
     "critical_lr": _critical_lr,
+    "gradient_noise_scale": _gradient_noise_scale,
+    "temperature": _temperature,
     "difficulty": _difficulty,
 }
-_NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "difficulty"})
+_NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "temperature", "difficulty"})

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _SMOOTHING = 0.8
 _NOISE_SMOOTHING = 0.98
 _SHARE = 0.22  # of the first loss: 0.5 nats of the 2.3 that ten classes start from
 _NOISE = 3.0  # standard deviations of a single loss
 _YOUNG = 10  # losses until the noise is known
-_PERSISTENCE = 4  # steps: a bad batch of few items lifts the mean of a healthy run above the limit
+_IN_A_ROW = 3  # losses: a single bad batch of few items lifts a healthy run's mean above the limit
 
 
 class LossRise:
     """Warns when the smoothed loss rises above its running minimum.
 
-    rise = EMA(loss) - min EMA > max(0.22 |first loss|, 3 sd of a single loss) for 4 steps;
-    critical at once when the EMA exceeds the first loss by the same amount. Curvature does not
-    announce every failure (bad data, for one); this is the rule beside it.
+    EMA(loss) - min EMA > max(0.22 |first loss|, 3 sd of a single loss), and the last three losses
+    as well; critical at once when the EMA exceeds the first loss by the same amount. Curvature
+    does not announce every failure (bad data, for one); this is the rule beside it.
     """
 
     name = "loss_rise"
 
     def __init__(self) -> None:
         self._first: float | None = None
-        self._previous = 0.0
+        self._last: deque[float] = deque(maxlen=_IN_A_ROW)
         self._count = 0
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
         self._lowest = math.inf
-        self._persistent = Persistence(_PERSISTENCE)
         self._latch = Latch()
 
     def __call__(self, seen: Observation) -> Alert | None:
@@ -45,12 +45,11 @@ class LossRise:
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
         rise = smooth - self._lowest
-        persistent = self._persistent(rise > limit, step)
         if rise <= limit:
             self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
             return None
         severity: Severity = "critical" if smooth > self._first + limit else "warning"
-        if severity == "warning" and not persistent:
+        if severity == "warning" and min(self._last) <= self._lowest + limit:
             return None
         if not self._latch.admit(severity, step):
             return None
@@ -68,12 +67,12 @@ class LossRise:
 
     def _update(self, loss: float) -> float:
         if self._first is None:
-            self._first = self._previous = loss
+            self._first = loss
         self._count += 1
         self._mean = _SMOOTHING * self._mean + (1 - _SMOOTHING) * loss
         # Differences of successive losses, because a trend is no noise.
-        deviation = abs(loss - self._previous) / math.sqrt(2)
-        self._previous = loss
+        deviation = abs(loss - self._last[-1]) / math.sqrt(2) if self._last else 0.0
+        self._last.append(loss)
         if self._count > _YOUNG:  # a blow-up must not pass for noise: no step counts for much
             deviation = min(deviation, 3 * math.sqrt(self._noise()))
         self._variance *= _NOISE_SMOOTHING
@@ -87,15 +86,11 @@ class LossRise:
         """Return the variance of a single loss."""
         return self._variance / (1 - _NOISE_SMOOTHING ** max(self._count, 1))
 
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {"persistent": self._persistent, "latch": self._latch}
-
     def state_dict(self) -> dict[str, Any]:
-        """Return the moving averages, persistence and latch."""
-        return state_of(self._parts) | {
+        """Return the moving averages, the last losses and the latch."""
+        return state_of({"latch": self._latch}) | {
             "first": self._first,
-            "previous": self._previous,
+            "last": list(self._last),
             "count": self._count,
             "mean": self._mean,
             "variance": self._variance,
@@ -103,9 +98,9 @@ class LossRise:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the moving averages, persistence and latch."""
-        load_into(self._parts, state)
-        self._first, self._previous = state["first"], state["previous"]
-        self._count = state["count"]
+        """Take over the moving averages, the last losses and the latch."""
+        load_into({"latch": self._latch}, state)
+        self._first, self._count = state["first"], state["count"]
+        self._last = deque(state["last"], maxlen=_IN_A_ROW)
         self._mean, self._variance = state["mean"], state["variance"]
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
