@@ -13,7 +13,7 @@ from geomwatch.checks import check_count, check_optimizer
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe
-from geomwatch.quantities import evaluate, resolve, ritz_indices
+from geomwatch.quantities import evaluate, evaluate_layers, resolve, ritz_indices
 from geomwatch.records import Record
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
@@ -30,6 +30,7 @@ def measure(
     mode: str = "train",
     params: str | Sequence[str] | None = None,
     also: Sequence[object] = (),
+    per_layer: bool = False,
     hvp: str = "auto",
     precision: str = "float32",
     samples: int = 8,
@@ -44,7 +45,8 @@ def measure(
     "finite_difference"; `precision` is "float32" (without autocast) or "training".
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
-    sharpness along the gradient, and a check of double backward on four items.
+    sharpness along the gradient, and a check of double backward on four items. With `per_layer`
+    up to 10 more for each module, for its own `lambda_max/<module>` and `trace/<module>`.
 
     Raises:
         UsageError: (a ValueError, or a TypeError too) loss_fn gives no scalar tensor, the batch is
@@ -79,6 +81,8 @@ def measure(
             groups=getattr(optimizer, "param_groups", ()),
         )
         estimates = evaluate(probe, names)
+        if per_layer:
+            estimates |= evaluate_layers(probe)
         how = objective.how | facts | {"hvps": objective.hvps}
         loss = objective.loss()
     return Record(

@@ -49,6 +49,7 @@ class Monitor:
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, instead of the step's own.
         mode: "train" (the flags of the training step) or "eval".
+        per_layer: lambda_max and trace of each module too, at every 10th probe.
         hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
         precision: "float32" (without autocast, whatever trains) or "training".
         params: shell-style patterns of the parameter names to measure; all by default.
@@ -74,6 +75,7 @@ class Monitor:
         quantities: str | Sequence[str] = "default",
         probe_batch: Any = None,
         mode: str = "train",
+        per_layer: bool = False,
         hvp: str = "auto",
         precision: str = "float32",
         params: str | Sequence[str] | None = None,
@@ -98,6 +100,7 @@ class Monitor:
                 layout=layout,
                 mode=mode,
                 also=also,
+                per_layer=per_layer,
                 hvp=hvp,
                 precision=precision,
                 every=every if quantities == "default" else None,

@@ -16,7 +16,7 @@ from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe, WarmStart
-from geomwatch.quantities import attempt, evaluate, ritz_indices, scaled
+from geomwatch.quantities import attempt, evaluate, evaluate_layers, ritz_indices, scaled
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
 from geomwatch.stability import learning_rates, stability_of
@@ -58,6 +58,7 @@ class Prober:
         layout: Layout,
         mode: str,
         also: Sequence[object],
+        per_layer: bool,
         hvp: str,
         precision: str,
         every: int | None,
@@ -75,8 +76,10 @@ class Prober:
             "precision": precision,
         }
         self._every = every
+        self._per_layer = per_layer
         # What is not pooled over probes needs an error bar from the samples of one.
-        self._least_samples = 4 if {"trace_squared", "effective_rank"} & set(names) else 1
+        pooled = not per_layer and not {"trace_squared", "effective_rank"} & set(names)
+        self._least_samples = 1 if pooled else 4
         self._rng = generator(seed)
         self._warm = WarmStart()
         self._invariance = ScaleInvariance()
@@ -101,6 +104,8 @@ class Prober:
             fresh = evaluate(probe, [n for n in names if n not in ("trace", "trace_per_param")])
             if finite:
                 fresh |= self._running_trace(probe, fresh, names)
+                if self._per_layer and self.probes % _SLOW == 0:
+                    fresh |= evaluate_layers(probe)
             layers = self._layers(probe, fresh)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             loss = objective.loss()
@@ -201,7 +206,8 @@ class Prober:
         )
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
-        return {name: estimates[name] for name in self._names if name in estimates}
+        own = {name: estimates[name] for name in self._names if name in estimates}
+        return own | {name: e for name, e in estimates.items() if "/" in name}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what spans probes, except the warm starts (as large as the model)."""

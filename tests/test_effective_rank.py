@@ -44,12 +44,12 @@ def test_a_dense_hessian_of_rank_one_has_rank_one():
 
 
 def test_bias_and_error_are_small_and_honest_over_repetitions():
-    matrix = torch.diag(torch.cat([torch.tensor([30.0, 20.0, 15.0]), torch.rand(97)]).double())
+    matrix = torch.diag(torch.cat([torch.tensor([50.0, 20.0, 10.0]), torch.rand(97)]).double())
     rotation = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))[0]
     matrix = rotation @ matrix @ rotation.T
     values, errors, covered = [], [], 0
     for seed in range(400):
-        found = effective_rank(samples_of(matrix, 8, seed), smallest=0.0, largest=30.0)
+        found = effective_rank(samples_of(matrix, 8, seed), smallest=0.0, largest=50.0)
         if found.value is None:  # a trace that is not clearly positive
             continue
         if found.value is None:  # the trace was not clearly positive, in one case of a hundred
@@ -59,8 +59,8 @@ def test_bias_and_error_are_small_and_honest_over_repetitions():
         covered += abs(found.value - exact(matrix)) <= student_t(7) * found.error
     assert len(values) > 0.97 * 400
     spread = statistics.stdev(values)
-    # the plain ratio (mean q)^2 / mean ||Hz||^2 is off by 8 % here
-    assert statistics.fmean(values) == pytest.approx(exact(matrix), rel=0.035)
+    # the plain ratio (mean q)^2 / mean ||Hz||^2 is off by 6 % here
+    assert statistics.fmean(values) == pytest.approx(exact(matrix), rel=0.025)
     assert statistics.fmean(errors) == pytest.approx(spread, rel=0.25)
     assert len(values) >= 0.98 * 400
     assert covered >= 0.88 * len(values)

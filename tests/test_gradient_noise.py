@@ -63,7 +63,7 @@ def test_noise_scale_and_temperature_are_those_of_the_items():
 
 
 def test_too_few_items_have_no_noise_scale():
-    model, optimizer, (x, y) = trained()
+    model, _optimizer, (x, y) = trained()
     record = geomwatch.measure(
         model, cross_entropy, (x[:12], y[:12]), quantities=["gradient_noise_scale"]
     )
