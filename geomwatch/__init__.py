@@ -1,6 +1,7 @@
 """Watch the loss geometry of a PyTorch training run, and be warned before it diverges."""
 
 from geomwatch.errors import UsageError
+from geomwatch.group import Group
 from geomwatch.isolation import is_probing
 from geomwatch.losses import model_loss, supervised
 from geomwatch.measure import measure
@@ -12,6 +13,7 @@ __all__ = [
     "Adjustment",
     "Alert",
     "Estimate",
+    "Group",
     "JsonLines",
     "Monitor",
     "Record",

@@ -29,6 +29,7 @@ class Judge:
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
         self._broken: set[int] = set()  # ids of what has raised and was reported
+        self.name = ""  # of the monitor, in a group
         self.history: list[Record] = []
         self.alerts: list[Alert] = []
 
@@ -49,6 +50,8 @@ class Judge:
 
     def emit(self, line: Line) -> None:
         """Send a line to the log and the sinks."""
+        if self.name:
+            line = {**line, "monitor": self.name}
         if _is_rank_zero():
             for sink in self._sinks:
                 self._safely(sink, line)

@@ -134,6 +134,15 @@ class Monitor:
         }
 
     @property
+    def name(self) -> str:
+        """What stands in front of all it says; a Group sets it."""
+        return self._judge.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._judge.name = name
+
+    @property
     def history(self) -> list[Record]:
         """All records so far."""
         return self._judge.history

@@ -50,10 +50,11 @@ class Log:
 
     def __call__(self, line: Line) -> None:
         """Log one line."""
+        name = f"{line['monitor']}: " if "monitor" in line else ""
         if line["kind"] == "record" and logger.isEnabledFor(logging.INFO):
-            logger.info("%s", _sentence(line))
+            logger.info("%s%s", name, _sentence(line))
         elif line["kind"] == "alert":
-            where = f"step {line['step']}: "
+            where = f"{name}step {line['step']}: "
             logger.log(_LEVELS[line["severity"]], "%s%s", where, line["message"])
 
 

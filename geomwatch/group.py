@@ -1,0 +1,82 @@
+"""Several monitors of one run, as the two of a GAN: one name in front of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from geomwatch.errors import UsageTypeError
+from geomwatch.monitor import Monitor
+from geomwatch.records import Alert
+
+
+class Group:
+    """Monitors by name: `Group(generator=monitor_g, discriminator=monitor_d)`.
+
+    Each is stepped by itself, where its own optimizer steps. In the log, in the lines of the sinks
+    and in `scalars` its name stands in front of what it says. Share one JSON Lines sink, if wanted.
+
+    Raises:
+        UsageTypeError: a member is no Monitor.
+    """
+
+    def __init__(self, **monitors: Monitor) -> None:
+        for name, monitor in monitors.items():
+            if not isinstance(monitor, Monitor):
+                raise UsageTypeError(
+                    f"{name} must be a geomwatch.Monitor, got {type(monitor).__name__}. "
+                    "Build one for each optimizer."
+                )
+            monitor.name = name
+        self._monitors = monitors
+
+    def __getitem__(self, name: str) -> Monitor:
+        return self._monitors[name]
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts by step, their rule as "generator/loss_rise"."""
+        named = [
+            replace(alert, rule=f"{name}/{alert.rule}")
+            for name, monitor in self._monitors.items()
+            for alert in monitor.alerts
+        ]
+        return sorted(named, key=lambda alert: alert.step)
+
+    def scalars(self, prefix: str = "geom/") -> dict[str, float]:
+        """Return the last record of each for a tracker, as "geom/generator/lambda_max"."""
+        flat: dict[str, float] = {}
+        for name, monitor in self._monitors.items():
+            if monitor.history:
+                flat |= monitor.history[-1].scalars(f"{prefix}{name}/")
+        return flat
+
+    def pause(self) -> None:
+        """Stop probing in all."""
+        for monitor in self._monitors.values():
+            monitor.pause()
+
+    def resume(self) -> None:
+        """Probe again in all."""
+        for monitor in self._monitors.values():
+            monitor.resume()
+
+    def close(self) -> None:
+        """Close all."""
+        for monitor in self._monitors.values():
+            monitor.close()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each by name."""
+        return {name: monitor.state_dict() for name, monitor in self._monitors.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give each its state back."""
+        for name, monitor in self._monitors.items():
+            monitor.load_state_dict(state[name])
