@@ -7,7 +7,7 @@ The peers must not bring a torch of their own, so install them without their dep
 next to the environment rather than into it (curvlinops is in the `dev` environment already):
 
     pip install --no-deps --target PEERS hessian-eigenthings==1.0.0a5 pyhessian==0.1
-    PYTHONPATH=PEERS python benchmarks/peers.py            # about two minutes on one core
+    PYTHONPATH=PEERS python benchmarks/peers.py            # about a minute on one core
     PYTHONPATH=PEERS python benchmarks/peers.py --quick    # one seed, writes nothing
 
 A peer that is missing is reported as "not installed".
@@ -686,9 +686,10 @@ Written by `benchmarks/peers.py`, every cell measured in one run with these vers
 
 MLP 64-128-128-10 with ReLU, cross-entropy, 512 real digits, float32. Reference in float64:
 lambda_max by eigsh (tol 1e-10), the exact trace from the GGN, whose diagonal is that of the
-Hessian in an MLP of ReLUs. Value and HVPs are medians over {seeds} seeds, one call each. HVPs are counted as the
-library makes them, in those of the whole batch, checks included. Seconds: the median of three calls
-after one to warm up, one torch thread, on a machine shared with other work: compare ratios only.
+Hessian in an MLP of ReLUs. Value and HVPs are medians over {seeds} seeds, one call each. HVPs are
+counted as the library makes them, in those of the whole batch, checks included. Seconds: the median
+of three calls after one to warm up, one torch thread, on a machine shared with other work: compare
+ratios only. Calls without options take the library's defaults.
 
 ### At initialisation (a gradient takes {gradient_ms(start):.1f} ms)
 
@@ -700,11 +701,13 @@ after one to warm up, one torch thread, on a machine shared with other work: com
 
 ## Training code as it is
 
-Each cell is one product H v along one random direction in float32 against plain double backward in
-float64, on small models and 130 digits: "right" is an error below {percent(RIGHT)}. The product
-of geomwatch is that of the `Objective` behind `measure` and the monitor. Dropout: the difference
-of two products. Negative trace: the worst of five seeds with 99 products (PyHessian: its default),
-"right" below {percent(TRACE_RIGHT)}. Side effects: what differs after asking for lambda_max.
+Each cell is one product H v along one random unit vector in float32 against plain double backward
+in float64, on small models and 130 digits: "right" is an error below {percent(RIGHT)}; where the
+library raises, the first words of the exception. The product of geomwatch is that of the
+`Objective` behind `measure` and the monitor. Finite differences take the library's own step.
+Dropout: how far two products differ. Negative trace: the worst of five seeds with 99 products
+(PyHessian: its default), "right" below {percent(TRACE_RIGHT)}. Side effects: what has changed after
+asking for lambda_max in the middle of a training step.
 
 {cases()}
 """

@@ -36,6 +36,17 @@ def head(batch: Any, count: int) -> Any:
     return _rebuild(batch, lambda t: t[:count] if t.ndim and t.shape[0] == length else t)
 
 
+def chunks(batch: Any, size: int) -> list[Any]:
+    """Cut a batch into pieces of `size` items in their order; the last may be shorter."""
+    length = items(batch)
+
+    def piece(start: int) -> Any:
+        stop = start + size
+        return _rebuild(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == length else t)
+
+    return [piece(start) for start in range(0, length, size)]
+
+
 def cut(batch: Any, count: int, rng: torch.Generator) -> list[Any]:
     """Cut a batch into `count` pieces of random items, as long as one another but for one item.
 

@@ -30,6 +30,7 @@ def measure(
     mode: str = "train",
     params: str | Sequence[str] | None = None,
     also: Sequence[object] = (),
+    micro_batch: int | None = None,
     per_layer: bool = False,
     hvp: str = "auto",
     precision: str = "float32",
@@ -43,6 +44,7 @@ def measure(
     next step is measured too. The model, its gradients and every random generator are left as
     they were. `hvp` chooses how HVPs are computed: "auto", "double_backward" or
     "finite_difference"; `precision` is "float32" (without autocast) or "training".
+    `micro_batch` bounds the memory to that of so many items; each HVP is then dearer by a gradient.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
     sharpness along the gradient, and a check of double backward on four items. With `per_layer`
@@ -64,6 +66,7 @@ def measure(
         "mode": mode,
         "also": also,
         "precision": precision,
+        "micro_batch": micro_batch,
     }
     backend, facts = choose_backend(model, loss_fn, batch, hvp, options)
     with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:

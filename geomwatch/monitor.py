@@ -49,6 +49,7 @@ class Monitor:
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, instead of the step's own.
         mode: "train" (the flags of the training step) or "eval".
+        micro_batch: evaluate so many items at a time, to bound the memory of a probe.
         per_layer: lambda_max and trace of each module too, at every 10th probe.
         hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
         precision: "float32" (without autocast, whatever trains) or "training".
@@ -75,6 +76,7 @@ class Monitor:
         quantities: str | Sequence[str] = "default",
         probe_batch: Any = None,
         mode: str = "train",
+        micro_batch: int | None = None,
         per_layer: bool = False,
         hvp: str = "auto",
         precision: str = "float32",
@@ -100,6 +102,7 @@ class Monitor:
                 layout=layout,
                 mode=mode,
                 also=also,
+                micro_batch=micro_batch,
                 per_layer=per_layer,
                 hvp=hvp,
                 precision=precision,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
-from geomwatch.checks import check_loss, check_options, explain_device
+from geomwatch.checks import check_count, check_loss, check_options, explain_device
 from geomwatch.double_backward import gradients, lacks_second_derivative, product
 from geomwatch.errors import UsageError
 from geomwatch.finite_difference import FiniteDifference, NotSmoothError
@@ -38,6 +38,8 @@ class Objective:
     Where an operation has no second derivative, `hvp="auto"` goes over to differences of
     gradients, in float32 where the loss is smooth, in float64 where it has kinks.
 
+    `micro_batch` cuts the batches further, so that memory is that of so many items.
+
     Everything is computed at `dtype`, by default that of the parameters, but at least float32, and
     without autocast; `precision="training"` leaves both as they are in training.
     """
@@ -53,6 +55,7 @@ class Objective:
         also: nn.Module | Sequence[object] = (),
         hvp: str = "auto",
         precision: str = "float32",
+        micro_batch: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_options(loss_fn, mode, hvp, precision)
@@ -64,6 +67,9 @@ class Objective:
         self._model = model
         self._loss_fn = loss_fn
         self._window = list(window)
+        if micro_batch is not None:
+            check_count("micro_batch", micro_batch, 1)
+            self._window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
         self._mode = mode
         used = [also] if isinstance(also, nn.Module) else also
         self._others = [*used, *captured_by(loss_fn)]

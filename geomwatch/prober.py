@@ -58,6 +58,7 @@ class Prober:
         layout: Layout,
         mode: str,
         also: Sequence[object],
+        micro_batch: int | None,
         per_layer: bool,
         hvp: str,
         precision: str,
@@ -74,6 +75,7 @@ class Prober:
             "mode": mode,
             "also": also,
             "precision": precision,
+            "micro_batch": micro_batch,
         }
         self._every = every
         self._per_layer = per_layer

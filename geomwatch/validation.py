@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
+from geomwatch.errors import UsageError
 from geomwatch.objective import LossFn, Objective
 from geomwatch.vectors import generator
 
 _ITEMS = 4
+_PIECES_AGREE = 1e-4
 
 _TOLERANCE = 1e-2  # the silent cases are off by 8 % and more
 # A model may compute parts of itself in float32, whatever its parameters (as an RMSNorm does):
@@ -61,10 +63,11 @@ def validate(objective: Callable[[], Objective]) -> Validation:
 def choose_backend(
     model: nn.Module, loss_fn: LossFn, batch: Any, hvp: str, options: Mapping[str, Any]
 ) -> tuple[str, dict[str, str | int | float | bool]]:
-    """Validate double backward where it may be used; return the backend and what was found.
+    """Check `micro_batch`, validate double backward; return the backend and what was found.
 
     "auto" becomes "finite_difference" where double backward is wrong.
     """
+    check_micro_batches(model, loss_fn, batch, options)
     if hvp == "finite_difference":
         return hvp, {"validated": False, "validation": "differences of gradients check themselves"}
     few = batches.head(batch, min(_ITEMS, batches.items(batch)))
@@ -80,6 +83,44 @@ def choose_backend(
         facts["validation"] = found.reason
     wrong = found.passed is False and hvp == "auto"
     return "finite_difference" if wrong else hvp, facts
+
+
+def check_micro_batches(
+    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
+) -> None:
+    """Compare the loss of the whole batch with the weighted mean over its pieces, once.
+
+    Raises:
+        UsageError: they differ by more than 1e-4: a loss over the whole batch, or BatchNorm.
+    """
+    size = options.get("micro_batch")
+    if size is None or size >= batches.items(batch):
+        return
+    training = options.get("mode", "train") == "train" and model.training
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if training and any(m.training for m in norms):
+        raise UsageError(
+            f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
+            "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."
+        )
+    difference = _difference_of_pieces(model, loss_fn, batch, dict(options))
+    if difference > _PIECES_AGREE:  # dropout draws other masks for the pieces: without it, then?
+        difference = _difference_of_pieces(model, loss_fn, batch, {**options, "mode": "eval"})
+    if difference > _PIECES_AGREE:
+        raise UsageError(
+            f"micro_batch must leave the loss as it is, got {size}, with which it differs by "
+            f"{difference:.1e}: it is no mean over items. Leave micro_batch out."
+        )
+
+
+def _difference_of_pieces(
+    model: nn.Module, loss_fn: LossFn, batch: Any, options: dict[str, Any]
+) -> float:
+    losses = []
+    for size in (None, options["micro_batch"]):
+        with Objective(model, loss_fn, [batch], **{**options, "micro_batch": size}) as objective:
+            losses.append(objective.loss_at(objective.layout.values().zero_()))
+    return abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-12)
 
 
 def _compare(objective: Objective) -> tuple[list[float], float]:

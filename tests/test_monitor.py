@@ -536,6 +536,35 @@ def test_a_jump_of_the_rate_is_critical_before_the_step_that_it_ruins():
     assert "learning rate 3 is beyond" in record.alerts[0].message
 
 
+class Listening(NonFinite):
+    """Notes what rules get to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Observation] = []
+
+    def __call__(self, seen: Observation) -> None:
+        self.seen.append(seen)
+
+
+def test_between_probes_rules_see_the_last_margin_at_the_present_rate():
+    model, optimizer = small()
+    rule = Listening()
+    monitor = Monitor(model, cross_entropy, optimizer, schedule="fixed", every=5, rules=[rule])
+
+    def ramp(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 + step)
+
+    train(model, optimizer, monitor, 10, before=ramp)
+    assert [seen.fresh for seen in rule.seen] == [True, *[False] * 4] * 2
+    for step, seen in enumerate(rule.seen):
+        record = monitor.history[step // 5]
+        margin, growth = record["stability_margin"], (1 + step) / (1 + record.step)
+        assert seen.margin.value == pytest.approx(growth * margin.value)
+        assert seen.margin.error == pytest.approx(growth * margin.error)
+        assert (seen.step, seen.lr) == (step, (0.05 * (1 + step),))
+
+
 def test_alerts_go_to_the_list_the_record_the_callback_and_the_log(caplog):
     told: list[Alert] = []
     model = mlp(64, 16, 10)
@@ -735,6 +764,12 @@ def checkpoint(**parts: Any) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+def measured(record: Record) -> set[str]:
+    # The running trace is relative to a lambda_max held from before, and may have to start anew.
+    ok = {name for name in record if record[name].status == "ok"}
+    return ok - {"trace", "trace_per_param"}
+
+
 @pytest.mark.parametrize("schedule", ["adaptive", "fixed"])
 @pytest.mark.parametrize("kind", [sgd, lambda m: torch.optim.Adam(m.parameters(), lr=3e-3)])
 def test_a_resumed_run_measures_what_the_uninterrupted_run_does(kind, schedule):
@@ -764,6 +799,7 @@ def test_a_resumed_run_measures_what_the_uninterrupted_run_does(kind, schedule):
     for resumed, record in zip(second.history, expected, strict=True):
         assert resumed.loss == record.loss
         assert resumed["grad_norm"].value == record["grad_norm"].value
+        assert measured(resumed) == measured(record)
         margin, other = resumed["stability_margin"], record["stability_margin"]
         # few HVPs, from other start vectors: a residual bounds the distance to some eigenvalue
         spread = margin.error + other.error + 0.2 * other.value
@@ -879,10 +915,10 @@ def test_a_forgotten_monitor_is_freed_although_the_optimizer_lives_on():
     model, optimizer = small()
     monitor = Monitor(model, cross_entropy, optimizer)
     train(model, optimizer, monitor, 3)
-    alive = weakref.ref(monitor)
+    alive = [weakref.ref(monitor), weakref.ref(monitor._counter)]
     del monitor
     gc.collect()
-    assert alive() is None
+    assert [reference() for reference in alive] == [None, None]
     train(model, optimizer, None, 2)
 
 
