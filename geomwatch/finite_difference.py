@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_AGREEMENT = 0.01  # of two differences at different steps, relative
+_AGREEMENT = 2e-3  # of two differences at different steps, relative
 _FACTORS = (1.0, 1 / 8, 8.0, 1 / 64)  # of the fitting step, tried in turn
 _LARGEST = 0.1
 
@@ -41,7 +41,7 @@ class FiniteDifference:
         """Return H v.
 
         Raises:
-            NotSmoothError: no two steps agree to 1 %.
+            NotSmoothError: no two steps agree to 0.2 %.
         """  # (D,) -> (D,)
         length = float(v.norm())
         if length == 0:
