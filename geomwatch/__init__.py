@@ -1,5 +1,6 @@
 """Watch the loss geometry of a PyTorch training run, and be warned before it diverges."""
 
+from geomwatch.doctor import Diagnosis, doctor
 from geomwatch.errors import UsageError
 from geomwatch.group import Group
 from geomwatch.isolation import is_probing
@@ -12,12 +13,14 @@ from geomwatch.sinks import JsonLines
 __all__ = [
     "Adjustment",
     "Alert",
+    "Diagnosis",
     "Estimate",
     "Group",
     "JsonLines",
     "Monitor",
     "Record",
     "UsageError",
+    "doctor",
     "is_probing",
     "measure",
     "model_loss",

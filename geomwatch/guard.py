@@ -91,12 +91,8 @@ class Guard:
             )
 
     def _tell_surprises(self) -> None:
-        for name in self.prober.surprises:
-            if name not in self._told:
-                self._told.add(name)
-                logger.warning(
-                    "evaluating the loss changes %s, which a probe can't put back. Pass a loss_fn= "
-                    "that leaves it alone, or name its owner in also=(...).",
-                    name,
-                )
+        for surprise in self.prober.surprises:
+            if surprise not in self._told:
+                self._told.add(surprise)
+                logger.warning("%s", surprise)
         self.prober.surprises.clear()

@@ -111,7 +111,11 @@ class Prober:
             layers = self._layers(probe, fresh)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             loss = objective.loss()
-            self.surprises += objective.changed_objects
+            self.surprises += [
+                f"evaluating the loss changes {name}, which a probe can't put back. Pass a loss_fn "
+                "that leaves it alone, or name its owner in also=(...)."
+                for name in objective.changed_objects
+            ]
         deterministic = self._sees_the_same_data(same_data)
         self.probes += 1
         record = Record(
@@ -134,6 +138,11 @@ class Prober:
             self._hvp, self._validation = choose_backend(
                 self._model, self._loss_fn, window[0], self._hvp, options
             )
+            if self._hvp == "finite_difference" and "validation_error" in self._validation:
+                self.surprises.append(
+                    f"{self._validation['validation']}. Curvature is measured by differences of "
+                    "gradients instead, at twice the cost or more."
+                )
         return Objective(self._model, self._loss_fn, window, hvp=self._hvp, **options)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:

@@ -79,6 +79,21 @@ def test_where_differences_in_float32_cross_kinks_float64_takes_over():
         assert two.gradient().dtype == torch.float32
 
 
+def test_a_monitor_warns_once_of_a_silently_wrong_backward(caplog):
+    model, batch = Custom(RawContext.apply, False), digits(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1, schedule="fixed")
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        assert monitor.step(batch).how["backend"] == "finite_difference"
+        optimizer.step()
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "double backward is off by" in warnings[0]
+    assert "differences of gradients instead" in warnings[0]
+
+
 def test_double_backward_alone_would_have_been_wrong_on_it():
     batch = digits(64)
     exact = float(torch.linalg.eigvalsh(dense_hessian(Custom(torch.tanh, False), batch))[-1])

@@ -934,6 +934,24 @@ def convnet(*, norm: bool) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *blocks, nn.Flatten(), nn.Linear(512, 10))
 
 
+def test_the_scale_of_weights_before_a_batchnorm_does_not_move_the_margin():
+    records = []
+    for scale in (1.0, 0.3):
+        torch.manual_seed(0)
+        model = convnet(norm=True)
+        with torch.no_grad():
+            for layer in model:
+                if isinstance(layer, nn.Conv2d):
+                    layer.weight *= scale
+        optimizer = sgd(model)
+        monitor = Monitor(model, cross_entropy, optimizer)
+        train(model, optimizer, monitor, 1)
+        records.append(monitor.history[0])
+    one, other = records
+    assert other["lambda_max"].value > 3 * one["lambda_max"].value
+    assert other["stability_margin"].value == pytest.approx(one["stability_margin"].value, rel=0.05)
+
+
 def adam(model: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=3e-3)
 

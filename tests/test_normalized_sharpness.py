@@ -119,6 +119,31 @@ def test_a_peak_is_negative_on_the_sphere_and_withheld_in_the_cube():
     assert (found.value, found.status) == (None, "withheld")
 
 
+class Walls(nn.Module):
+    """L = 1 + d1 / 1000, and what `wall` adds, over a 1 x 2 matrix at (1, 1)."""
+
+    def __init__(self, wall) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))
+        self.wall = wall
+
+    def forward(self, _: Tensor) -> Tensor:
+        d = self.w[0] - 1
+        return 1 + d[0] / 1000 + self.wall(d)
+
+
+@EITHER
+def test_a_wall_behind_the_gradient_is_seen(measure):
+    found = rise(measure, Walls(lambda d: 1e3 * torch.relu(-d[0] - 0.009)))
+    assert found.value == pytest.approx(1e3 * 0.001 - 1e-5, rel=1e-6)
+
+
+@EITHER
+def test_a_wall_beside_the_gradient_is_seen(measure):
+    found = rise(measure, Walls(lambda d: 1e3 * d[1].square()))
+    assert found.value == pytest.approx(1e3 * EPS**2, rel=1e-3)
+
+
 @EITHER
 def test_rescaling_the_layers_of_a_relu_net_changes_nothing(measure):
     batch = digits(128)

@@ -111,6 +111,10 @@ def test_white_noise_is_all_residual_and_its_own_micro_scale():
     slices = Slices(np.linspace(-0.05, 0.05, 11), noise, Readout(0.0, 1e-12))
     assert roughness_residual(slices).value == pytest.approx(1.0, abs=0.15)
     assert micro_scale(slices).value == pytest.approx(0.3, rel=0.05)
+    parts = [Slices(slices.alphas, noise[i : i + 10], slices.readout) for i in range(0, 200, 10)]
+    found = [micro_scale(part) for part in parts]
+    spread = np.std([f.value for f in found], ddof=1)
+    assert np.mean([f.error for f in found]) == pytest.approx(spread, rel=0.4)
 
 
 def test_a_kinked_net_is_rougher_than_a_smooth_one():

@@ -1,0 +1,200 @@
+"""What geomwatch will use for a model, why, and at what cost: a table to paste into an issue."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import platform
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import geomwatch
+from geomwatch import batches
+from geomwatch.checks import check_loss, check_optimizer
+from geomwatch.double_backward import gradients
+from geomwatch.errors import UsageError
+from geomwatch.estimators.readout import read_out
+from geomwatch.invariance import ScaleInvariance
+from geomwatch.objective import LossFn, Objective
+from geomwatch.stability import stability_of, unwrap
+from geomwatch.validation import choose_backend
+from geomwatch.vectors import Layout, generator
+
+_HVPS = 7  # of a recurring probe: five for Lanczos, one for the trace, one along the gradient
+_VECTORS = 16  # Krylov vectors of a monitor's first probe, which keeps the most
+
+_Make: TypeAlias = Callable[..., Objective]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Diagnosis:
+    """What `doctor` found; `rows` has all of it in words, and why a number is None."""
+
+    rows: Mapping[str, str]
+    backend: str | None  # None where there are no HVPs
+    validated: bool
+    step_seconds: float | None  # of a training step, forward and backward
+    costs: Mapping[str, float]  # of "graph", "hvp" and "probe", in training steps
+    every: int | None
+    replays: bool  # two evaluations of the loss at the same weights agree
+    scale_invariant: tuple[str, ...]  # names of parameters
+    limit_known: bool  # the optimizer's stability limit
+    trainable: int  # D
+
+    def __str__(self) -> str:
+        """Return the table."""
+        rows = self.rows.items()
+        return "\n".join(f"{name:<16} {' '.join(value.split())}" for name, value in rows)
+
+    __repr__ = __str__
+
+
+def doctor(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    mode: str = "train",
+    also: Sequence[object] = (),
+    budget: float = 0.05,
+) -> Diagnosis:
+    """Tell how geomwatch will measure this model, what stands in its way, and what it costs.
+
+    A probe is timed as it recurs, with the gradient's graph and 7 HVPs: if it takes c training
+    steps (forward and backward, without the optimizer), `every` is c / budget rounded up to 10,
+    20, 50, 100, ... The model, its gradients and all random generators are left as they were.
+    Costs about 15 steps and 14 HVPs. A loss or an option that is refused is a UsageError.
+    """
+    if not 0 < budget < 1:
+        raise UsageError(f"budget must be a share between 0 and 1, got {budget!r}.")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    options: dict[str, Any] = {"layout": Layout.of(model), "mode": mode, "also": also}
+    objective = partial(Objective, model, loss_fn, [batch], **options)
+    found, rows = _look(objective, model, optimizer)
+    hvp, facts = choose_backend(model, loss_fn, batch, "auto", options)
+    how: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    failure = ""
+    try:
+        _time_step(objective, lambda: loss_fn(model, batches.fresh_copy(batch)), seconds)
+        _time_probe(objective, hvp, how, seconds)
+    except Exception as reason:  # no memory for it, say
+        failure = f"not measured, {type(reason).__name__}: {reason}"
+    step = seconds.pop("step", None)
+    costs = {name: s / step for name, s in seconds.items()} if step else {}
+    every = _round_up(costs["probe"] / budget) if costs else None
+    wrong, error = hvp == "finite_difference", facts.get("validation_error")
+    rows["HVPs by"] = f"{how['backend']}, in {how['dtype']}" if how else failure
+    rows["fallback"] = "see validation" if wrong else how.get("fallback", "none")
+    rows["validation"] = str(facts.get("validation") or f"passed; relative error {error:.1g}")
+    rows["training step"] = f"{step:.3g} s, forward and backward" if step else failure
+    for name in ("graph", "hvp", "probe"):
+        rows[f"cost of {name}"] = f"{costs[name]:.1f} training steps" if costs else failure
+    rows["suggested every"] = f"{every} steps, for a budget of {budget:.3g}" if every else failure
+    backend, validated = how.get("backend"), facts["validated"] is True
+    return Diagnosis(rows, backend, validated, step, costs, every, **found)
+
+
+def _look(make: _Make, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Evaluate the loss and its gradient at the weights; the loss's own errors pass through."""
+    with make(hvp="finite_difference") as objective:
+        mode, layout = str(objective.how["mode"]), objective.layout
+        flags = [(type(m).__name__, m.training) for m in model.modules()]
+        before = _random_state(layout.device)
+        gradient = objective.gradient()  # from the state before, and leaves the one after it
+        drawn = _random_state(layout.device) != before
+        readout = read_out(objective.loss_at, layout, rng=generator(0))
+        changed, loss = objective.changed_objects, objective.loss()
+    other = Counter(kind for kind, training in flags if training != (mode == "train"))
+    invariant = ScaleInvariance().update(layout, gradient)
+    names = tuple(name for name in layout.names if name in invariant)
+    trouble = readout.reason if math.isfinite(loss) else "no telling, the loss is not finite"
+    limit = _limit(optimizer, layout, gradient, invariant)
+    kept = min(_VECTORS, layout.dim) + 1
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    dtypes = _listed({p.dtype for p in layout.params})
+    found = {"replays": not trouble, "scale_invariant": names, "limit_known": not limit}
+    return found | {"trainable": layout.dim}, {
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"geomwatch {geomwatch.__version__}",
+        "device": _listed({p.device for p in layout.params}),
+        "parameters": f"{layout.dim:,} trainable in {dtypes}, {frozen:,} frozen",
+        "Krylov basis": f"{kept * layout.dim * layout.dtype.itemsize / 1e6:.3g} MB, {kept} rows",
+        "mode": ", but ".join([mode, *(f"not {n} {kind}" for kind, n in other.items())]),
+        "batch": f"{objective.items} items",
+        "loss": f"{loss:.6g}, gradient norm {float(gradient.norm()):.3g}",
+        "randomness": "drawn from global generators, replayed" if drawn else "none drawn",
+        "evaluated twice": trouble or f"agrees; rounding {readout.floor:.1g}",
+        "left changed": _listed(changed) or "nothing",
+        "scale-invariant": _listed(names) or "no tensor",
+        "optimizer": type(unwrap(optimizer)).__name__ if optimizer else "not passed",
+        "stability limit": limit or "known",
+    }
+
+
+def _limit(optimizer: Any, layout: Layout, gradient: Tensor, invariant: frozenset[str]) -> str:
+    """Say why the stability limit is not known; "" if it is."""
+    if optimizer is None:
+        return "none, no optimizer"
+    try:
+        return stability_of(optimizer, layout, gradient=gradient, exclude=invariant).reason
+    except Exception as error:
+        return f"none, {type(error).__name__}: {error}"
+
+
+def _random_state(device: torch.device) -> tuple[object, ...]:
+    cuda = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None
+    others = pickle.dumps((np.random.get_state(), random.getstate()))
+    return torch.get_rng_state().tolist(), cuda, others
+
+
+def _time_step(make: _Make, evaluate: Callable[[], Tensor], seconds: dict[str, float]) -> None:
+    def step() -> None:
+        gradients(check_loss(evaluate()), objective.layout, create_graph=False)
+
+    with make(precision="training") as objective:
+        step()  # the first one allocates, and chooses kernels
+        seconds["step"] = statistics.median(_seconds(objective, step) for _ in range(3))
+
+
+def _time_probe(make: _Make, hvp: str, how: dict[str, Any], seconds: dict[str, float]) -> None:
+    for _ in range(2):  # the second one counts
+        start = time.perf_counter()
+        with make(hvp=hvp) as objective:
+            product = partial(objective.hvp, objective.layout.rademacher(generator(0)))
+            graph = _seconds(objective, objective.gradient)
+            products = [_seconds(objective, product) for _ in range(_HVPS)]
+            how.update(objective.how)
+        whole = time.perf_counter() - start
+    seconds |= {"graph": graph, "hvp": statistics.median(products), "probe": whole}
+
+
+def _seconds(objective: Objective, function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    if objective.layout.device.type != "cpu":
+        torch.accelerator.synchronize(objective.layout.device)
+    return time.perf_counter() - start
+
+
+def _round_up(steps: float) -> int:
+    nice = (factor * 10**power for power in itertools.count(1) for factor in (1, 2, 5))
+    return int(next(number for number in nice if number >= steps))
+
+
+def _listed(things: Collection[object]) -> str:
+    names = [str(thing).removeprefix("torch.") for thing in things]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
