@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from geomwatch.errors import UsageError
@@ -23,6 +23,8 @@ class Guard:
         self.paused = False
         self.seconds = 0.0  # spent in probes so far
         self.last: Probed | None = None
+        self._lr: tuple[float, ...] = ()  # of the last probe
+        self._margin: Estimate | None = None
         self._failures = 0
         self._told: set[str] = set()
 
@@ -44,6 +46,7 @@ class Guard:
             self.seconds += time.perf_counter() - start
         self._failures = 0
         self.last = probed
+        self._lr, self._margin = probed.record.lr, probed.margin
         self._tell_surprises()
         return probed
 
@@ -54,18 +57,35 @@ class Guard:
 
     def lr_ratio(self, lr: Sequence[float]) -> float:
         """Return the largest factor by which a group's rate has grown since the last probe."""
-        if self.last is None or self.last.record.lr == lr:
+        if not self._lr or self._lr == lr:
             return 1.0
-        pairs = zip(lr, self.last.record.lr, strict=False)
+        pairs = zip(lr, self._lr, strict=False)
         return max((now / then for now, then in pairs if then > 0), default=1.0)
 
     def margin(self, lr: Sequence[float]) -> Estimate | None:
         """Return the last margin, re-scaled to the learning rates `lr` of the coming step."""
-        margin = None if self.last is None else self.last.margin
-        ratio = self.lr_ratio(lr)
+        margin, ratio = self._margin, self.lr_ratio(lr)
         if margin is None or margin.value is None or margin.error is None or ratio == 1:
             return margin
         return replace(margin, value=margin.value * ratio, error=margin.error * ratio)
+
+    def tell(self, message: str) -> None:
+        """Warn of something, once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning("%s", message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last margin and its learning rates."""
+        return {
+            "lr": list(self._lr),
+            "margin": None if self._margin is None else asdict(self._margin),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the last margin and its learning rates."""
+        self._lr = tuple(state["lr"])
+        self._margin = None if state["margin"] is None else Estimate(**state["margin"])
 
     def _report(self, step: int, error: Exception) -> None:
         self._failures += 1
@@ -92,7 +112,5 @@ class Guard:
 
     def _tell_surprises(self) -> None:
         for surprise in self.prober.surprises:
-            if surprise not in self._told:
-                self._told.add(surprise)
-                logger.warning("%s", surprise)
+            self.tell(surprise)
         self.prober.surprises.clear()

@@ -222,8 +222,11 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; the first probe after loading them starts cold."""
+        # Without a hook the step of the last call is counted by the next one.
+        uncounted = not self._counter.is_automatic and bool(self._lr)
         return {
-            "step": self._counter.steps,
+            "step": self._counter.steps + uncounted,
+            "guard": self._guard.state_dict(),
             "schedule": self._schedule.state_dict(),
             "prober": self._guard.prober.state_dict(),
             "rules": self._judge.state_dict(),
@@ -240,6 +243,7 @@ class Monitor:
         self._counter.steps = state["step"]
         self._last_probe = state["step"] - 1
         self._schedule.load_state_dict(state["schedule"])
+        self._guard.load_state_dict(state["guard"])
         self._guard.prober.load_state_dict(state["prober"])
         if self._difficulty and state["difficulty"]:
             self._difficulty.load_state_dict(state["difficulty"])
@@ -252,7 +256,7 @@ class Monitor:
                 "monitor.step() must come before optimizer.step(), got a gradient that it has "
                 f"stepped with already. {_PLACE}"
             )
-        if not window and self._probe_batch is None:
+        if not window and self._probe_batch is None and not self._guard.paused:
             raise UsageError(
                 "monitor.step() must know the batch, got none. Pass it as step(batch), call "
                 "observe(batch) for each micro-batch, or give the monitor a probe_batch."
@@ -290,6 +294,10 @@ class Monitor:
     def _probe(self, window: Sequence[Any]) -> Probed | None:
         own = [self._probe_batch] if self._probe_batch is not None else window
         if not own:
+            self._guard.tell(
+                "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), "
+                "or call observe(batch) for each micro-batch."
+            )
             return None
         step = self._last_probe = self._counter.steps
         probed = self._guard.probe(own, step, same_data=window)

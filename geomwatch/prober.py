@@ -27,6 +27,10 @@ _SLOW = 10  # probes between two measurements of what is costly and moves slowly
 _LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
 _WARM = Budget(lanczos=5, samples=1, tol=1e-2)
 _COLD = Budget(lanczos=12, samples=4, tol=1e-3)  # nothing to start from yet
+_MARGINS = ("stability_margin", "stochastic_margin")
+_UNSTEADY = Estimate(
+    None, status="failed", reason="the gradient that the step would use is not finite"
+)
 _LAYERS_NAMED = 3
 _LAYER_SHARE = 0.1
 
@@ -89,6 +93,8 @@ class Prober:
         self._held = Held()
         self._fingerprint: tuple[float, ...] | None = None
         self._last_full = 0
+        self._compared = False  # the training gradient with the probe's own
+        self._resumed_lambda: float | None = None
         self.probes = 0
         self.surprises: list[str] = []  # things to tell the user once
 
@@ -98,9 +104,11 @@ class Prober:
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
         gradient = self._training_gradient()
         with self._objective(window) as objective:
-            if self.probes == 0 and gradient is not None:
-                _refuse_scaled(gradient, objective.gradient())
+            steady = gradient is None or math.isfinite(float(gradient.norm()))
             finite = objective.is_finite()
+            if gradient is not None and steady and finite and not self._compared:
+                _refuse_scaled(gradient, objective.gradient())
+                self._compared = True
             probe = self._shared(objective, gradient)
             names = self._due_names(probe, step)
             fresh = evaluate(probe, [n for n in names if n not in ("trace", "trace_per_param")])
@@ -108,12 +116,14 @@ class Prober:
                 fresh |= self._running_trace(probe, fresh, names)
                 if self._per_layer and self.probes % _SLOW == 0:
                     fresh |= evaluate_layers(probe)
+            if not steady:
+                fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             loss = objective.loss()
             self.surprises += [
-                f"evaluating the loss changes {name}, which a probe can't put back. Pass a loss_fn "
-                "that leaves it alone, or name its owner in also=(...)."
+                f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
+                "loss_fn= that leaves it alone, or name its owner in also=(...)."
                 for name in objective.changed_objects
             ]
         deterministic = self._sees_the_same_data(same_data)
@@ -129,8 +139,9 @@ class Prober:
         return Probed(record, fresh.get("stability_margin"), layers, deterministic)
 
     def lambda_max(self) -> float | None:
-        """Return the last known lambda_max of the Hessian."""
-        return self._held.value("lambda_max")
+        """Return the last known lambda_max of the Hessian, also from before a resume."""
+        known = self._held.value("lambda_max")
+        return self._resumed_lambda if known is None else known
 
     def _objective(self, window: Sequence[Any]) -> Objective:
         options = self._options
@@ -228,6 +239,7 @@ class Prober:
             "rng": self._rng.get_state(),
             "invariance": self._invariance.state_dict(),
             "trace": self._trace.state_dict(),
+            "lambda_max": self.lambda_max(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +248,7 @@ class Prober:
         self._rng.set_state(state["rng"])
         self._invariance.load_state_dict(state["invariance"])
         self._trace.load_state_dict(state["trace"])
+        self._resumed_lambda = state["lambda_max"]
         self._warm = WarmStart()
 
 

@@ -48,7 +48,7 @@ class StabilityMargin:
     same data, levels are those of the edge of stability and the loss must rise too. For optimizers
     without a formula lr * lambda_max must stay above 2 x the median of the run's last 20
     measurements, and the loss above 1.5 x its own, for `persistence` steps: curvature alone also
-    grows in a healthy run, more than fivefold, while the loss falls.
+    grows in a healthy run, up to eightfold, while the loss falls.
     """
 
     name = "stability_margin"

@@ -1,0 +1,129 @@
+"""What a monitor must not forget in a checkpoint, and a gradient it must not trust."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import cross_entropy, digits, mlp
+
+import geomwatch
+
+
+def watched(**options):
+    torch.manual_seed(0)
+    model = mlp(64, 16, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return model, optimizer, geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+
+
+def step(model, optimizer, monitor, batch, *, take=True):
+    optimizer.zero_grad()
+    cross_entropy(model, batch).backward()
+    record = monitor.step(batch)
+    if take:
+        optimizer.step()
+    return record
+
+
+def test_a_jump_of_the_learning_rate_at_a_resume_is_probed_at_once():
+    batch = digits(64)
+    model, optimizer, monitor = watched(every=100)
+    for _ in range(60):
+        step(model, optimizer, monitor, batch)
+    saved = monitor.state_dict()
+    other = geomwatch.Monitor(model, cross_entropy, optimizer, every=100)
+    other.load_state_dict(saved)
+    optimizer.param_groups[0]["lr"] *= 10
+    record = step(model, optimizer, other, batch)
+    assert record is not None
+    assert record.step == 60
+
+
+def test_difficulty_goes_on_growing_after_a_resume():
+    batch = digits(64)
+    options = {"quantities": ["difficulty", "lambda_max"], "every": 10, "schedule": "fixed"}
+    model, optimizer, monitor = watched(**options)
+    for _ in range(15):
+        step(model, optimizer, monitor, batch)
+    other = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    other.load_state_dict(monitor.state_dict())
+    for _ in range(6):
+        step(model, optimizer, other, batch)
+    for _ in range(2):
+        step(model, optimizer, other, batch)
+    before = monitor.history[-1]["difficulty"].value
+    assert other.history[-1].step == 20
+    assert other.history[-1]["difficulty"].value > before
+
+
+def test_an_infinite_gradient_has_no_margin_but_a_reason():
+    batch = digits(64)
+    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    step(model, optimizer, monitor, batch)
+    optimizer.zero_grad()
+    cross_entropy(model, batch).backward()
+    next(model.parameters()).grad[0, 0] = float("inf")
+    record = monitor.step(batch)
+    assert record["stability_margin"].value is None
+    assert "not finite" in record["stability_margin"].reason
+    assert record["lambda_max"].value > 0
+
+
+def test_scaled_gradients_are_recognised_after_an_infinite_first_one(caplog):
+    batch = digits(64)
+    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    for scale in (float("inf"), 2.0**16):
+        optimizer.zero_grad()
+        (cross_entropy(model, batch) * 1.0).backward()
+        for p in model.parameters():
+            p.grad.mul_(scale)
+        monitor.step(batch)
+        optimizer.step() if scale != float("inf") else monitor._counter.count()
+    assert any("scaler.unscale_(optimizer)" in r.getMessage() for r in caplog.records)
+
+
+def test_a_monitor_may_be_paused_from_the_start():
+    batch = digits(64)
+    model, optimizer, monitor = watched()
+    monitor.pause()
+    assert step(model, optimizer, monitor, batch) is None
+    monitor.resume()
+    assert step(model, optimizer, monitor, batch) is not None
+
+
+def test_steps_without_a_batch_are_told_of_once(caplog):
+    batch = digits(64)
+    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    step(model, optimizer, monitor, batch)
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        assert monitor.step() is None
+        optimizer.step()
+    told = [r for r in caplog.records if "has no batch to probe on" in r.getMessage()]
+    assert len(told) == 1
+
+
+def test_an_optimizer_without_hooks_resumes_at_its_step():
+    class Plain:
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params), "lr": 0.05}]
+
+        def step(self):
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(p.grad, alpha=-0.05)
+
+        def zero_grad(self):
+            for p in self.param_groups[0]["params"]:
+                p.grad = None
+
+    model, batch = mlp(64, 8, 10), digits(64)
+    optimizer = Plain(model.parameters())
+    options = {"every": 1, "schedule": "fixed"}
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    for _ in range(10):
+        step(model, optimizer, monitor, batch)
+    other = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    other.load_state_dict(monitor.state_dict())
+    assert step(model, optimizer, other, batch).step == 10
+    assert step(model, optimizer, other, batch).step == pytest.approx(11)
