@@ -44,6 +44,8 @@ class Objective:
     without autocast; `precision="training"` leaves both as they are in training.
     """
 
+    _is_part = False  # of another objective, in whose block it is used
+
     def __init__(
         self,
         model: nn.Module,
@@ -200,7 +202,8 @@ class Objective:
         try:
             return self._difference(v.to(self._leaves.dtype)).to(v)
         except NotSmoothError:
-            if self._leaves.dtype == torch.float64:
+            # A part leaves the model to the objective it belongs to.
+            if self._leaves.dtype == torch.float64 or self._is_part:
                 raise
         # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.
         self._recast(torch.float64)
@@ -210,7 +213,8 @@ class Objective:
     def _recast(self, dtype: torch.dtype) -> None:
         assert self._snapshot is not None
         stand_in = self._stack.enter_context(recast(self._snapshot.modules, dtype))
-        params = tuple(stand_in(p) for p in self.layout.params)
+        # of the present leaves: they may be stand-ins already, at float32 for bfloat16
+        params = tuple(stand_in(p) for p in self._leaves.params)
         self._leaves, self._cast = Layout(self.layout.names, params), dtype
         self._graph = None
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
@@ -272,7 +276,7 @@ class Objective:
     def _on(self, batch: Any) -> Objective:
         part = Objective(self._model, self._loss_fn, [batch], layout=self.layout, mode=self._mode)
         part._snapshot, part._leaves, part._cast = self._snapshot, self._leaves, self._cast
-        part._hvp, part._still = self._hvp, self._still
+        part._hvp, part._still, part._is_part = self._hvp, self._still, True
         self._graph = None  # as in _sweep, which the part does on its own
         return part
 

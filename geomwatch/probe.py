@@ -106,13 +106,12 @@ class Probe:
         s = self.stability
         if self._margin_is_hessian and s.uniform is not None:
             return s.uniform**2 * self.batch_sharpness
-        ones = torch.ones_like(s.scale)
 
         def shifted(v: Tensor) -> Tensor:
             hv = s.sign * self.objective.hvp(v)
             return hv if s.decay is None else hv + s.decay * v
 
-        return directional_sharpness(shifted, self.objective.gradient(), weight=ones * s.scale**2)
+        return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
     @cached_property
     def gradient_spread(self) -> Spread:

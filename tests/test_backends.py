@@ -153,6 +153,34 @@ def test_differences_across_kinks_are_refused_in_float32():
             difference(objective.gradient())
 
 
+def test_bfloat16_parameters_go_on_to_float64_where_differences_cross_kinks():
+    torch.manual_seed(0)
+    model = mlp(64, 64, 32, 10).to(torch.bfloat16)
+    x, y = digits(128)
+    batch = (x.to(torch.bfloat16), y)
+    with Objective(model, cross_entropy, [batch]) as one:
+        v = one.gradient()
+        exact = one.hvp(v)
+    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
+        assert (two.hvp(v) - exact).norm() < 1e-4 * exact.norm()
+        assert two.how["dtype"] == "float64"
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_part_does_not_recast_the_model_of_its_whole():
+    model, batch = mlp(64, 64, 32, 10), digits(512)
+    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as whole:
+        v = whole.gradient()
+        part = whole.part(4)
+        assert part is not None
+        with pytest.raises(NotSmoothError, match="the loss has kinks"):
+            part.hvp(v)
+        assert torch.get_default_dtype() == torch.float32
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert whole.hvp(v).norm() > 0
+
+
 def test_a_noisy_gradient_is_refused():
     rng = torch.Generator().manual_seed(0)
     difference = FiniteDifference(
