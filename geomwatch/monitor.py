@@ -118,7 +118,7 @@ class Monitor:
         self._probe_batch = probe_batch
         self._max_overhead = max_overhead
         self._disabled = os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")
-        self._counter = StepCounter(None if self._disabled else optimizer, layout.params)
+        self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars = StepScalars()
         self._window: list[Any] = []
         self._lr: tuple[float, ...] = ()  # of the last call

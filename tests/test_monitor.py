@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import itertools
 import logging
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch import Alert, Monitor, Record, UsageError
+from geomwatch.options import Options
 from geomwatch.rules import NonFinite, Observation
 
 Batch = tuple[Tensor, Tensor]
@@ -1017,3 +1019,8 @@ def test_a_rate_that_is_ramped_until_it_breaks_is_warned_of_before(build, start)
     train(model, optimizer, monitor, 230, before=ramp, loss_fn=loss_fn)
     blow_up = next(t for t, x in enumerate(losses) if t > 10 and not x <= losses[0] + 0.5)
     assert loud(monitor.alerts)[0].step < blow_up
+
+
+def test_the_options_that_hosts_pass_on_are_those_of_the_monitor() -> None:
+    own = list(inspect.signature(geomwatch.Monitor).parameters)[3:]
+    assert sorted(own) == sorted(Options.__annotations__)
