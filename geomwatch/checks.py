@@ -18,21 +18,24 @@ _ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator mak
 _OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
-_BACKENDS = ("auto", "double_backward", "finite_difference")
+_CHOICES = {
+    "mode": ("train", "eval"),
+    "operator": ("hessian", "ggn"),
+    "hvp": ("auto", "double_backward", "finite_difference"),
+    "precision": ("float32", "training"),
+}
 
 
-def check_options(loss_fn: object, mode: str, hvp: str, precision: str) -> None:
-    """Refuse what can't be a loss_fn or a mode."""
+def check_options(loss_fn: object, **options: object) -> None:
+    """Refuse what can't be a loss_fn, and options that are none of the known ones."""
     if not callable(loss_fn):
         raise UsageTypeError(
             f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
         )
-    if mode not in ("train", "eval"):
-        raise UsageError(f'mode must be "train" or "eval", got {mode!r}.')
-    if hvp not in _BACKENDS:
-        raise UsageError(f"hvp must be one of {', '.join(_BACKENDS)}, got {hvp!r}.")
-    if precision not in ("float32", "training"):
-        raise UsageError(f'precision must be "float32" or "training", got {precision!r}.')
+    for name, value in options.items():
+        if value not in _CHOICES[name]:
+            known = " or ".join(f'"{choice}"' for choice in _CHOICES[name])
+            raise UsageError(f"{name} must be {known}, got {value!r}.")
 
 
 def check_optimizer(optimizer: object) -> None:

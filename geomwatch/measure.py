@@ -28,6 +28,7 @@ def measure(
     optimizer: torch.optim.Optimizer | None = None,
     quantities: str | Sequence[str] = "default",
     mode: str = "train",
+    operator: str = "hessian",
     params: str | Sequence[str] | None = None,
     also: Sequence[object] = (),
     micro_batch: int | None = None,
@@ -42,8 +43,9 @@ def measure(
 
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
     next step is measured too. The model, its gradients and every random generator are left as
-    they were. `hvp` chooses how HVPs are computed: "auto", "double_backward" or
-    "finite_difference"; `precision` is "float32" (without autocast) or "training".
+    they were. `operator` is "hessian" or "ggn", the generalised Gauss-Newton matrix; `hvp` chooses
+    how HVPs are computed: "auto", "double_backward" or "finite_difference"; `precision` is
+    "float32" (without autocast) or "training".
     `micro_batch` bounds the memory to that of so many items; each HVP is then dearer by a gradient.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
@@ -64,6 +66,7 @@ def measure(
     options: dict[str, Any] = {
         "layout": layout,
         "mode": mode,
+        "operator": operator,
         "also": also,
         "precision": precision,
         "micro_batch": micro_batch,

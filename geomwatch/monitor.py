@@ -49,6 +49,8 @@ class Monitor:
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, instead of the step's own.
         mode: "train" (the flags of the training step) or "eval".
+        operator: "hessian", or "ggn" for the generalised Gauss-Newton matrix, where the loss is a
+            function of the model's outputs.
         micro_batch: evaluate so many items at a time, to bound the memory of a probe.
         per_layer: lambda_max and trace of each module too, at every 10th probe.
         hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
@@ -76,6 +78,7 @@ class Monitor:
         quantities: str | Sequence[str] = "default",
         probe_batch: Any = None,
         mode: str = "train",
+        operator: str = "hessian",
         micro_batch: int | None = None,
         per_layer: bool = False,
         hvp: str = "auto",
@@ -88,7 +91,7 @@ class Monitor:
         seed: int = 0,
     ) -> None:
         _check_options(model, max_overhead)
-        check_options(loss_fn, mode, hvp, precision)
+        check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         check_optimizer(optimizer)
         names = resolve(quantities, has_optimizer=True)
         layout = Layout.of(model, params)
@@ -101,6 +104,7 @@ class Monitor:
                 names,
                 layout=layout,
                 mode=mode,
+                operator=operator,
                 also=also,
                 micro_batch=micro_batch,
                 per_layer=per_layer,
@@ -133,6 +137,7 @@ class Monitor:
             "schedule": schedule,
             "quantities": list(names),
             "mode": mode,
+            "operator": operator,
             "seed": seed,
         }
 

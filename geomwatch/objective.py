@@ -1,42 +1,48 @@
-"""One loss on one batch at one point: its value, gradient and Hessian-vector products."""
+"""One loss at one point: its value, gradient, and products with its Hessian."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
-from geomwatch.checks import check_count, check_loss, check_options, explain_device
+from geomwatch.checks import check_count, check_options
+from geomwatch.distributed import Ranks
 from geomwatch.double_backward import gradients, lacks_second_derivative, product
 from geomwatch.errors import UsageError
 from geomwatch.finite_difference import FiniteDifference, NotSmoothError
-from geomwatch.isolation import captured_by, isolated
-from geomwatch.recast import recast
-from geomwatch.snapshot import Snapshot
+from geomwatch.gauss_newton import GaussNewton, outputs_noted
+from geomwatch.padding import padding_mask
+from geomwatch.replay import LossFn as LossFn
+from geomwatch.replay import Replay
 from geomwatch.vectors import Layout
 
 _SMALLEST_PART = 16  # items
 
-LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
+Product = Callable[[Tensor], Tensor]  # (D,) -> (D,)
 
 
 class Objective:
     """The loss of `model` on a window of batches, as a deterministic function of the weights.
 
-    L(w) = sum_b n_b loss_fn(model, b) / sum_b n_b over the batches b of the window, n_b their
-    items. A context manager: inside, the model is isolated (see `isolation`) and every evaluation
-    replays one random state, so dropout draws the same masks again, other ones for each batch.
+    L(w) = sum_b n_b loss_fn(model, b) / sum_b n_b over the batches b of the window and, where the
+    model trains on several, over `ranks`. n_b are the items of a batch, or what
+    `loss_fn.weight(b)` says if there is such a thing (the tokens that a loss averages over, say).
+    A context manager: inside, the model is isolated (see `isolation`) and every evaluation replays
+    one random state, so dropout draws the same masks again, other ones for each batch.
 
-    HVPs are double backward, H v = grad(<grad L, v>) (Pearlmutter 1994). For one batch the graph
-    of the gradient is built once and kept: an HVP then costs 1.2-2.2 training steps. For several
-    it is built anew for each batch and HVP (about 3), so that memory stays that of one batch.
-    Where an operation has no second derivative, `hvp="auto"` goes over to differences of
-    gradients, in float32 where the loss is smooth, in float64 where it has kinks.
+    Products are with the Hessian, by double backward, H v = grad(<grad L, v>) (Pearlmutter 1994).
+    For one batch the graph of the gradient is built once and kept: a product then costs 1.2-2.2
+    training steps. For several it is built anew for each batch and product (about 3), so that
+    memory stays that of one batch. Where an operation has no second derivative, `hvp="auto"` goes
+    over to differences of gradients, in float32 where the loss is smooth, in float64 where it has
+    kinks. `operator="ggn"` makes them those with the Gauss-Newton matrix (see `gauss_newton`).
 
     `micro_batch` cuts the batches further, so that memory is that of so many items.
 
@@ -55,80 +61,74 @@ class Objective:
         layout: Layout | None = None,
         mode: str = "train",
         also: nn.Module | Sequence[object] = (),
+        operator: str = "hessian",
         hvp: str = "auto",
         precision: str = "float32",
         micro_batch: int | None = None,
         dtype: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        check_options(loss_fn, mode, hvp, precision)
+        check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         self.layout = layout or Layout.of(model)
         self.hvps = 0
         self.items = sum(batches.items(batch) for batch in window)
-        if self.items == 0:
-            raise UsageError(f"window must hold items, got {len(window)} batches without any.")
-        self._model = model
-        self._loss_fn = loss_fn
-        self._window = list(window)
         if micro_batch is not None:
             check_count("micro_batch", micro_batch, 1)
-            self._window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
-        self._mode = mode
-        used = [also] if isinstance(also, nn.Module) else also
-        self._others = [*used, *captured_by(loss_fn)]
+            window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
+        self._replay = Replay(model, loss_fn, window, layout=self.layout, also=also)
+        self._ranks = ranks or Ranks()
+        if self.items == 0 and self._ranks.size == 1:
+            raise UsageError(f"window must hold items, got {len(window)} batches without any.")
+        self._mode, self._operator, self._hvp, self._precision = mode, operator, hvp, precision
+        self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
         self._stack = contextlib.ExitStack()
-        self._snapshot: Snapshot | None = None
-        self._graph: list[Tensor] | None = None  # d loss / d param with graph, of a single batch
+        self._reset()
+
+    def _reset(self) -> None:
+        self._total = 0.0  # weight of the window, on all ranks
         self._loss: float | None = None
         self._gradient: Tensor | None = None
-        self._displacement: Tensor | None = None
-        self._hvp = hvp
-        self._precision = precision
-        self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
-        self._leaves = self.layout  # what is differentiated: the parameters, or their stand-ins
-        self._cast: torch.dtype | None = None  # of the batches, with stand-ins
+        self._product: Product | None = None  # of a single batch, from a graph that is kept
         self._difference: FiniteDifference | None = None
-        self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._fallback = ""  # why it is not double backward
         self._graphless = False  # the gradient could not be had with its graph
+        self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
 
     def __enter__(self) -> Objective:
-        self._loss = self._gradient = self._difference = self._cast = None
-        self._leaves, self._fallback, self._graphless = self.layout, "", False
-        self._snapshot = self._stack.enter_context(
-            isolated(
-                self._model,
-                self.layout.params,
-                others=self._others,
-                mode=self._mode,
-                autocast=self._precision == "training",
-            )
-        )
-        self._still = _padding_mask(self._snapshot.modules, self.layout)
-        if self._dtype is not None and any(p.dtype != self._dtype for p in self.layout.params):
-            self._recast(self._dtype)
+        self._reset()
+        self._total = self._ranks.total(self._replay.weight())
+        if self._total == 0:
+            raise UsageError("window must hold items, got none on any rank.")
+        autocast = self._precision == "training"
+        opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
+        modules = self._stack.enter_context(opened).modules
+        self._still = padding_mask(modules, self.layout)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._graph = self._snapshot = None
+        self._product = None
         self._stack.close()
 
     @property
     def how(self) -> dict[str, str | int | float | bool]:
-        """How the numbers are obtained: backend, dtype, mode and items."""
+        """How the numbers are obtained: operator, backend, dtype, mode and items."""
         backend = "double_backward" if self._difference is None else "finite_difference"
         facts: dict[str, str | int | float | bool] = {
+            "operator": self._operator,
             "backend": backend,
-            "dtype": str(self._leaves.params[0].dtype).removeprefix("torch."),
+            "dtype": str(self._replay.leaves.params[0].dtype).removeprefix("torch."),
             "precision": self._precision,
             "mode": self._mode,
             "items": self.items,
         }
+        if self._ranks.size > 1:
+            facts["ranks"] = self._ranks.size
         return facts | ({"fallback": self._fallback} if self._fallback else {})
 
     @property
     def changed_objects(self) -> list[str]:
         """Python state that the loss changed and that can't be put back."""
-        return self._snapshot.changed_objects() if self._snapshot else []
+        return self._replay.changed_objects()
 
     def loss(self) -> float:
         """Return L(w). Costs a forward and a backward pass, shared with `gradient`."""
@@ -144,32 +144,35 @@ class Objective:
             UsageError: the loss is no scalar tensor that depends on the parameters.
         """  # (D,)
         if self._gradient is None:
-            losses = []
-            total = torch.zeros(self.layout.dim, dtype=self.layout.dtype, device=self.layout.device)
-            for weight, batch in self._sweep():
-                loss, graph = self._differentiate_once(batch)
-                losses.append(weight * loss.detach())
-                total.add_(self._flatten(graph), alpha=weight)
-                self._graph = graph if self._keeps_graph else None
-            self._loss = sum(torch.stack(losses).tolist())
-            self._gradient = total
+            self._product = None
+
+            def part() -> tuple[Tensor, Tensor]:
+                losses, total = self.layout.number(), self.layout.zeros()
+                for share, batch in self._sweep():
+                    loss, flat = self._differentiate_once(batch)
+                    losses.add_(loss.detach(), alpha=share)
+                    total.add_(flat.to(total), alpha=share)
+                return losses, total
+
+            loss, self._gradient = self._ranks.sum(part)
+            self._loss = float(loss)
         return self._gradient
 
     def hvp(self, v: Tensor) -> Tensor:
-        """Return H v, H the Hessian of L. One HVP.
+        """Return H v, H the Hessian of L, or G v. One HVP.
 
-        Rows that an Embedding keeps still for padding are left out of H: their gradient is zeroed
-        on the way, so that their part of the Jacobian is not symmetric.
+        Rows that an Embedding keeps still for padding are left out of H.
 
         Raises:
             NotSmoothError: there is no double backward, and differences do not agree either.
+            UsageError: `operator="ggn"` does not fit the loss.
         """  # (D,) -> (D,)
         self.hvps += 1
         if self._still is None:
-            return self._product(v)
-        return self._still * self._product(self._still * v)
+            return self._times(v)
+        return self._still * self._times(self._still * v)
 
-    def _product(self, v: Tensor) -> Tensor:
+    def _times(self, v: Tensor) -> Tensor:
         if self._difference is None and self._hvp == "finite_difference":
             self._use_differences("asked for")
         if self._difference is None:
@@ -182,51 +185,57 @@ class Objective:
         return self._by_differences(v)
 
     def _double_backward(self, v: Tensor) -> Tensor:
-        if self._graph is not None:
-            return product(self._graph, self._leaves, v).to(v)
-        total = torch.zeros_like(v)
-        for weight, batch in self._sweep():
-            _, graph = self._differentiate(batch, create_graph=True)
-            total.add_(product(graph, self._leaves, v), alpha=weight)
-            self._graph = graph if self._keeps_graph else None
-        return total
+        def part() -> tuple[Tensor]:
+            total = torch.zeros_like(v)
+            if self._product is not None:
+                total.add_(self._product(v).to(v), alpha=self._replay.weight() / self._total)
+                return (total,)
+            for share, batch in self._sweep():
+                product_with, _, _ = self._build(batch)
+                total.add_(product_with(v).to(v), alpha=share)
+                self._product = product_with if self._keeps_graph else None
+            return (total,)
+
+        return self._ranks.sum(part)[0]
 
     def _use_differences(self, reason: str) -> None:
+        if self._operator == "ggn":
+            raise UsageError(
+                'operator="ggn" needs double backward, which is not to be had here '
+                f'({reason}). Use operator="hessian".'
+            )
         self._fallback = reason
         norm = float(self.gradient().norm())
-        self._difference = FiniteDifference(self._gradient_at, norm, self._leaves.dtype)
-        self._graph = None
+        self._difference = FiniteDifference(self._gradient_at, norm, self._replay.leaves.dtype)
+        self._product = None
 
     def _by_differences(self, v: Tensor) -> Tensor:
         assert self._difference is not None
         try:
-            return self._difference(v.to(self._leaves.dtype)).to(v)
+            return self._difference(v.to(self._replay.leaves.dtype)).to(v)
         except NotSmoothError:
             # A part leaves the model to the objective it belongs to.
-            if self._leaves.dtype == torch.float64 or self._is_part:
+            if self._replay.is_recast or self._is_part:
                 raise
         # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.
-        self._recast(torch.float64)
+        self._product = None
+        with self._ranks.together():
+            self._replay.recast(torch.float64)
         self._use_differences(self._fallback)
         return self._difference(v.to(torch.float64)).to(v)
 
-    def _recast(self, dtype: torch.dtype) -> None:
-        assert self._snapshot is not None
-        stand_in = self._stack.enter_context(recast(self._snapshot.modules, dtype))
-        # of the present leaves: they may be stand-ins already, at float32 for bfloat16
-        params = tuple(stand_in(p) for p in self._leaves.params)
-        self._leaves, self._cast = Layout(self.layout.names, params), dtype
-        self._graph = None
-        # Each evaluation is to start from the stand-ins, the end of the probe is not.
-        self._snapshot = Snapshot([self._model, *self._others])
-
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""
-        with self._displaced(displacement):
+
+        def part() -> tuple[Tensor]:
+            total = self.layout.number()
             # With its graph, since a loss may differentiate itself (as in a gradient penalty).
-            losses = [weight * self._evaluate(batch).detach() for weight, batch in self._sweep()]
-            total: float = sum(torch.stack(losses).tolist())
-            return total
+            for share, batch in self._sweep():
+                total.add_(self._replay.evaluate(batch).detach(), alpha=share)
+            return (total,)
+
+        with self._replay.displaced(displacement):
+            return float(self._ranks.sum(part)[0])
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)
@@ -234,22 +243,17 @@ class Objective:
 
     def _gradient_at(self, displacement: Tensor) -> Tensor:
         """Return it in the precision it is computed in: differences need all of it."""
-        with self._displaced(displacement):
-            total = torch.zeros_like(displacement, dtype=self._leaves.dtype)
-            for weight, batch in self._sweep():
-                _, gradient = self._differentiate(batch, create_graph=False)
-                total.add_(self._leaves.flatten(gradient), alpha=weight)
-            return total
+        leaves = self._replay.leaves
 
-    @contextlib.contextmanager
-    def _displaced(self, displacement: Tensor) -> Iterator[None]:
-        assert self._snapshot is not None
-        self._displacement = displacement
-        try:
-            yield
-        finally:
-            self._displacement = None
-            self._snapshot.restore()  # by copy: adding and subtracting would leave rounding behind
+        def part() -> tuple[Tensor]:
+            total = torch.zeros_like(displacement, dtype=leaves.dtype)
+            for share, batch in self._sweep():
+                loss = self._replay.evaluate(batch)
+                total.add_(leaves.flatten(gradients(loss, leaves, create_graph=False)), alpha=share)
+            return (total,)
+
+        with self._replay.displaced(displacement):
+            return self._ranks.sum(part)[0]
 
     def part(self, share: int) -> Objective | None:
         """Return the same loss on the first 1/`share` of the items, for use inside this block.
@@ -257,27 +261,32 @@ class Objective:
         A coarse stand-in at 1/`share` of the cost, never a number to report. None where the
         window has several batches or too few items.
         """
-        if len(self._window) != 1 or self.items < _SMALLEST_PART * share:
+        window = self._replay.window
+        fits = len(window) == 1 and self.items >= _SMALLEST_PART * share
+        if not self._ranks.all(fits):
             return None
-        return self._on(batches.head(self._window[0], self.items // share))
+        return self._on(batches.head(window[0], self.items // share), self._ranks)
 
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
-        For the spread of their gradients, inside this block. Empty where there are not two items
-        for each.
+        For the spread of their gradients, inside this block and on this rank. Empty where there
+        are not two items for each.
         """
-        if len(self._window) > 1:
-            return [self._on(batch) for batch in self._window]
+        window = self._replay.window
+        if len(window) > 1:
+            return [self._on(batch) for batch in window]
         if self.items < 2 * count:
             return []
-        return [self._on(piece) for piece in batches.cut(self._window[0], count, rng)]
+        return [self._on(piece) for piece in batches.cut(window[0], count, rng)]
 
-    def _on(self, batch: Any) -> Objective:
-        part = Objective(self._model, self._loss_fn, [batch], layout=self.layout, mode=self._mode)
-        part._snapshot, part._leaves, part._cast = self._snapshot, self._leaves, self._cast
-        part._hvp, part._still, part._is_part = self._hvp, self._still, True
-        self._graph = None  # as in _sweep, which the part does on its own
+    def _on(self, batch: Any, ranks: Ranks | None = None) -> Objective:
+        part = copy.copy(self)
+        part._reset()
+        part._replay, part._still, part._is_part = self._replay.on(batch), self._still, True
+        part.items, part.hvps, part._ranks = batches.items(batch), 0, ranks or Ranks()
+        part._total = part._ranks.total(part._replay.weight())
+        self._product = None  # as in _sweep, which the part does on its own
         return part
 
     def is_finite(self) -> bool:
@@ -288,62 +297,37 @@ class Objective:
     @property
     def _keeps_graph(self) -> bool:
         wanted = self._hvp != "finite_difference" and not self._graphless
-        return len(self._window) == 1 and wanted
-
-    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        return self._leaves.flatten(tensors).to(self.layout.dtype)
+        return len(self._replay.window) == 1 and wanted
 
     def _sweep(self) -> Iterator[tuple[float, Any]]:
-        """Yield each batch with its weight; state runs on through the window, as in training."""
-        if self._snapshot is None:
-            raise RuntimeError("an Objective is used inside its `with` block only")
         # The graph that is kept shares the buffers and weights that a forward pass may change.
-        self._graph = None
-        self._snapshot.restore()
-        if self._displacement is not None:
-            pieces = self._leaves.unflatten(self._displacement)
-            for p, piece in zip(self._leaves.params, pieces, strict=True):
-                p.data.add_(piece)
-        for batch in self._window:
-            yield batches.items(batch) / self.items, batch
+        self._product = None
+        for weight, batch in self._replay.sweep():
+            if weight > 0:  # a rank may be without items
+                yield weight / self._total, batch
 
-    def _differentiate(self, batch: Any, *, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
-        loss = self._evaluate(batch)
-        return loss, gradients(loss, self._leaves, create_graph=create_graph)
+    def _build(self, batch: Any) -> tuple[Product, Tensor, Tensor]:
+        """Evaluate with a graph; return the product it allows, the loss and its gradient."""
+        leaves = self._replay.leaves
+        if self._operator == "ggn":
+            with outputs_noted(self._replay.model) as outputs:
+                loss = self._replay.evaluate(batch)
+            matrix = GaussNewton(loss, outputs, leaves)
+            return matrix, loss, leaves.flatten(matrix.gradient)
+        loss = self._replay.evaluate(batch)
+        graph = gradients(loss, leaves, create_graph=True)
+        return lambda v: product(graph, leaves, v), loss, leaves.flatten(graph)
 
-    def _differentiate_once(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
-        """Build the gradient's graph if it will be kept; lacking one is for `hvp` to report."""
-        if self._keeps_graph:
+    def _differentiate_once(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Keep the graph if there is one; lacking it is for `hvp` to report."""
+        if self._keeps_graph and self._operator == "hessian":
             try:
-                return self._differentiate(batch, create_graph=True)
+                self._product, loss, gradient = self._build(batch)
+                return loss, gradient
             except RuntimeError as error:
                 if not lacks_second_derivative(error):
                     raise
                 self._graphless = True
-        return self._differentiate(batch, create_graph=False)
-
-    def _evaluate(self, batch: Any) -> Tensor:
-        try:
-            loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
-        except RuntimeError as error:
-            explain_device(error, batch, self.layout.device)
-            raise
-        return check_loss(loss)
-
-
-def _padding_mask(modules: Sequence[nn.Module], layout: Layout) -> Tensor | None:
-    """Return 0 on the rows of embeddings that stand for padding, 1 elsewhere; None without any."""
-    rows = {
-        id(m.weight): m.padding_idx
-        for m in modules
-        if isinstance(m, nn.Embedding) and m.padding_idx is not None
-    }
-    if not any(id(p) in rows for p in layout.params):
-        return None
-    parts = []
-    for p in layout.params:
-        part = torch.ones_like(p, dtype=layout.dtype)
-        if id(p) in rows:
-            part[rows[id(p)]] = 0
-        parts.append(part)
-    return layout.flatten(parts)
+        loss = self._replay.evaluate(batch)
+        leaves = self._replay.leaves
+        return loss, leaves.flatten(gradients(loss, leaves, create_graph=False))

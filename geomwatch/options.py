@@ -19,6 +19,7 @@ class Options(TypedDict, total=False):
     quantities: str | Sequence[str]
     probe_batch: Any
     mode: str
+    operator: str
     micro_batch: int | None
     per_layer: bool
     hvp: str

@@ -61,6 +61,7 @@ class Prober:
         *,
         layout: Layout,
         mode: str,
+        operator: str,
         also: Sequence[object],
         micro_batch: int | None,
         per_layer: bool,
@@ -77,6 +78,7 @@ class Prober:
         self._options: dict[str, Any] = {
             "layout": layout,
             "mode": mode,
+            "operator": operator,
             "also": also,
             "precision": precision,
             "micro_batch": micro_batch,

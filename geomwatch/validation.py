@@ -71,11 +71,8 @@ def choose_backend(
     if hvp == "finite_difference":
         return hvp, {"validated": False, "validation": "differences of gradients check themselves"}
     few = batches.head(batch, min(_ITEMS, batches.items(batch)))
-    found = validate(
-        lambda: Objective(
-            model, loss_fn, [few], hvp="double_backward", dtype=torch.float64, **options
-        )
-    )
+    tested = {**options, "operator": "hessian", "hvp": "double_backward", "dtype": torch.float64}
+    found = validate(lambda: Objective(model, loss_fn, [few], **tested))
     facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
     if found.error is not None:
         facts["validation_error"] = found.error

@@ -99,6 +99,15 @@ class Layout:
         """Return the parameters' present values as a vector."""
         return self.flatten(self.params)
 
+    def zeros(self) -> Tensor:
+        """Return a zero vector."""
+        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+
+    def number(self) -> Tensor:
+        """Return a zero to sum scalars into, as precise as the device allows."""
+        widest = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros((), dtype=widest, device=self.device)
+
     def normal(self, rng: torch.Generator) -> Tensor:
         """Draw a standard normal vector; the same one on every device for one seed."""
         drawn = torch.randn(self.dim, generator=rng, dtype=self.dtype, device=rng.device)

@@ -563,6 +563,7 @@ def test_hvps_are_counted_and_told_with_how_they_were_made():
             "mode": "train",
             "precision": "float32",
             "items": 9,
+            "operator": "hessian",
         }
 
 

@@ -48,7 +48,7 @@ def _meaningless(samples: Samples, smallest: float, largest: float) -> str:
     if -smallest > _NEGATIVE * max(largest, 0.0):
         return (
             f"the Hessian is indefinite (eigenvalues from {smallest:.3g} to {largest:.3g}), so its "
-            "trace cancels; the Gauss-Newton matrix would have an effective rank"
+            'trace cancels; with operator="ggn" the Gauss-Newton matrix has an effective rank'
         )
     trace = mean_with_stderr(samples.quadratic, hvps=m)
     assert trace.value is not None
@@ -56,6 +56,6 @@ def _meaningless(samples: Samples, smallest: float, largest: float) -> str:
     if trace.value <= student_t(m - 1) * trace.error:
         return (
             f"the trace is not clearly positive ({trace.value:.3g} +- {trace.error:.2g} from {m} "
-            "samples); more samples, or the Gauss-Newton matrix, would have an effective rank"
+            'samples); more samples would show it, or operator="ggn"'
         )
     return ""

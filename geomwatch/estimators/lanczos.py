@@ -33,6 +33,7 @@ class Spectrum:
     residuals: tuple[float, ...]
     vectors: Tensor  # (top, D), unit Ritz vectors of the largest values
     hvps: int
+    weights: tuple[float, ...] = ()  # (start . y_i)^2 of unit vectors: their sum is 1
 
 
 def lanczos(
@@ -81,7 +82,10 @@ def lanczos(
     values, residuals, weights = ritz or _ritz(alphas, betas)
     coefficients = torch.from_numpy(weights[:, :top].copy())
     vectors = basis.combine(coefficients)
-    return Spectrum(tuple(values.tolist()), tuple(residuals.tolist()), vectors, len(alphas))
+    overlaps = tuple((weights[0] ** 2).tolist())
+    return Spectrum(
+        tuple(values.tolist()), tuple(residuals.tolist()), vectors, len(alphas), overlaps
+    )
 
 
 def warm_start(
