@@ -58,7 +58,7 @@ def isolated(
         stack.callback(snapshot.finish)
         if _set_mode(model, mode):
             # Each evaluation is to start from the new mode, the end of the probe is not.
-            snapshot = Snapshot([model, *others])
+            snapshot = Snapshot([model, *others], like=snapshot)
         yield snapshot
 
 

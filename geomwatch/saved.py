@@ -42,21 +42,23 @@ class SavedTensor(Saved):
     That leaves the version counter alone, so that a graph that saved the tensor stays valid.
     """
 
-    def __init__(self, name: str, tensor: Tensor, *, always: bool = False) -> None:
+    def __init__(
+        self, name: str, tensor: Tensor, *, always: bool = False, like: SavedTensor | None = None
+    ) -> None:
         super().__init__(name)
-        self._tensor = tensor
+        self.tensor = tensor
         self._requires_grad = tensor.requires_grad
         self._version = _version(tensor)
         self._memory = tensor.data  # a loss may give the tensor other memory: p.data = ...
         self._values: Tensor | None = None
         # An inference tensor changes under inference_mode only, which is off in a probe.
         if (always or tensor.numel() <= _LARGEST_COPY) and not tensor.is_inference():
-            self._values = _distinct(self._memory).clone()
+            self._values = _copy(_distinct(self._memory), like)
             self._counter = _unsafe_preserve_version_counter(tensor)
 
     def restore(self) -> None:
         """Write the values back, and undo a toggled requires_grad or a swapped `.data`."""
-        tensor = self._tensor
+        tensor = self.tensor
         if tensor.is_leaf and tensor.requires_grad != self._requires_grad:
             tensor.requires_grad_(self._requires_grad)
         if self._values is None:
@@ -67,12 +69,12 @@ class SavedTensor(Saved):
 
     def finish(self) -> None:
         """Set the version back too: a graph from before the probe would refuse another one."""
-        if self._values is not None and self._tensor._version != self._version:
+        if self._values is not None and self.tensor._version != self._version:
             self._counter.__exit__(None, None, None)
 
     def lost(self) -> bool:
         """Tell by its version whether a tensor that was not copied has changed."""
-        return self._values is None and _version(self._tensor) != self._version
+        return self._values is None and _version(self.tensor) != self._version
 
 
 class SavedContainer(Saved):
@@ -139,6 +141,14 @@ class SavedObject(Saved):
             for key in (slots,) if isinstance(slots, str) else slots:
                 own[key] = getattr(self._item, key, None)
         return {key: (value, _mark(value)) for key, value in own.items()}
+
+
+def _copy(values: Tensor, like: SavedTensor | None) -> Tensor:
+    """Copy values, or share the copy that an earlier snapshot has made of the same ones."""
+    held = None if like is None else like._values
+    if held is not None and held.dtype == values.dtype and torch.equal(held, values):
+        return held
+    return values.clone()
 
 
 def _distinct(tensor: Tensor) -> Tensor:

@@ -37,10 +37,13 @@ class Snapshot:
 
     Attributes are put back where they are scalars, tensors, arrays, random generators, modules or
     containers of such (nested); `changed_objects` names those that changed otherwise. Arrays and
-    frozen tensors of more than a million elements are not copied: the latter are watched.
+    frozen tensors of more than a million elements are not copied: the latter are watched. Values
+    that are still those of the snapshot `like` are shared with it: its copies serve both.
     """
 
-    def __init__(self, objects: Iterable[object]) -> None:
+    def __init__(self, objects: Iterable[object], *, like: Snapshot | None = None) -> None:
+        held = [] if like is None else like._saved
+        self._held = {id(s.tensor): s for s in held if isinstance(s, SavedTensor)}
         self.modules: list[nn.Module] = []
         self._rng = _RandomState()
         self._saved: list[Saved] = []
@@ -78,7 +81,7 @@ class Snapshot:
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
-            self._saved.append(SavedTensor(name, value))
+            self._saved.append(SavedTensor(name, value, like=self._held.get(id(value))))
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
         elif type(value) in CONTAINERS and not value:
@@ -97,7 +100,9 @@ class Snapshot:
             if tensor is not None and id(tensor) not in self._seen:
                 self._seen.add(id(tensor))
                 frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-                self._saved.append(SavedTensor(f"{name}.{key}", tensor, always=not frozen))
+                like = self._held.get(id(tensor))
+                saved = SavedTensor(f"{name}.{key}", tensor, always=not frozen, like=like)
+                self._saved.append(saved)
         self._visit(name, vars(module))
 
     def _visit_items(self, name: str, container: Any) -> None:
