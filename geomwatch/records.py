@@ -85,13 +85,18 @@ class Record:
         return sum(e.hvps for e in self.estimates.values())
 
     def scalars(self, prefix: str = "geom/") -> dict[str, float]:
-        """Return a flat dict for a tracker: every finite value, its error under `<name>_error`."""
+        """Return a flat dict for a tracker: every finite value, its error under `<name>_error`.
+
+        What is a module's own, "trace/<module>", becomes "trace.<module>": MLflow keeps a metric as
+        a file, and refuses one that lies inside another.
+        """
         flat: dict[str, float] = {}
         for name, estimate in self.estimates.items():
             if estimate.value is None or not math.isfinite(estimate.value):
                 continue
-            flat[f"{prefix}{name}"] = estimate.value
+            key = prefix + name.replace("/", ".")
+            flat[key] = estimate.value
             if estimate.error is not None and math.isfinite(estimate.error):
-                flat[f"{prefix}{name}_error"] = estimate.error
+                flat[f"{key}_error"] = estimate.error
         flat[f"{prefix}probe_seconds"] = self.seconds
         return flat
