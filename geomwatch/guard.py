@@ -28,7 +28,9 @@ class Guard:
         self._failures = 0
         self._told: set[str] = set()
 
-    def probe(self, window: Sequence[Any], step: int, *, same_data: Sequence[Any]) -> Probed | None:
+    def probe(
+        self, window: Sequence[Any], step: int, *, same_data: Sequence[Any], grad_scale: float
+    ) -> Probed | None:
         """Probe, or report why not and return None.
 
         Raises:
@@ -36,7 +38,7 @@ class Guard:
         """
         start = time.perf_counter()
         try:
-            probed = self.prober.probe(window, step, same_data=same_data)
+            probed = self.prober.probe(window, step, same_data=same_data, grad_scale=grad_scale)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
             if isinstance(error, UsageError) and self.prober.probes == 0:
                 raise

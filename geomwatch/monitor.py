@@ -176,6 +176,7 @@ class Monitor:
         *,
         loss: Tensor | float | None = None,
         grad_norm: Tensor | float | None = None,
+        grad_scale: float = 1.0,
     ) -> Record | None:
         """Watch one optimizer step; call it after backward() and before optimizer.step().
 
@@ -185,6 +186,8 @@ class Monitor:
             batch: the step's batch (or use `observe` for each micro-batch of a window).
             loss: the step's loss; lets the loss rule see every step. No host sync.
             grad_norm: what `clip_grad_norm_` returned, to know the norm before clipping.
+            grad_scale: what a GradScaler has the gradients multiplied by where nothing calls
+                `unscale_` before its `step`: `scaler.get_scale()`.
 
         Returns:
             The Record when a probe was due, else None.
@@ -199,8 +202,8 @@ class Monitor:
         window, self._window = self._window, []
         if not self._called:
             self._check_place(window)
-        settled = self._exchange(loss, grad_norm)
-        probed = self._probe(window) if self._is_due() else None
+        settled = self._exchange(loss, grad_norm, grad_scale)
+        probed = self._probe(window, grad_scale) if self._is_due() else None
         return self._conclude(settled, probed)
 
     def pause(self) -> None:
@@ -216,6 +219,7 @@ class Monitor:
         settled = self._scalars.take(self._counter.steps)
         if settled is not None:
             self._conclude(settled, None)
+        self._tell_of_a_short_run()
         self._counter.close()
         self._judge.close()
 
@@ -270,14 +274,14 @@ class Monitor:
         self._judge.emit(run_line(self._facts))
 
     def _exchange(
-        self, loss: Tensor | float | None, grad_norm: Tensor | float | None
+        self, loss: Tensor | float | None, grad_norm: Tensor | float | None, grad_scale: float
     ) -> Settled | None:
         """Read what the last step left behind and start copying this step's scalars."""
         if not self._counter.is_automatic and self._lr:
             self._counter.count()
         steps = self._counter.steps
         settled = self._scalars.take(steps)
-        norm = gradient_norm(self._params) if grad_norm is None else grad_norm
+        norm = gradient_norm(self._params) / grad_scale if grad_norm is None else grad_norm
         self._scalars.put(steps, loss, norm)
         if settled is not None and self._difficulty is not None:
             self._difficulty.update(max(self._lr), settled, self._guard.prober.lambda_max())
@@ -296,7 +300,7 @@ class Monitor:
         value = None if margin is None else margin.value
         return self._schedule.due(step, lr_ratio=self._guard.lr_ratio(self._lr), margin=value)
 
-    def _probe(self, window: Sequence[Any]) -> Probed | None:
+    def _probe(self, window: Sequence[Any], grad_scale: float) -> Probed | None:
         own = [self._probe_batch] if self._probe_batch is not None else window
         if not own:
             self._guard.tell(
@@ -305,7 +309,7 @@ class Monitor:
             )
             return None
         step = self._last_probe = self._counter.steps
-        probed = self._guard.probe(own, step, same_data=window)
+        probed = self._guard.probe(own, step, same_data=window, grad_scale=grad_scale)
         margin = None if probed is None or probed.margin is None else probed.margin.value
         self._schedule.probed(step, margin=margin)
         return probed
@@ -329,6 +333,15 @@ class Monitor:
             settled=settled,
         )
         return self._judge(seen, record)
+
+    def _tell_of_a_short_run(self) -> None:
+        steps, every = self._counter.steps, self._schedule.every
+        if self._last_probe == 0 and 1 < steps <= every:
+            self._guard.tell(
+                f"every must be smaller than the run, got every={every} for {steps} steps: only "
+                f"the first was probed. Pass every={max(1, steps // 10)}, say, or leave out "
+                'schedule="fixed".'
+            )
 
 
 def _check_options(model: object, max_overhead: object) -> None:

@@ -100,11 +100,21 @@ class Prober:
         self.probes = 0
         self.surprises: list[str] = []  # things to tell the user once
 
-    def probe(self, window: Sequence[Any], step: int, *, same_data: Sequence[Any]) -> Probed:
-        """Measure on `window`; `same_data` are the batches the step itself has seen."""
+    def probe(
+        self,
+        window: Sequence[Any],
+        step: int,
+        *,
+        same_data: Sequence[Any],
+        grad_scale: float = 1.0,
+    ) -> Probed:
+        """Measure on `window`; `same_data` are the batches the step itself has seen.
+
+        Gradients are still to be divided by `grad_scale`.
+        """
         start = time.perf_counter()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
-        gradient = self._training_gradient()
+        gradient = self._training_gradient(grad_scale)
         with self._objective(window) as objective:
             steady = gradient is None or math.isfinite(float(gradient.norm()))
             finite = objective.is_finite()
@@ -210,7 +220,7 @@ class Prober:
         named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]
         return tuple(f"{m} ({share:.0%})" for m, share in named[:_LAYERS_NAMED])
 
-    def _training_gradient(self) -> Tensor | None:
+    def _training_gradient(self, scale: float) -> Tensor | None:
         gradients = [p.grad for p in self._layout.params]
         if all(g is None for g in gradients):
             return None
@@ -218,7 +228,7 @@ class Prober:
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self._layout.params, gradients, strict=True)
         ]
-        return self._layout.flatten(filled)
+        return self._layout.flatten(filled).div_(scale)
 
     def _sees_the_same_data(self, window: Sequence[Any]) -> bool:
         now = tuple(number for batch in window for number in batches.fingerprint(batch))
@@ -264,5 +274,6 @@ def _refuse_scaled(used: Tensor, own: Tensor) -> None:
     if cosine > 0.9 and abs(ratio / 2.0**power - 1) < 0.2:
         raise UsageError(
             f"gradients must be unscaled before monitor.step(), got gradients 2^{power} times the "
-            "loss's own. Call scaler.unscale_(optimizer) first, then clip, then monitor.step()."
+            "loss's own. Call scaler.unscale_(optimizer) first, then clip, then monitor.step(); or "
+            "pass grad_scale=scaler.get_scale()."
         )

@@ -299,6 +299,20 @@ def test_a_loss_for_each_item_is_refused():
         monitor.step(digits(8), loss=torch.zeros(8))
 
 
+@pytest.mark.parametrize(("steps", "told"), [(10, True), (11, False)])
+def test_a_run_that_ends_before_its_second_probe_is_told_of(caplog, steps, told):
+    model, optimizer = small()
+    with Monitor(model, cross_entropy, optimizer, every=10, schedule="fixed") as monitor:
+        train(model, optimizer, monitor, steps)
+        assert not caplog.records
+    monitor.close()
+    messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert messages == told * [
+        "every must be smaller than the run, got every=10 for 10 steps: only the first was probed. "
+        'Pass every=1, say, or leave out schedule="fixed".'
+    ]
+
+
 # Probes that fail
 
 
@@ -461,6 +475,30 @@ def test_unscaled_gradients_are_taken():
         scaler.update()
     assert [r.step for r in monitor.history] == [0, 1, 2, 3]
     assert not monitor.alerts
+
+
+def test_gradients_that_nothing_unscales_are_measured_through_their_scale():
+    records = {}
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = mlp(64, 16, 10)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        monitor = Monitor(model, cross_entropy, optimizer)
+        for batch in itertools.islice(draws(), 6):
+            optimizer.zero_grad()
+            scaler.scale(cross_entropy(model, batch)).backward()
+            before = model[0].weight.grad.clone()
+            monitor.step(batch, grad_scale=scaler.get_scale())
+            assert torch.equal(model[0].weight.grad, before)
+            scaler.step(optimizer)
+            scaler.update()
+        records[scale] = monitor.history
+    assert len(records[1.0]) == 5
+    for plain, scaled in zip(*records.values(), strict=True):
+        assert scaled.estimates == plain.estimates  # a power of two divides exactly
+    assert plain["stability_margin"].value > 0
+    assert plain["difficulty"].value > 0
 
 
 def test_left_out_steps_are_information_and_five_are_critical():
