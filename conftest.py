@@ -36,6 +36,7 @@ def needs_data() -> Callable[[str, str], Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that read data, and skip those that need a GPU where there is none."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "needs_data" in getattr(item, "fixturenames", ()):
