@@ -35,13 +35,15 @@ def isolated(
     others: Sequence[object] = (),
     mode: str,
     autocast: bool = False,
+    second_order: bool = True,
 ) -> Iterator[Snapshot]:
     """Run a probe in a world that is put back bit for bit when it ends, however it ends.
 
     Off for the probe: parameter and backward hooks (they would bend an HVP), autocast (unless it
     is asked for), the caller's no_grad or inference_mode, and what has no second derivative (see
-    `second_order`). `.grad` is set aside, so that a loss_fn that calls backward() inside can't add
-    to it. Forward hooks do run: spectral norm and FSDP need them.
+    `second_order`; not asked for, the kernels stay those of training). `.grad` is set aside, so
+    that a loss_fn that calls backward() inside can't add to it. Forward hooks do run: spectral norm
+    and FSDP need them.
     """
     with contextlib.ExitStack() as stack:
         token = _PROBING.set(True)
@@ -51,7 +53,8 @@ def isolated(
         snapshot = Snapshot([model, *others])
         if not autocast:
             stack.enter_context(autocast_off({p.device.type for p in params} | {"cpu"}))
-        stack.enter_context(twice_differentiable(snapshot.modules))
+        if second_order:
+            stack.enter_context(twice_differentiable(snapshot.modules))
         parameters = _parameters(snapshot.modules)
         stack.enter_context(_hooks_off(parameters, snapshot.modules))
         stack.enter_context(_gradients_aside(parameters))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
+from geomwatch.options import is_disabled
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities import resolve
@@ -121,7 +121,7 @@ class Monitor:
         self._params = layout.params
         self._probe_batch = probe_batch
         self._max_overhead = max_overhead
-        self._disabled = os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")
+        self._disabled = is_disabled()
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars = StepScalars()
         self._window: list[Any] = []

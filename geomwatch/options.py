@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -30,3 +31,8 @@ class Options(TypedDict, total=False):
     on_alert: Callable[[Alert], None] | None
     sinks: Sequence[Sink]
     seed: int
+
+
+def is_disabled() -> bool:
+    """Tell whether GEOMWATCH_DISABLE=1 in the environment turns everything off."""
+    return os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")

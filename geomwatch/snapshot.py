@@ -45,7 +45,7 @@ class Snapshot:
         held = [] if like is None else like._saved
         self._held = {id(s.tensor): s for s in held if isinstance(s, SavedTensor)}
         self.modules: list[nn.Module] = []
-        self._rng = _RandomState()
+        self._rng = RandomState()
         self._saved: list[Saved] = []
         # Most containers of a module are hook dictionaries with nothing in them.
         self._empty: list[Any] = []
@@ -114,7 +114,7 @@ class Snapshot:
                 self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
 
 
-class _RandomState:
+class RandomState:
     """The global generators of torch (every device in use), NumPy and Python."""
 
     def __init__(self) -> None:
@@ -124,6 +124,7 @@ class _RandomState:
         self._python = random.getstate()
 
     def restore(self) -> None:
+        """Set them back to where they were."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)

@@ -1,0 +1,139 @@
+"""The loss of a Trainer's optimizer step, computed again: exactly what was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from geomwatch import batches
+from geomwatch.integrations._transformers_tap import LossCall, TrainingStep
+from geomwatch.isolation import captured_by
+from geomwatch.objective import LossFn
+
+
+class Window:
+    """The training steps that one optimizer step has summed its gradient over."""
+
+    def __init__(self, steps: Sequence[TrainingStep]) -> None:
+        self.steps = list(steps)
+
+    @property
+    def loss(self) -> Tensor | float:
+        """The loss that is stepped on: a Trainer sums it over micro-batches."""
+        total = self.steps[0].loss
+        for step in self.steps[1:]:
+            total = total + step.loss
+        return total
+
+    @cached_property
+    def factor(self) -> float:
+        """What the window's mean of compute_loss must be multiplied by to give that sum.
+
+        Their number, or 1 where training_step has divided each by that number, as it does for
+        losses that it holds for means. Read off the numbers, when a probe asks for it: it costs a
+        host sync.
+        """
+        count = len(self.steps)
+        if count == 1:
+            return 1.0
+        trained = sum(abs(float(step.loss)) for step in self.steps)
+        computed = sum(abs(_number(step.call)) for step in self.steps)
+        return 1.0 if abs(trained - computed / count) < abs(trained - computed) else float(count)
+
+    def micro_batches(self) -> list[MicroBatch]:
+        """Return the batches for `TrainerLoss`."""
+        return [MicroBatch(s.inputs, s.call, batches.items(s.inputs), self) for s in self.steps]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The inputs of a training step, whole or a piece of them.
+
+    A batch as `geomwatch.batches` knows it: copied, cut and cast in its inputs. The rest is passed
+    through, so a piece knows what it is a piece of.
+    """
+
+    inputs: Any
+    call: LossCall | None  # None where training_step has called compute_loss not at all, or twice
+    items: int  # of the whole micro-batch
+    window: Window
+
+    @property
+    def share(self) -> float:
+        """How much of the micro-batch this is: 1, or less for a piece."""
+        return batches.items(self.inputs) / self.items if self.items else 1.0
+
+
+class TrainerLoss:
+    """loss_fn(model, batch) on the micro-batches of a Trainer.
+
+    A micro-batch is evaluated by the very call of compute_loss that training has made: with its
+    inputs, its keywords and its random state, hence the same dropout masks. What compute_loss makes
+    of `num_items_in_batch`, the number of labels in the window, needs not be known: a piece of a
+    micro-batch gets its share of that number, so that the pieces of a sum add up to it and those of
+    a mean average to it. The mean over a window, times `Window.factor`, is the loss stepped on.
+    """
+
+    # Without a __dict__ there is nothing in here that a probe would have to watch.
+    __slots__ = ("_compute_loss", "_loss_fn", "_trainer")
+
+    def __init__(self, trainer: Any, compute_loss: Any, loss_fn: LossFn | None) -> None:
+        self._trainer, self._compute_loss, self._loss_fn = trainer, compute_loss, loss_fn
+
+    def weight(self, batch: Any) -> float:
+        """Return what a batch counts for in the mean over a window.
+
+        Each micro-batch the same, as a Trainer sums over them; by its items, or by what it says
+        itself, for a loss_fn of the user's.
+        """
+        if self._loss_fn is not None:
+            weigh: Any = getattr(self._loss_fn, "weight", batches.items)
+            return float(weigh(batch.inputs if isinstance(batch, MicroBatch) else batch))
+        return batch.share if isinstance(batch, MicroBatch) else batches.items(batch)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a micro-batch, of a piece of one, or of plain inputs."""
+        if not isinstance(batch, MicroBatch):
+            return self._evaluate(model, batch, {})
+        share, call = batch.share, batch.call
+        if call is not None and share == 1:
+            call.random.restore()
+        if call is None or self._loss_fn is not None:
+            return self._evaluate(model, batch.inputs, {})
+        keywords = dict(call.keywords)
+        if share < 1 and keywords.get("num_items_in_batch") is not None:
+            keywords["num_items_in_batch"] = share * keywords["num_items_in_batch"]
+        return batch.window.factor * self._evaluate(model, batch.inputs, keywords)
+
+    def _evaluate(self, model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> Tensor:
+        if self._loss_fn is not None:
+            return self._loss_fn(model, inputs)
+        with self._trainer.compute_loss_context_manager():
+            returned = self._compute_loss(model, inputs, **keywords)
+        loss: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return loss
+
+    def isolates(self) -> list[object]:
+        """Return what evaluating the loss may change beside the model.
+
+        The modules that the Trainer holds, and where the user has written the loss the Trainer
+        itself and whatever that code carries along.
+        """
+        modules = [m for m in vars(self._trainer).values() if isinstance(m, nn.Module)]
+        parts = [self._compute_loss, getattr(self._trainer, "compute_loss_func", None)]
+        if self._loss_fn is not None:
+            parts = [self._loss_fn]
+        written = [part for part in parts if part is not None and not _is_the_hosts(part)]
+        return [*modules, *(found for part in written for found in captured_by(part))]
+
+
+def _number(call: LossCall | None) -> float:
+    return 0.0 if call is None or call.loss is None else float(call.loss)
+
+
+def _is_the_hosts(part: Any) -> bool:
+    return (getattr(part, "__module__", None) or "").partition(".")[0] == "transformers"

@@ -1,0 +1,138 @@
+"""What a Trainer computes in each step, seen by shadowing three methods of one instance."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from geomwatch.snapshot import RandomState
+
+_Method: TypeAlias = Callable[..., Any]
+
+
+class LossCall:
+    """A call of compute_loss, kept so that it can be made again with the same outcome."""
+
+    __slots__ = ("inputs", "keywords", "loss", "random")
+
+    def __init__(self, inputs: Any, keywords: Mapping[str, Any]) -> None:
+        self.inputs = _shallow(inputs)  # compute_loss may take the labels out
+        self.keywords = dict(keywords)
+        self.random = RandomState()
+        self.loss: Tensor | None = None  # what it returned
+
+
+class TrainingStep:
+    """What training_step was given for one micro-batch, and what came of it."""
+
+    __slots__ = ("_given", "calls", "loss")
+
+    def __init__(self, inputs: Any) -> None:
+        self._given = _shallow(inputs)
+        self.calls: list[LossCall] = []
+        self.loss: Tensor | float = 0.0  # that was trained on, as training_step reports it
+
+    @property
+    def call(self) -> LossCall | None:
+        """The call of compute_loss, if there was exactly one."""
+        return self.calls[0] if len(self.calls) == 1 else None
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs as compute_loss got them, prepared, or else as training_step did."""
+        return self._given if self.call is None else self.call.inputs
+
+
+class Tap:
+    """Notes the losses of a Trainer's training steps and the gradient norm before its clipping.
+
+    `training_step`, `compute_loss` and the accelerator's `clip_grad_norm_` are shadowed on the
+    instances, and do what they did before; losses computed outside of a training step, as in an
+    evaluation, are left alone. `close` takes the shadows away.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.compute_loss: _Method = trainer.compute_loss
+        self._steps: list[TrainingStep] = []
+        self._norm: Tensor | float | None = None
+        self._current: TrainingStep | None = None
+        self._undo = [
+            _shadow(trainer, "training_step", self._around_step),
+            _shadow(trainer, "compute_loss", self._around_loss),
+            _shadow(trainer.accelerator, "clip_grad_norm_", self._around_clip),
+        ]
+
+    def take(self) -> tuple[list[TrainingStep], Tensor | float | None]:
+        """Return the training steps since the last call, and the norm of their gradient."""
+        steps, norm = self._steps, self._norm
+        self._steps, self._norm = [], None
+        return steps, norm
+
+    def close(self) -> None:
+        """Leave the Trainer as it was."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def _around_step(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        named = _named(("model", "inputs", "num_items_in_batch"), args, kwargs)
+        step = self._current = TrainingStep(named.get("inputs"))
+        try:
+            step.loss = original(*args, **kwargs)
+        finally:
+            self._current = None
+        if self._undo:
+            self._steps.append(step)
+        return step.loss
+
+    def _around_loss(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self._current is None:
+            return original(*args, **kwargs)
+        names = ("model", "inputs", "return_outputs", "num_items_in_batch")
+        named = _named(names, args, kwargs)
+        keywords = {k: v for k, v in named.items() if k not in ("model", "inputs")}
+        call = LossCall(named["inputs"], keywords)
+        self._current.calls.append(call)
+        returned = original(*args, **kwargs)
+        loss = returned[0] if isinstance(returned, tuple) else returned
+        call.loss = loss.detach() if isinstance(loss, Tensor) else None
+        return returned
+
+    def _around_clip(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self._norm = original(*args, **kwargs)
+        return self._norm
+
+
+def _shadow(
+    owner: Any, name: str, around: Callable[[_Method, Sequence[Any], dict[str, Any]], Any]
+) -> Callable[[], None]:
+    """Put `around` an instance's method; return what takes it away again."""
+    original = getattr(owner, name)
+    was_own = name in vars(owner)
+
+    @functools.wraps(original)
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        return around(original, args, kwargs)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not shadow:
+            return  # somebody else has put another around ours, which goes on passing calls through
+        if was_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+    setattr(owner, name, shadow)
+    return undo
+
+
+def _named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _shallow(inputs: Any) -> Any:
+    return copy.copy(inputs) if isinstance(inputs, Mapping | MutableSequence) else inputs
