@@ -1,4 +1,4 @@
-"""Wrong use of geomwatch: the only errors that reach a training loop."""
+"""Wrong use of geomwatch, the only errors that reach a training loop; and what can't be had."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ class UsageError(ValueError):
 
 class UsageTypeError(UsageError, TypeError):
     """A UsageError about the type of a thing."""
+
+
+class WithheldError(RuntimeError):
+    """A quantity has no meaning here; its estimate says why."""
+
+
+class NoCurvatureError(RuntimeError):
+    """No backend can differentiate the gradient of this loss."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from geomwatch.errors import UsageError
 from geomwatch.prober import Probed, Prober
 from geomwatch.records import Estimate
@@ -38,7 +40,9 @@ class Guard:
         """
         start = time.perf_counter()
         try:
-            probed = self.prober.probe(window, step, same_data=same_data, grad_scale=grad_scale)
+            probed = self._probe_within_memory(
+                window, step, same_data=same_data, grad_scale=grad_scale
+            )
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
             if isinstance(error, UsageError) and self.prober.probes == 0:
                 raise
@@ -88,6 +92,28 @@ class Guard:
         """Take over the last margin and its learning rates."""
         self._lr = tuple(state["lr"])
         self._margin = None if state["margin"] is None else Estimate(**state["margin"])
+
+    def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
+        try:
+            return self.prober.probe(window, step, **known)
+        except torch.OutOfMemoryError as error:
+            smaller = self.prober.cut_batches(window)
+            if smaller is None:
+                raise
+            shortage = error.with_traceback(None)
+        # outside of the handler: the frames of the error hold the probe's tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            probed = self.prober.probe(window, step, **known)
+        except UsageError as refused:  # this loss is no mean over items
+            self.prober.uncut_batches()
+            raise shortage from refused
+        self.tell(
+            f"a probe ran out of memory and was repeated {smaller} items at a time, as further "
+            f"ones will be; micro_batch={smaller} does so from the start. ({shortage})"
+        )
+        return probed
 
     def _report(self, step: int, error: Exception) -> None:
         self._failures += 1

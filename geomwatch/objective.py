@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,16 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.checks import check_count, check_options
 from geomwatch.distributed import Ranks
-from geomwatch.double_backward import gradients, lacks_second_derivative, product
-from geomwatch.errors import UsageError
-from geomwatch.finite_difference import FiniteDifference, NotSmoothError
-from geomwatch.gauss_newton import GaussNewton, outputs_noted
+from geomwatch.double_backward import gradients
+from geomwatch.errors import UsageError, WithheldError
+from geomwatch.locate import module_of
 from geomwatch.padding import padding_mask
+from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay
 from geomwatch.vectors import Layout
 
 _SMALLEST_PART = 16  # items
-
-Product = Callable[[Tensor], Tensor]  # (D,) -> (D,)
 
 
 class Objective:
@@ -50,8 +49,6 @@ class Objective:
     without autocast; `precision="training"` leaves both as they are in training.
     """
 
-    _is_part = False  # of another objective, in whose block it is used
-
     def __init__(
         self,
         model: nn.Module,
@@ -75,30 +72,26 @@ class Objective:
         if micro_batch is not None:
             check_count("micro_batch", micro_batch, 1)
             window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
-        self._replay = Replay(model, loss_fn, window, layout=self.layout, also=also)
-        self._ranks = ranks or Ranks()
-        if self.items == 0 and self._ranks.size == 1:
+        if ranks is None and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
-        self._mode, self._operator, self._hvp, self._precision = mode, operator, hvp, precision
+        self._replay = Replay(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
+        self._mode, self._precision = mode, precision
+        self._kind = {"operator": operator, "hvp": hvp}
         self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
         self._stack = contextlib.ExitStack()
+        self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._reset()
 
-    def _reset(self) -> None:
-        self._total = 0.0  # weight of the window, on all ranks
+    def _reset(self, *, is_part: bool = False) -> None:
+        self.hvps = 0
         self._loss: float | None = None
         self._gradient: Tensor | None = None
-        self._product: Product | None = None  # of a single batch, from a graph that is kept
-        self._difference: FiniteDifference | None = None
-        self._fallback = ""  # why it is not double backward
-        self._graphless = False  # the gradient could not be had with its graph
-        self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
+        self._products = Products(
+            self._replay, self.gradient, self._gradient_at, **self._kind, is_part=is_part
+        )
 
     def __enter__(self) -> Objective:
         self._reset()
-        self._total = self._ranks.total(self._replay.weight())
-        if self._total == 0:
-            raise UsageError("window must hold items, got none on any rank.")
         autocast = self._precision == "training"
         opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
         modules = self._stack.enter_context(opened).modules
@@ -106,24 +99,54 @@ class Objective:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._product = None
         self._stack.close()
 
     @property
     def how(self) -> dict[str, str | int | float | bool]:
         """How the numbers are obtained: operator, backend, dtype, mode and items."""
-        backend = "double_backward" if self._difference is None else "finite_difference"
         facts: dict[str, str | int | float | bool] = {
-            "operator": self._operator,
-            "backend": backend,
+            "operator": self._kind["operator"],
+            "backend": self._products.backend,
             "dtype": str(self._replay.leaves.params[0].dtype).removeprefix("torch."),
             "precision": self._precision,
             "mode": self._mode,
             "items": self.items,
         }
-        if self._ranks.size > 1:
-            facts["ranks"] = self._ranks.size
-        return facts | ({"fallback": self._fallback} if self._fallback else {})
+        if self._replay.ranks.size > 1:
+            facts["ranks"] = self._replay.ranks.size
+        found = {"fallback": self._products.fallback, "obstacle": self._products.obstacle}
+        return facts | {name: why for name, why in found.items() if why}
+
+    @property
+    def weight(self) -> float:
+        """What it counts for beside others: its items, or what `loss_fn.weight` says."""
+        return self._replay.total
+
+    @property
+    def obstacle(self) -> str:
+        """Why there are no HVPs; "" while none has failed."""
+        return self._products.obstacle
+
+    def forgo_hvps(self, obstacle: str) -> None:
+        """Spend nothing on trying again what is known to fail."""
+        self._products.obstacle = obstacle
+
+    def module_of(self, operation: str) -> str | None:
+        """Name the module that an operation is in. One forward pass."""
+        found: list[str | None] = []
+
+        def of(batch: Any) -> tuple[Tensor, ...]:
+            evaluate = partial(self._replay.evaluate, batch)
+            found.append(module_of(self._replay.model, evaluate, operation))
+            return ()
+
+        self._replay.mean(of)
+        return next((name for name in found if name), None)
+
+    @property
+    def normalizes_batches(self) -> bool:
+        """Whether a BatchNorm takes its statistics from the batch."""
+        return self._replay.normalizes_batches()
 
     @property
     def changed_objects(self) -> list[str]:
@@ -144,17 +167,9 @@ class Objective:
             UsageError: the loss is no scalar tensor that depends on the parameters.
         """  # (D,)
         if self._gradient is None:
-            self._product = None
-
-            def part() -> tuple[Tensor, Tensor]:
-                losses, total = self.layout.number(), self.layout.zeros()
-                for share, batch in self._sweep():
-                    loss, flat = self._differentiate_once(batch)
-                    losses.add_(loss.detach(), alpha=share)
-                    total.add_(flat.to(total), alpha=share)
-                return losses, total
-
-            loss, self._gradient = self._ranks.sum(part)
+            loss, self._gradient = self._replay.mean(
+                self._products.first_gradient, self.layout.number(), self.layout.zeros()
+            )
             self._loss = float(loss)
         return self._gradient
 
@@ -164,78 +179,22 @@ class Objective:
         Rows that an Embedding keeps still for padding are left out of H.
 
         Raises:
-            NotSmoothError: there is no double backward, and differences do not agree either.
+            NoCurvatureError: there is no double backward, and differences do not agree either.
             UsageError: `operator="ggn"` does not fit the loss.
         """  # (D,) -> (D,)
         self.hvps += 1
         if self._still is None:
-            return self._times(v)
-        return self._still * self._times(self._still * v)
-
-    def _times(self, v: Tensor) -> Tensor:
-        if self._difference is None and self._hvp == "finite_difference":
-            self._use_differences("asked for")
-        if self._difference is None:
-            try:
-                return self._double_backward(v)
-            except RuntimeError as error:
-                if self._hvp != "auto" or not lacks_second_derivative(error):
-                    raise
-                self._use_differences(f"no double backward: {error}")
-        return self._by_differences(v)
-
-    def _double_backward(self, v: Tensor) -> Tensor:
-        def part() -> tuple[Tensor]:
-            total = torch.zeros_like(v)
-            if self._product is not None:
-                total.add_(self._product(v).to(v), alpha=self._replay.weight() / self._total)
-                return (total,)
-            for share, batch in self._sweep():
-                product_with, _, _ = self._build(batch)
-                total.add_(product_with(v).to(v), alpha=share)
-                self._product = product_with if self._keeps_graph else None
-            return (total,)
-
-        return self._ranks.sum(part)[0]
-
-    def _use_differences(self, reason: str) -> None:
-        if self._operator == "ggn":
-            raise UsageError(
-                'operator="ggn" needs double backward, which is not to be had here '
-                f'({reason}). Use operator="hessian".'
-            )
-        self._fallback = reason
-        norm = float(self.gradient().norm())
-        self._difference = FiniteDifference(self._gradient_at, norm, self._replay.leaves.dtype)
-        self._product = None
-
-    def _by_differences(self, v: Tensor) -> Tensor:
-        assert self._difference is not None
-        try:
-            return self._difference(v.to(self._replay.leaves.dtype)).to(v)
-        except NotSmoothError:
-            # A part leaves the model to the objective it belongs to.
-            if self._replay.is_recast or self._is_part:
-                raise
-        # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.
-        self._product = None
-        with self._ranks.together():
-            self._replay.recast(torch.float64)
-        self._use_differences(self._fallback)
-        return self._difference(v.to(torch.float64)).to(v)
+            return self._products(v)
+        return self._still * self._products(self._still * v)
 
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""
-
-        def part() -> tuple[Tensor]:
-            total = self.layout.number()
-            # With its graph, since a loss may differentiate itself (as in a gradient penalty).
-            for share, batch in self._sweep():
-                total.add_(self._replay.evaluate(batch).detach(), alpha=share)
-            return (total,)
-
+        # With its graph, since a loss may differentiate itself (as in a gradient penalty).
         with self._replay.displaced(displacement):
-            return float(self._ranks.sum(part)[0])
+            (loss,) = self._replay.mean(
+                lambda batch: (self._replay.evaluate(batch),), self.layout.number()
+            )
+            return float(loss)
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)
@@ -245,15 +204,12 @@ class Objective:
         """Return it in the precision it is computed in: differences need all of it."""
         leaves = self._replay.leaves
 
-        def part() -> tuple[Tensor]:
-            total = torch.zeros_like(displacement, dtype=leaves.dtype)
-            for share, batch in self._sweep():
-                loss = self._replay.evaluate(batch)
-                total.add_(leaves.flatten(gradients(loss, leaves, create_graph=False)), alpha=share)
-            return (total,)
+        def of(batch: Any) -> tuple[Tensor]:
+            loss = self._replay.evaluate(batch)
+            return (leaves.flatten(gradients(loss, leaves, create_graph=False)),)
 
         with self._replay.displaced(displacement):
-            return self._ranks.sum(part)[0]
+            return self._replay.mean(of, torch.zeros_like(displacement, dtype=leaves.dtype))[0]
 
     def part(self, share: int) -> Objective | None:
         """Return the same loss on the first 1/`share` of the items, for use inside this block.
@@ -263,71 +219,42 @@ class Objective:
         """
         window = self._replay.window
         fits = len(window) == 1 and self.items >= _SMALLEST_PART * share
-        if not self._ranks.all(fits):
+        if not self._replay.ranks.all(fits):
             return None
-        return self._on(batches.head(window[0], self.items // share), self._ranks)
+        return self._on(batches.head(window[0], self.items // share), self._replay.ranks)
 
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
-        For the spread of their gradients, inside this block and on this rank. Empty where there
-        are not two items for each.
+        For how they spread, inside this block and on this rank.
+
+        Raises:
+            WithheldError: there are not two items for each, or pieces of a batch would be
+                normalised by other statistics than the batch.
         """
         window = self._replay.window
         if len(window) > 1:
             return [self._on(batch) for batch in window]
         if self.items < 2 * count:
-            return []
+            raise WithheldError(
+                f"{self.items} items can't be cut into {count} micro-batches of two; accumulate "
+                "the gradient over micro-batches, or use a larger batch"
+            )
+        if self._replay.normalizes_batches():
+            raise WithheldError(
+                "a BatchNorm in train mode would give pieces of the batch statistics of their own; "
+                "accumulate the gradient over micro-batches, or measure with mode='eval'"
+            )
         return [self._on(piece) for piece in batches.cut(window[0], count, rng)]
 
     def _on(self, batch: Any, ranks: Ranks | None = None) -> Objective:
         part = copy.copy(self)
-        part._reset()
-        part._replay, part._still, part._is_part = self._replay.on(batch), self._still, True
-        part.items, part.hvps, part._ranks = batches.items(batch), 0, ranks or Ranks()
-        part._total = part._ranks.total(part._replay.weight())
-        self._product = None  # as in _sweep, which the part does on its own
+        part._replay, part.items = self._replay.on(batch, ranks), batches.items(batch)
+        part._reset(is_part=True)
+        part.forgo_hvps(self.obstacle)
         return part
 
     def is_finite(self) -> bool:
         """Tell whether loss and gradient are finite, so that curvature has a meaning."""
         # NaN and Inf reach the norm, which is 20 times faster than to ask each element.
         return math.isfinite(self.loss()) and math.isfinite(float(self.gradient().norm()))
-
-    @property
-    def _keeps_graph(self) -> bool:
-        wanted = self._hvp != "finite_difference" and not self._graphless
-        return len(self._replay.window) == 1 and wanted
-
-    def _sweep(self) -> Iterator[tuple[float, Any]]:
-        # The graph that is kept shares the buffers and weights that a forward pass may change.
-        self._product = None
-        for weight, batch in self._replay.sweep():
-            if weight > 0:  # a rank may be without items
-                yield weight / self._total, batch
-
-    def _build(self, batch: Any) -> tuple[Product, Tensor, Tensor]:
-        """Evaluate with a graph; return the product it allows, the loss and its gradient."""
-        leaves = self._replay.leaves
-        if self._operator == "ggn":
-            with outputs_noted(self._replay.model) as outputs:
-                loss = self._replay.evaluate(batch)
-            matrix = GaussNewton(loss, outputs, leaves)
-            return matrix, loss, leaves.flatten(matrix.gradient)
-        loss = self._replay.evaluate(batch)
-        graph = gradients(loss, leaves, create_graph=True)
-        return lambda v: product(graph, leaves, v), loss, leaves.flatten(graph)
-
-    def _differentiate_once(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Keep the graph if there is one; lacking it is for `hvp` to report."""
-        if self._keeps_graph and self._operator == "hessian":
-            try:
-                self._product, loss, gradient = self._build(batch)
-                return loss, gradient
-            except RuntimeError as error:
-                if not lacks_second_derivative(error):
-                    raise
-                self._graphless = True
-        loss = self._replay.evaluate(batch)
-        leaves = self._replay.leaves
-        return loss, leaves.flatten(gradients(loss, leaves, create_graph=False))

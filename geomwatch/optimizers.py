@@ -1,7 +1,7 @@
 r"""One coming step of each torch.optim optimizer, made linear: its rate, preconditioner, threshold.
 
 With the preconditioner P frozen, each of these is one recursion in w and a buffer m, whose
-coefficients alone decide when it is stable (`linear_step`). lambda is an eigenvalue of
+coefficients alone decide when it is stable (see `recursion`). lambda is an eigenvalue of
 P^-1 (H + wd I), eta = lr, mu = momentum, d = dampening, b1, b2 = betas; stable: lambda < threshold.
 
 | optimizer        | P, from the state as the coming step will have it   | eta * threshold         |
@@ -24,7 +24,7 @@ P^-1 (H + wd I), eta = lr, mu = momentum, d = dampening, b1, b2 = betas; stable:
 Weight decay is coupled (wd I beside H) unless the optimizer decouples it, as AdamW does.
 Sources: SGD: Cohen, Kaur, Li, Kolter, Talwalkar 2021, "Gradient descent on neural networks
 typically occurs at the edge of stability"; Adam: Cohen et al. 2022, "Adaptive gradient methods at
-the edge of stability" (arXiv 2207.14484); the rest: `linear_step`. All are bisected against
+the edge of stability" (arXiv 2207.14484); the rest: `Recursion`. All are bisected against
 torch.optim itself in tests/test_stability.py.
 """
 
@@ -38,6 +38,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from geomwatch.recursion import Recursion
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,9 @@ class Coming:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One parameter's coming step: stable on lambda(P^-1 H) iff rate * lambda < threshold."""
+    """One parameter's coming step: the recursion that each eigenvalue of P^-1 H goes through."""
 
-    rate: float
-    threshold: float = 1.0  # 0 if no curvature is stable, inf if the gradient does not enter
-    noise_ratio: float = 1.0  # threshold over that of the small-batch limit
+    recursion: Recursion
     preconditioner: Tensor | None = None  # (n,) P; None for 1
     moment: Tensor | None = None  # (n,) what P is made of: > 0 where a gradient was seen
     decay: float = 0.0  # coupled weight decay
@@ -90,51 +90,18 @@ def algorithm(optimizer: object) -> str:
     return str(step.__qualname__).removesuffix(".step") if module.startswith("torch.optim.") else ""
 
 
-def linear_step(
-    rate: float,
-    *,
-    memory: float = 0.0,
-    intake: float = 0.0,
-    direct: float = 1.0,
-    through: float = 0.0,
-    keep: float = 1.0,
-) -> Step:
-    r"""Return the stability threshold of one linear recursion with momentum.
-
-    m' = memory m + intake g,   w' = keep w - rate P^-1 (direct g + through m'),   g = lambda P w.
-
-    Its characteristic polynomial is z^2 - T z + det with
-    T = keep + memory - rate lambda (direct + through intake) and
-    det = memory (keep - rate lambda direct). Jury's test fails first at z = -1, where 1 + T + det
-    = 0 gives rate lambda = (1 + keep)(1 + memory) / (direct (1 + memory) + through intake).
-
-    When the noise of small batches dominates (lambda -> 0 at a finite E[h^2]/E[h], h a batch's
-    curvature), each kick is complete before the next one matters, so only its total size
-    direct + through intake / (1 - memory) counts, and the threshold is 2 over it: 2(1-mu) for heavy
-    ball (Andreyev et al. 2026, arXiv 2604.14108), 2 for Adam. `noise_ratio` is the ratio of both.
-    """
-    push = direct * (1 + memory) + through * intake
-    if memory >= 1 or keep <= -1 or push < 0:
-        return Step(rate, threshold=0.0)
-    if push == 0:
-        return Step(rate, threshold=math.inf)
-    threshold = (1 + keep) * (1 + memory) / push
-    total = direct + through * intake / (1 - memory)
-    return Step(rate, threshold, threshold * total / 2)
-
-
 def _sgd(c: Coming) -> Step:
     mu, dampening = float(c.group["momentum"]), float(c.group["dampening"])
     if mu == 0:
-        return linear_step(c.lr)
+        return Step(Recursion(c.lr))
     direct, through = (1.0, mu) if c.group["nesterov"] else (0.0, 1.0)
-    return linear_step(c.lr, memory=mu, intake=1 - dampening, direct=direct, through=through)
+    return Step(Recursion(c.lr, memory=mu, intake=1 - dampening, direct=direct, through=through))
 
 
 def _asgd(c: Coming) -> Step:
     # The rate was put into the state by the step before: a new lr takes effect one step late.
     eta = float(c.state.get("eta", c.lr))
-    return linear_step(eta, keep=1 - float(c.group["lambd"]) * eta)
+    return Step(Recursion(eta, keep=1 - float(c.group["lambd"]) * eta))
 
 
 def _adam(c: Coming) -> Step:
@@ -168,7 +135,8 @@ def _radam(c: Coming) -> Step:
     v = _average_of_squares(c, "exp_avg_sq", b2)
     p = (v.sqrt() + float(c.group["eps"])) / math.sqrt(corrected)
     rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    return replace(_averaging(c, p, v, through=correction), rate=c.lr * math.sqrt(rectified))
+    step = _averaging(c, p, v, through=correction)
+    return replace(step, recursion=replace(step.recursion, rate=c.lr * math.sqrt(rectified)))
 
 
 def _rmsprop(c: Coming) -> Step:
@@ -177,14 +145,14 @@ def _rmsprop(c: Coming) -> Step:
     if c.group["centered"]:
         average = torch.lerp(_read(c, "grad_avg"), c.gradient, 1 - alpha)
         v = (v - average.square()).clamp_min(0)
-    step = linear_step(c.lr, memory=mu, intake=1, direct=0, through=1)
-    return replace(step, preconditioner=v.sqrt() + float(c.group["eps"]), moment=v)
+    recursion = Recursion(c.lr, memory=mu, intake=1, direct=0, through=1)
+    return Step(recursion, preconditioner=v.sqrt() + float(c.group["eps"]), moment=v)
 
 
 def _adagrad(c: Coming) -> Step:
     total = _read(c, "sum") + c.gradient.square()
-    step = linear_step(c.lr / (1 + (c.count - 1) * float(c.group["lr_decay"])))
-    return replace(step, preconditioner=total.sqrt() + float(c.group["eps"]), moment=total)
+    recursion = Recursion(c.lr / (1 + (c.count - 1) * float(c.group["lr_decay"])))
+    return Step(recursion, preconditioner=total.sqrt() + float(c.group["eps"]), moment=total)
 
 
 def _adadelta(c: Coming) -> Step:
@@ -192,12 +160,17 @@ def _adadelta(c: Coming) -> Step:
     v = _average_of_squares(c, "square_avg", float(c.group["rho"]))
     # The step divides by the average of squared updates as it was before this update.
     p = (v + eps).sqrt() / (_read(c, "acc_delta") + eps).sqrt()
-    return replace(linear_step(c.lr), preconditioner=p, moment=v)
+    return Step(Recursion(c.lr), preconditioner=p, moment=v)
 
 
 def plain_step(c: Coming) -> Step:
     """Return the step of an optimizer without a formula: M = lr lambda_max(H)."""
-    return Step(c.lr)
+    return unscaled_step(c.lr)
+
+
+def unscaled_step(lr: float) -> Step:
+    """Return a step whose margin is lr times the curvature, deterministic or stochastic."""
+    return Step(Recursion(2 * lr))
 
 
 FORMULAS: dict[str, Callable[[Coming], Step]] = {
@@ -223,8 +196,8 @@ def _averaging(
     """
     b1, total = float(c.group["betas"][0]), direct + through
     direct, through = direct / total, through / total
-    step = linear_step(c.lr, memory=b1, intake=1 - b1, direct=direct, through=through, keep=c.keep)
-    return replace(step, preconditioner=p / total, moment=moment)
+    recursion = Recursion(c.lr, b1, 1 - b1, direct, through, c.keep)
+    return Step(recursion, preconditioner=p / total, moment=moment)
 
 
 def _first_correction(c: Coming) -> float:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.estimators.hutchinson import Samples, hutchinson
+from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
 from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
 from geomwatch.estimators.noise import Spread, spread_of
 from geomwatch.estimators.readout import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.objective import Objective
+from geomwatch.records import Estimate
+from geomwatch.running import RunningTrace
 from geomwatch.stability import Stability
 from geomwatch.vectors import generator
 
@@ -55,6 +57,8 @@ class Probe:
         rng: torch.Generator | None = None,
         until: Sequence[int] = (0,),
         groups: Sequence[Mapping[str, Any]] = (),
+        running: RunningTrace | None = None,
+        last_lambda: float | None = None,
     ) -> None:
         self.objective = objective
         self.stability = stability
@@ -62,7 +66,8 @@ class Probe:
         self.warm = warm or WarmStart()
         self.rng = rng or generator(0)
         self.groups = groups  # the optimizer's parameter groups
-        self._until = until  # which Ritz values of the Hessian must converge
+        self._running, self._last_lambda = running, last_lambda
+        self.until = until  # which Ritz values of the Hessian must converge
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -71,7 +76,7 @@ class Probe:
             assert self.stability is not None
             assert self.stability.uniform is not None
             return _scaled(self.margin_spectrum, 1 / self.stability.uniform**2)
-        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, self._until)
+        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, self.until)
         self.warm.hessian = spectrum.vectors
         return spectrum
 
@@ -80,7 +85,7 @@ class Probe:
         """Ritz values of S (H + W) S, the operator whose largest eigenvalue is the margin."""
         assert self.stability is not None
         apply = self.stability.apply
-        until = self._until if self._margin_is_hessian else (0,)
+        until = self.until if self._margin_is_hessian else (0,)
         # nothing is to be found among the weights that are left out
         keep = self.stability.scale > 0 if self.stability.uniform is None else None
         spectrum = self._lanczos(lambda o: apply(o.hvp), self.warm.margin, until, keep)
@@ -114,10 +119,30 @@ class Probe:
         return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
     @cached_property
+    def trace(self) -> Estimate:
+        """The trace from the samples of this probe, or pooled with those of the probes before."""
+        if self._running is None:
+            return mean_with_stderr(self.samples.quadratic, hvps=len(self.samples.quadratic))
+        known = "spectrum" in self.__dict__ or self._margin_is_hessian
+        reference = self.spectrum.values[0] if known else self._last_lambda
+        return self._running.update(self.samples, reference)
+
+    @cached_property
     def gradient_spread(self) -> Spread:
         """How the gradients of micro-batches spread: those of the window, or eight random ones."""
+        return self._spread(lambda piece: piece.gradient())
+
+    @cached_property
+    def curvature_spread(self) -> Spread:
+        """How the products of their Hessians with the margin's top Ritz vector spread."""
+        assert self.stability is not None
+        apply, top = self.stability.apply, self.margin_spectrum.vectors[0]
+        self.objective.hvps += 1
+        return self._spread(lambda piece: apply(piece.hvp)(top))
+
+    def _spread(self, of: Callable[[Objective], Tensor]) -> Spread:
         pieces = self.objective.pieces(_PIECES, self.rng)
-        return spread_of([(piece.items, piece.gradient()) for piece in pieces])
+        return spread_of([(piece.weight, of(piece)) for piece in pieces])
 
     @cached_property
     def readout(self) -> Readout:

@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
+from geomwatch.locate import operation_in
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe, WarmStart
-from geomwatch.quantities import attempt, evaluate, evaluate_layers, ritz_indices, scaled
+from geomwatch.quantities import (
+    LIGHT,
+    SLOW,
+    WITHOUT_HVPS,
+    evaluate,
+    evaluate_layers,
+    ritz_indices,
+)
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
 from geomwatch.stability import learning_rates, stability_of
@@ -24,9 +32,8 @@ from geomwatch.validation import choose_backend
 from geomwatch.vectors import Layout, generator
 
 _SLOW = 10  # probes between two measurements of what is costly and moves slowly
-_LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
 _WARM = Budget(lanczos=5, samples=1, tol=1e-2)
-_COLD = Budget(lanczos=12, samples=4, tol=1e-3)  # nothing to start from yet
+_COLD = Budget(lanczos=12, samples=6, tol=1e-3)  # nothing to start from yet, or all to measure
 _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
     None, status="failed", reason="the gradient that the step would use is not finite"
@@ -85,9 +92,6 @@ class Prober:
         }
         self._every = every
         self._per_layer = per_layer
-        # What is not pooled over probes needs an error bar from the samples of one.
-        pooled = not per_layer and not {"trace_squared", "effective_rank"} & set(names)
-        self._least_samples = 1 if pooled else 4
         self._rng = generator(seed)
         self._warm = WarmStart()
         self._invariance = ScaleInvariance()
@@ -97,6 +101,7 @@ class Prober:
         self._last_full = 0
         self._compared = False  # the training gradient with the probe's own
         self._resumed_lambda: float | None = None
+        self._obstacle = ""  # why this model has no HVPs
         self.probes = 0
         self.surprises: list[str] = []  # things to tell the user once
 
@@ -123,11 +128,11 @@ class Prober:
                 self._compared = True
             probe = self._shared(objective, gradient)
             names = self._due_names(probe, step)
-            fresh = evaluate(probe, [n for n in names if n not in ("trace", "trace_per_param")])
-            if finite:
-                fresh |= self._running_trace(probe, fresh, names)
-                if self._per_layer and self.probes % _SLOW == 0:
-                    fresh |= evaluate_layers(probe)
+            fresh = evaluate(probe, names)
+            if finite and self._per_layer and self._is_slow:
+                fresh |= evaluate_layers(probe)
+            if objective.obstacle:
+                fresh |= self._without_hvps(probe, names)
             if not steady:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
@@ -150,6 +155,20 @@ class Prober:
         )
         return Probed(record, fresh.get("stability_margin"), layers, deterministic)
 
+    def cut_batches(self, window: Sequence[Any]) -> int | None:
+        """Use a quarter of the memory from now on; None where items can't be fewer."""
+        present = self._options["micro_batch"]
+        if present is not None or not window:
+            return None
+        smaller = max(1, max(batches.items(batch) for batch in window) // 4)
+        self._options["micro_batch"] = smaller
+        self._validation = None  # it is to be checked that the loss is a mean over items
+        return smaller
+
+    def uncut_batches(self) -> None:
+        """Take back `cut_batches`."""
+        self._options["micro_batch"] = self._validation = None
+
     def lambda_max(self) -> float | None:
         """Return the last known lambda_max of the Hessian, also from before a resume."""
         known = self._held.value("lambda_max")
@@ -169,48 +188,69 @@ class Prober:
         return Objective(self._model, self._loss_fn, window, hvp=self._hvp, **options)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
+        if self._obstacle:
+            objective.forgo_hvps(self._obstacle)
         used = objective.gradient() if gradient is None else gradient
-        cold = self._warm.hessian is None and self._warm.margin is None
-        budget = _COLD if cold else _WARM
         invariant = self._invariance.update(self._layout, objective.gradient())
         return Probe(
             objective,
             stability=stability_of(self._optimizer, self._layout, gradient=used, exclude=invariant),
-            budget=replace(budget, samples=max(budget.samples, self._least_samples)),
             warm=self._warm,
             rng=self._rng,
-            until=ritz_indices(self._names),
             groups=getattr(self._optimizer, "param_groups", ()),
+            running=self._trace,
+            last_lambda=self.lambda_max(),
         )
 
-    def _due_names(self, probe: Probe, step: int) -> list[str]:
-        """Spare the costly quantities where the user left the choice to us.
+    @property
+    def _is_slow(self) -> bool:
+        """Whether this probe measures what is costly as well."""
+        return self.probes % _SLOW == 0
 
-        Everything at every 10th probe; else without what needs HVPs of another operator than the
-        margin's; and while probes are dense, little more than the margin.
+    def _due_names(self, probe: Probe, step: int) -> list[str]:
+        """Choose what to measure, and what that may cost.
+
+        Where the user left the choice to us: everything at every 10th probe; else without what is
+        costly and slow to move, and without HVPs of another operator than the margin's; and while
+        probes are dense, little more than the margin.
         """
+        names = self._affordable(probe, step)
+        cold = self._warm.hessian is None and self._warm.margin is None
+        # What is not pooled over probes needs an error bar from the samples of one.
+        single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
+        probe.budget = _COLD if cold or (self._is_slow and self._every is not None) else _WARM
+        probe.budget = replace(probe.budget, samples=_COLD.samples if single else 1)
+        probe.until = ritz_indices(names)
+        return names
+
+    def _affordable(self, probe: Probe, step: int) -> list[str]:
         names = list(self._names)
-        if self._every is None or self.probes % _SLOW == 0:
+        if self._every is None or self._is_slow:
             self._last_full = step
             return names
+        names = [n for n in names if n not in SLOW]
         if probe.costs_separate_hessian:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self._last_full < min(self._every, self._last_full):
-            return [n for n in names if n in _LIGHT]
+            return [n for n in names if n in LIGHT]
         self._last_full = step
         return names
 
-    def _running_trace(
-        self, probe: Probe, fresh: dict[str, Estimate], names: Sequence[str]
-    ) -> dict[str, Estimate]:
-        wanted = [n for n in ("trace", "trace_per_param") if n in names]
-        if not wanted:
-            return {}
-        known = fresh.get("lambda_max")
-        reference = known.value if known is not None else self.lambda_max()
-        trace = attempt(lambda: self._trace.update(probe.samples, reference))
-        factors = {"trace": 1.0, "trace_per_param": 1 / self._layout.dim}
-        return {name: scaled(trace, factors[name]) for name in wanted}
+    def _without_hvps(self, probe: Probe, names: Sequence[str]) -> dict[str, Estimate]:
+        """Measure what losses alone can tell; say once what is in the way."""
+        objective = probe.objective
+        if not self._obstacle:
+            self._obstacle = objective.obstacle
+            operation = operation_in(objective.obstacle)
+            module = objective.module_of(operation) if operation else None
+            place = f" It is in module {module!r}." if module else ""
+            self.surprises.append(
+                f"curvature can't be measured here: {objective.obstacle}.{place} Loss, gradient "
+                "norm, batch_sharpness and critical_lr still are. For the rest, write that "
+                "backward with differentiable operations, or leave its parameters out with "
+                "params=[...]."
+            )
+        return evaluate(probe, [n for n in WITHOUT_HVPS if n not in names and n != "difficulty"])
 
     def _layers(self, probe: Probe, fresh: dict[str, Estimate]) -> tuple[str, ...]:
         """Name the modules that hold the top Ritz vector: squares of its entries, for free."""
@@ -241,7 +281,7 @@ class Prober:
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self._names if name in estimates}
-        return own | {name: e for name, e in estimates.items() if "/" in name}
+        return own | estimates
 
     def state_dict(self) -> dict[str, Any]:
         """Return what spans probes, except the warm starts (as large as the model)."""

@@ -9,20 +9,25 @@ from functools import partial
 
 import torch
 
-from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.errors import NoCurvatureError, UsageError, UsageTypeError, WithheldError
 from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
 from geomwatch.estimators.layers import layer_lambda_max, layer_trace
+from geomwatch.estimators.mean_square import stochastic_margin
 from geomwatch.estimators.noise import gradient_noise_scale, temperature
 from geomwatch.estimators.normalized_sharpness import (
     normalized_sharpness,
     normalized_sharpness_linf,
 )
 from geomwatch.estimators.roughness import roughness, roughness_residual
+from geomwatch.estimators.sharpness import sharpness_by_losses
 from geomwatch.probe import Probe
 from geomwatch.records import Estimate
 
+LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
+SLOW = ("spectral_gap", "effective_rank", "roughness", "normalized_sharpness")  # dear, slow to move
+WITHOUT_HVPS = ("loss", "grad_norm", "batch_sharpness", "critical_lr", "difficulty")
 DEFAULT = (
     "loss",
     "grad_norm",
@@ -33,6 +38,7 @@ DEFAULT = (
     "trace",
     "trace_per_param",
     "difficulty",
+    *SLOW,
 )
 
 
@@ -71,7 +77,9 @@ def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
     if not probe.objective.is_finite():
         reason = "the loss or its gradient is not finite at this point"
         return {name: Estimate(None, status="failed", reason=reason) for name in names}
-    return {name: attempt(partial(QUANTITIES[name], probe)) for name in names}
+    # In the order of the table: what uses the graph of the gradient comes before what drops it.
+    found = {n: attempt(partial(q, probe)) for n, q in QUANTITIES.items() if n in names}
+    return {name: found[name] for name in names}
 
 
 def evaluate_layers(probe: Probe) -> dict[str, Estimate]:
@@ -96,6 +104,10 @@ def attempt(quantity: Callable[[], Estimate]) -> Estimate:
         estimate = quantity()
     except torch.OutOfMemoryError:
         raise  # the other quantities would fail as well
+    except WithheldError as why:
+        return Estimate(None, status="withheld", reason=str(why))
+    except NoCurvatureError as obstacle:
+        return Estimate(None, status="failed", reason=f"no curvature here: {obstacle}")
     except Exception as error:  # whatever the loss raises, it is for the user to read
         return Estimate(None, status="failed", reason=f"{type(error).__name__}: {error}")
     if estimate.value is not None and not math.isfinite(estimate.value):
@@ -144,22 +156,36 @@ def _stability_margin(probe: Probe) -> Estimate:
 
 
 def _stochastic_margin(probe: Probe) -> Estimate:
+    """The largest over the groups, which differ in little but their momentum."""
     assert probe.stability is not None
-    s = probe.stability
-    value = s.noise_ratio * probe.margin_sharpness
-    return Estimate(value, status=s.status, reason=s.reason, hvps=1)
+    s, curvature = probe.stability, probe.margin_spectrum.values[0]
+    found = [
+        stochastic_margin(probe.curvature_spread, recursion, curvature=curvature)
+        for recursion in s.recursions
+    ]
+    if not found:
+        raise WithheldError("the coming step moves no measured parameter")
+    largest = max(found, key=lambda e: -math.inf if e.value is None else e.value)
+    if largest.value is None or s.status == "ok":
+        return replace(largest, hvps=1)
+    return replace(largest, status=s.status, reason=s.reason, hvps=1)
 
 
 def _batch_sharpness(probe: Probe) -> Estimate:
-    return Estimate(probe.batch_sharpness, hvps=1)
+    try:
+        return Estimate(probe.batch_sharpness, hvps=1)
+    except NoCurvatureError:
+        gradient = probe.objective.gradient()
+        slope = float(gradient @ gradient)
+        return sharpness_by_losses(probe.objective.loss_at, gradient, probe.readout, slope=slope)
 
 
 def _trace(probe: Probe) -> Estimate:
-    return mean_with_stderr(probe.samples.quadratic, hvps=len(probe.samples.quadratic))
+    return probe.trace
 
 
 def _trace_per_param(probe: Probe) -> Estimate:
-    return scaled(_trace(probe), 1 / probe.objective.layout.dim)
+    return scaled(probe.trace, 1 / probe.objective.layout.dim)
 
 
 def _trace_squared(probe: Probe) -> Estimate:
@@ -254,19 +280,19 @@ QUANTITIES: dict[str, Callable[[Probe], Estimate]] = {
     "lambda_3": _ritz(2),
     "lambda_min": _ritz(-1),
     "spectral_gap": _spectral_gap,
-    "stochastic_margin": _stochastic_margin,
     "batch_sharpness": _batch_sharpness,
     "trace": _trace,
     "trace_per_param": _trace_per_param,
     "trace_squared": _trace_squared,
     "effective_rank": _effective_rank,
+    "stochastic_margin": _stochastic_margin,
+    "gradient_noise_scale": _gradient_noise_scale,
+    "temperature": _temperature,
     "roughness": _roughness,
     "roughness_residual": _roughness_residual,
     "normalized_sharpness": _normalized_sharpness,
     "normalized_sharpness_linf": _normalized_sharpness_linf,
     "critical_lr": _critical_lr,
-    "gradient_noise_scale": _gradient_noise_scale,
-    "temperature": _temperature,
     "difficulty": _difficulty,
 }
 _NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "temperature", "difficulty"})

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.checks import check_loss, explain_device
+from geomwatch.distributed import Ranks
+from geomwatch.errors import UsageError
 from geomwatch.isolation import captured_by, isolated
 from geomwatch.recast import recast
 from geomwatch.snapshot import Snapshot
@@ -23,7 +25,8 @@ class Replay:
     """A loss_fn on the batches of a window, each time from the same weights and random state.
 
     Used while `opened`. `leaves` are what is differentiated: the parameters, or stand-ins at
-    another precision.
+    another precision. `kept` is what the last evaluation has built on buffers and weights that the
+    next one may change, and is dropped by it.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Replay:
         *,
         layout: Layout,
         also: nn.Module | Sequence[object] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.window = list(window)
         self.leaves = self._layout = layout
@@ -41,15 +45,21 @@ class Replay:
         used = [also] if isinstance(also, nn.Module) else also
         self._others = [*used, *captured_by(loss_fn)]
         self._weigh: Callable[[Any], float] = getattr(loss_fn, "weight", batches.items)
+        self.ranks = ranks or Ranks()
+        self.kept: Callable[[Tensor], Tensor] | None = None
+        self.total = 0.0  # weight of the window, on all ranks
         self._stack = contextlib.ExitStack()
         self._snapshot: Snapshot | None = None
         self._cast: torch.dtype | None = None  # of the batches, with stand-ins
         self._displacement: Tensor | None = None
+        self._recasting = contextlib.ExitStack()
+        self._before: tuple[Snapshot, Layout, torch.dtype | None] | None = None
 
     @contextlib.contextmanager
     def opened(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Iterator[Snapshot]:
         """Isolate the model; yields what is put back."""
         self.leaves, self._cast = self._layout, None
+        self._weigh_window()
         with contextlib.ExitStack() as self._stack:
             self._snapshot = self._stack.enter_context(
                 isolated(
@@ -65,7 +75,7 @@ class Replay:
             try:
                 yield self._snapshot
             finally:
-                self._snapshot = None
+                self._snapshot = self.kept = None
 
     @property
     def model(self) -> nn.Module:
@@ -80,38 +90,84 @@ class Replay:
     def recast(self, dtype: torch.dtype) -> None:
         """Go on at another precision."""
         assert self._snapshot is not None
-        stand_in = self._stack.enter_context(recast(self._snapshot.modules, dtype))
+        self._recasting = contextlib.ExitStack()
+        stand_in = self._recasting.enter_context(recast(self._snapshot.modules, dtype))
+        self._stack.callback(self._recasting.close)
         # of the present leaves: they may be stand-ins already, at float32 for bfloat16
         params = tuple(stand_in(p) for p in self.leaves.params)
+        self._before = self._snapshot, self.leaves, self._cast
         self.leaves, self._cast = Layout(self._layout.names, params), dtype
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
         self._snapshot = Snapshot([self._model, *self._others])
 
-    def on(self, batch: Any) -> Replay:
+    def undo_recast(self) -> None:
+        """Go back to the precision before the last `recast`."""
+        self._recasting.close()
+        if self._before is not None:
+            self._snapshot, self.leaves, self._cast = self._before
+
+    def normalizes_batches(self) -> bool:
+        """Tell whether the loss of a batch is no mean over its items, because of a BatchNorm."""
+        assert self._snapshot is not None
+        norms = [
+            m for m in self._snapshot.modules if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
+        return any(m.training or m.running_mean is None for m in norms)
+
+    def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch, for use while this one is opened."""
-        other = Replay(self._model, self._loss_fn, [batch], layout=self._layout)
+        other = Replay(self._model, self._loss_fn, [batch], layout=self._layout, ranks=ranks)
         other._snapshot, other.leaves, other._cast = self._snapshot, self.leaves, self._cast
+        other._weigh_window()
+        self.kept = None
         return other
 
-    def weight(self) -> float:
-        """Return what the window counts for: its items, or what `loss_fn.weight` says."""
-        return sum(float(self._weigh(batch)) for batch in self.window)
+    def _weigh_window(self) -> None:
+        self.total = self.ranks.total(sum(float(self._weigh(batch)) for batch in self.window))
+        if self.total == 0:
+            raise UsageError(f"window must hold items, got {len(self.window)} batches without any.")
 
     def changed_objects(self) -> list[str]:
         """Name Python state that the loss changed and that can't be put back."""
         return self._snapshot.changed_objects() if self._snapshot else []
 
-    def sweep(self) -> Iterator[tuple[float, Any]]:
-        """Yield each batch with its weight; state runs on through the window, as in training."""
+    def mean(self, of: Callable[[Any], tuple[Tensor, ...]], *totals: Tensor) -> tuple[Tensor, ...]:
+        """Return the weighted mean of what `of` returns for each batch, over all ranks.
+
+        Its tensors are summed up in `totals`, which hold zeros. State runs on through the window,
+        as in training.
+        """
+
+        def part() -> tuple[Tensor, ...]:
+            self._start()
+            for batch in self.window:
+                share = float(self._weigh(batch)) / self.total
+                if share > 0:  # a rank may be without items
+                    for total, x in zip(totals, of(batch), strict=True):
+                        total.add_(x.detach().to(total), alpha=share)
+            return totals
+
+        return self.ranks.sum(part)
+
+    def mean_of_kept(self, v: Tensor, total: Tensor) -> Tensor:
+        """Return the mean of `kept(v)`, of a window of one batch, without another evaluation."""
+
+        def part() -> tuple[Tensor]:
+            assert self.kept is not None
+            share = float(self._weigh(self.window[0])) / self.total
+            return (total.add_(self.kept(v).to(total), alpha=share),)
+
+        return self.ranks.sum(part)[0]
+
+    def _start(self) -> None:
         if self._snapshot is None:
             raise RuntimeError("an Objective is used inside its `with` block only")
+        self.kept = None
         self._snapshot.restore()
         if self._displacement is not None:
             pieces = self.leaves.unflatten(self._displacement)
             for p, piece in zip(self.leaves.params, pieces, strict=True):
                 p.data.add_(piece)
-        for batch in self.window:
-            yield float(self._weigh(batch)), batch
 
     def evaluate(self, batch: Any) -> Tensor:
         """Return the loss of one batch, a scalar with its graph."""

@@ -21,8 +21,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from geomwatch.optimizers import FORMULAS, Coming, Step, algorithm, plain_step
+from geomwatch.optimizers import (
+    FORMULAS,
+    Coming,
+    Step,
+    algorithm,
+    plain_step,
+    unscaled_step,
+)
 from geomwatch.optimizers import unwrap as unwrap
+from geomwatch.recursion import Recursion
 from geomwatch.vectors import Layout
 
 
@@ -39,10 +47,15 @@ class Stability:
     inverse_preconditioner: Tensor  # (D,) P^-1, 1 for SGD; 0 where excluded or left alone
     decay: Tensor | None  # (D,) W, coupled weight decay; None when all zero
     uniform: float | None  # c if S = c I, so that lambda_max(sign H + W) = M / c^2; else None
-    noise_ratio: float  # deterministic over small-batch threshold, the largest of the groups
+    recursions: tuple[Recursion, ...]  # of the groups, in the coordinates that S scales
     sign: float = 1.0  # -1.0 when the optimizer maximizes
     status: str = "ok"  # "ok" | "unknown" | "directional"
     reason: str = ""  # why it is not "ok"
+
+    @property
+    def noise_ratio(self) -> float:
+        """Deterministic over small-batch threshold, the largest of the groups."""
+        return max((r.noise_ratio for r in self.recursions), default=1.0)
 
     def apply(self, hvp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return y -> S (sign H + W) S y, (D,) -> (D,), for hvp(v) = H v. One HVP a call."""
@@ -102,7 +115,7 @@ def stability_of(
             reason += "; the margin is lr * lambda_max(H), to be compared with this run's own past"
             steps = [plain_step(c) if c else None for c in coming]
             if not any(coming):
-                steps = [Step(lrs[0] if lrs else 1.0)] * len(coming)
+                steps = [unscaled_step(lrs[0] if lrs else 1.0)] * len(coming)
         if damping == "median":
             steps = _damped(steps, coming)
         kept = [None if n in exclude else s for n, s in zip(layout.names, steps, strict=True)]
@@ -185,7 +198,7 @@ def _status(
         return "unknown", f"this {kind} steps none of the measured parameters that have a gradient"
     if len({c.sign for c in coming if c}) > 1:
         return "unknown", "groups that minimize beside groups that maximize have no symmetric form"
-    if any(step and step.threshold <= 0 for step in steps):
+    if any(step and step.recursion.threshold <= 0 for step in steps):
         return "unknown", "at this momentum and weight decay no step is stable"
     return "ok", ""
 
@@ -212,7 +225,7 @@ def _damped(steps: Sequence[Step | None], coming: Sequence[Coming | None]) -> li
 
 
 def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
-    factors = [s.rate / s.threshold if s else 0.0 for s in steps]
+    factors = [s.recursion.rate / s.recursion.threshold if s else 0.0 for s in steps]
     decays = [s.decay if s else 0.0 for s in steps]
     inverse = _spread(layout, [1.0 if s else 0.0 for s in steps])
     for part, s in zip(torch.split(inverse, _sizes(layout)), steps, strict=True):
@@ -224,7 +237,7 @@ def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
         inverse_preconditioner=inverse,
         decay=_spread(layout, decays) if any(decays) else None,
         uniform=math.sqrt(factors[0]) if same and factors[0] > 0 else None,
-        noise_ratio=max((s.noise_ratio for s in steps if s), default=1.0),
+        recursions=tuple({replace(s.recursion, rate=s.recursion.threshold) for s in steps if s}),
     )
 
 

@@ -73,6 +73,9 @@ def choose_backend(
     few = batches.head(batch, min(_ITEMS, batches.items(batch)))
     tested = {**options, "operator": "hessian", "hvp": "double_backward", "dtype": torch.float64}
     found = validate(lambda: Objective(model, loss_fn, [few], **tested))
+    if found.passed is None:  # of a model made for one precision: in that one, if it is smooth
+        inherent = validate(lambda: Objective(model, loss_fn, [few], **{**tested, "dtype": None}))
+        found = found if inherent.passed is None else inherent
     facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
     if found.error is not None:
         facts["validation_error"] = found.error
@@ -93,9 +96,9 @@ def check_micro_batches(
     size = options.get("micro_batch")
     if size is None or size >= batches.items(batch):
         return
-    training = options.get("mode", "train") == "train" and model.training
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if training and any(m.training for m in norms):
+    with Objective(model, loss_fn, [batch], **{**options, "micro_batch": None}) as whole:
+        normalizes = whole.normalizes_batches
+    if normalizes:
         raise UsageError(
             f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
             "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."

@@ -11,6 +11,7 @@ from problems import cross_entropy, dense_hessian, digits, mlp
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch.errors import NoCurvatureError
 from geomwatch.finite_difference import FiniteDifference, NotSmoothError
 from geomwatch.objective import Objective
 from geomwatch.recast import recast
@@ -174,7 +175,7 @@ def test_a_part_does_not_recast_the_model_of_its_whole():
         v = whole.gradient()
         part = whole.part(4)
         assert part is not None
-        with pytest.raises(NotSmoothError, match="the loss has kinks"):
+        with pytest.raises(NoCurvatureError, match="the loss has kinks"):
             part.hvp(v)
         assert torch.get_default_dtype() == torch.float32
         assert all(p.dtype == torch.float32 for p in model.parameters())

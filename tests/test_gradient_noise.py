@@ -68,7 +68,8 @@ def test_too_few_items_have_no_noise_scale():
         model, cross_entropy, (x[:12], y[:12]), quantities=["gradient_noise_scale"]
     )
     assert record["gradient_noise_scale"].value is None
-    assert "two or more micro-batches" in record["gradient_noise_scale"].reason
+    assert record["gradient_noise_scale"].status == "withheld"
+    assert "12 items can't be cut into 8 micro-batches" in record["gradient_noise_scale"].reason
 
 
 def test_a_window_of_micro_batches_is_its_own_pieces():
@@ -88,3 +89,85 @@ def test_a_window_of_micro_batches_is_its_own_pieces():
     noise = 64 * float((pieces - pieces.mean(0)).square().sum()) / 3
     signal = float(pieces.mean(0).square().sum()) - noise / 256
     assert record["gradient_noise_scale"].value == pytest.approx(noise / signal, rel=1e-3)
+
+
+class Scaled(nn.Module):
+    """Items of curvature h_i: L = mean(h) w'Aw / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.mean() * 0.5 * (torch.tensor([4.0, 2.0, 1.0]).double() * self.w**2).sum()
+
+
+def curvatures(model: nn.Module, h: Tensor) -> Tensor:
+    return model(h)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_stochastic_margin_is_that_of_curvature_differing_between_batches(momentum):
+    """M_ms = lr [lambda / (2(1+mu)) + V / (2 lambda (1-mu))], V of a batch's top curvature."""
+    torch.manual_seed(0)
+    h = torch.rand(64, dtype=torch.float64) + 0.5
+    model, lr = Scaled(), 0.1
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    lam = 4 * float(h.mean())
+    variance = 16 * float(h.var()) / 64
+    expected = lr * (lam / (2 * (1 + momentum)) + variance / (2 * lam * (1 - momentum)))
+    found = []
+    for seed in range(40):  # the micro-batches are random
+        record = geomwatch.measure(
+            model,
+            curvatures,
+            h,
+            optimizer=optimizer,
+            quantities=["stability_margin", "stochastic_margin"],
+            seed=seed,
+        )
+        margin = record["stochastic_margin"]
+        assert margin.value >= record["stability_margin"].value
+        assert margin.error > 0
+        found.append(margin.value)
+    spread = statistics.stdev(found) / len(found) ** 0.5
+    assert abs(statistics.fmean(found) - expected) < 4 * spread + 1e-9
+    deterministic = lr * lam / (2 * (1 + momentum))
+    assert statistics.fmean(found) - deterministic > 0.8 * (expected - deterministic)
+
+
+def test_the_micro_batches_of_a_window_are_those_of_the_stochastic_margin():
+    model, lr = Scaled(), 0.1
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    window = [torch.full((8,), h, dtype=torch.float64) for h in (0.5, 1.0, 1.8)]
+    monitor = geomwatch.Monitor(
+        model, curvatures, optimizer, every=1, quantities=["stability_margin", "stochastic_margin"]
+    )
+    for h in window:
+        (model(h) / 3).backward()
+        monitor.observe(h)
+    record = monitor.step()
+    lam = 4 * 1.1
+    variance = 16 * statistics.variance((0.5, 1.0, 1.8)) / 3
+    expected = lr * (lam / 2 + variance / (2 * lam))
+    assert record["stochastic_margin"].value == pytest.approx(expected, rel=1e-6)
+
+
+def test_pieces_of_a_batch_norm_have_no_spread_but_micro_batches_do():
+    model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    names = ["stochastic_margin", "gradient_noise_scale"]
+    x, y = digits(128)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1, quantities=names)
+    cross_entropy(model, (x, y)).backward()
+    whole = monitor.step((x, y))
+    for part in range(4):
+        monitor.observe((x[32 * part : 32 * part + 32], y[32 * part : 32 * part + 32]))
+    optimizer.step()
+    optimizer.zero_grad()
+    cross_entropy(model, (x, y)).backward()
+    cut = monitor.step()
+    for name in names:
+        assert whole[name].status == "withheld"
+        assert "statistics of their own" in whole[name].reason
+        assert cut[name].value > 0

@@ -13,7 +13,7 @@ from problems import cross_entropy, digits, mlp
 from torch import Tensor
 
 from geomwatch.estimators.jackknife import jackknife
-from geomwatch.estimators.mean_square import Recursion, mean_square_margin, stochastic_margin
+from geomwatch.estimators.mean_square import mean_square_margin, stochastic_margin
 from geomwatch.estimators.noise import (
     Moments,
     Spread,
@@ -21,7 +21,7 @@ from geomwatch.estimators.noise import (
     spread_of,
     temperature,
 )
-from geomwatch.optimizers import linear_step
+from geomwatch.recursion import Recursion
 
 EVEN, UNEVEN = (8, 8, 8, 8), (20, 3, 1, 8)
 SIGMA = torch.linspace(0.1, 2.0, 12, dtype=torch.float64)  # one item's standard deviations
@@ -224,15 +224,7 @@ def test_without_noise_it_is_the_deterministic_margin(kind):
     rng = np.random.default_rng(7)
     for _ in range(10):
         r, curvature = random_recursion(rng, kind), 10 ** rng.uniform(-1, 3)
-        step = linear_step(
-            r.rate,
-            memory=r.memory,
-            intake=r.intake,
-            direct=r.direct,
-            through=r.through,
-            keep=r.keep,
-        )
-        expected = r.rate * curvature / step.threshold
+        expected = r.rate * curvature / r.threshold
         assert mean_square_margin(r, curvature, 0.0) == pytest.approx(expected, rel=1e-9)
 
 

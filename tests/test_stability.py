@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geomwatch.optimizers import linear_step
+from geomwatch.recursion import Recursion
 from geomwatch.stability import Stability, learning_rates, stability_of, unwrap
 from geomwatch.vectors import Layout
 
@@ -636,7 +636,7 @@ def test_the_small_batch_margin_of_adam_is_half_eta_times_batch_sharpness(
     ],
 )
 def test_the_small_batch_threshold_is_that_of_rare_large_kicks(recursion: Any) -> None:
-    step = linear_step(1.0, **recursion)
+    step = Recursion(1.0, **recursion)
     full = {"memory": 0.0, "intake": 0.0, "direct": 1.0, "through": 0.0} | recursion
     b, k, a, c = full.values()
 

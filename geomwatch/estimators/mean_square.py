@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,25 +10,7 @@ import numpy.typing as npt
 from geomwatch.estimators.jackknife import jackknife
 from geomwatch.estimators.noise import Spread
 from geomwatch.records import Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Recursion:
-    """One linear step with momentum on a coordinate w of curvature h.
-
-    m' = memory m + intake h w,   w' = keep w - rate (direct h w + through m').
-
-    Heavy ball: memory mu, intake 1 (1 - dampening), direct 0, through 1. Nesterov: direct 1,
-    through mu. Adam with P frozen: memory b1, intake 1 - b1, direct 0, through 1; AdamW with keep
-    1 - lr wd. Plain SGD: the defaults.
-    """
-
-    rate: float
-    memory: float = 0.0
-    intake: float = 0.0
-    direct: float = 1.0
-    through: float = 0.0
-    keep: float = 1.0
+from geomwatch.recursion import Recursion
 
 
 def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float) -> Estimate:

@@ -1,10 +1,18 @@
-"""Sharpness along the gradient."""
+"""Sharpness along the gradient, by a Hessian-vector product or by losses."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 from torch import Tensor
 
 from geomwatch.estimators.lanczos import Operator
+from geomwatch.estimators.readout import LossAt, Readout
+from geomwatch.records import Estimate
+
+_SECOND_ORDER = 1e-3  # of the loss: what the step is chosen to change by curvature alone
+_TRIES = 6
 
 
 def directional_sharpness(
@@ -22,3 +30,48 @@ def directional_sharpness(
     if squared == 0:
         raise ValueError("the gradient is zero, so it has no direction")
     return float(step @ hvp(step)) / squared
+
+
+def sharpness_by_losses(
+    loss_at: LossAt, direction: Tensor, readout: Readout, *, slope: float
+) -> Estimate:
+    """Return d'Hd / g'd from losses alone, for what has no Hessian-vector product.
+
+    (L(w + h d) - 2 L(w) + L(w - h d)) / (h^2 g'd), h such that curvature changes the loss by 0.1 %
+    (4 to 12 forward passes). The error is the difference from the same quotient at h/2, at least
+    what the noise floor of the loss lets through. Across kinks of a ReLU it is the curvature of
+    the loss as it is at that distance.
+
+    Withheld where differences of losses have no meaning.
+
+    Args:
+        direction: (D,) d, the gradient g or the preconditioned one.
+        slope: g'd > 0.
+    """
+    if readout.reason:
+        return Estimate(None, status="withheld", reason=readout.reason)
+    if not slope > 0:
+        return Estimate(None, status="withheld", reason="the gradient is zero")
+
+    def bend(h: float) -> float:
+        """h^2 d'Hd, as the losses have it."""
+        return loss_at(h * direction) + loss_at(-h * direction) - 2 * readout.loss
+
+    wanted = 2 * max(_SECOND_ORDER * abs(readout.loss), 30 * readout.floor)
+    h = _fitting(bend, wanted, start=0.03 * max(abs(readout.loss), readout.floor) / slope)
+    coarse, fine = bend(h) / h**2, bend(h / 2) / (h / 2) ** 2
+    rounding = 4 * readout.floor / (h / 2) ** 2
+    error = max(abs(coarse - fine), rounding) / slope
+    reason = "by differences of losses"
+    return Estimate(fine / slope, error, "residual", reason=reason)
+
+
+def _fitting(bend: Callable[[float], float], wanted: float, *, start: float) -> float:
+    """Return a step at which the loss bends by about what is wanted."""
+    h = start
+    for _ in range(_TRIES):
+        found = abs(bend(h))
+        if wanted / 4 <= found <= 4 * wanted:
+            break
+        h *= min(max(math.sqrt(wanted / found), 1 / 32), 32) if 0 < found < math.inf else 1 / 8
+    return h

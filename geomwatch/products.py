@@ -1,0 +1,152 @@
+"""Products with the Hessian of a loss, by whatever way there is to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from geomwatch.double_backward import gradients, lacks_second_derivative, product
+from geomwatch.errors import NoCurvatureError, UsageError
+from geomwatch.finite_difference import FiniteDifference, NotSmoothError
+from geomwatch.gauss_newton import GaussNewton, outputs_noted
+from geomwatch.replay import Replay
+
+Product = Callable[[Tensor], Tensor]  # (D,) -> (D,)
+
+
+class Products:
+    """H v or G v of the loss that a Replay evaluates.
+
+    Double backward first; where an operation has no second derivative, differences of gradients at
+    the precision of the leaves, and where those find kinks in float64.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        gradient: Callable[[], Tensor],
+        gradient_at: Callable[[Tensor], Tensor],
+        *,
+        operator: str,
+        hvp: str,
+        is_part: bool,
+    ) -> None:
+        self._replay = replay
+        self._gradient, self._gradient_at = gradient, gradient_at
+        self._operator, self._hvp = operator, hvp
+        self._is_part = is_part  # of a loss whose model is not its own to recast
+        self._difference: FiniteDifference | None = None
+        self._graphless = False  # the gradient could not be had with its graph
+        self.fallback = ""  # why it is not double backward
+        self.obstacle = ""  # why there are no products at all
+
+    @property
+    def backend(self) -> str:
+        """The way they are computed, as far as is known."""
+        return "double_backward" if self._difference is None else "finite_difference"
+
+    def first_gradient(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return loss and gradient of a batch; the graph is kept if a product can use it.
+
+        Lacking a graph is for a product to report.
+        """
+        if self._keeps_graph and self._operator == "hessian":
+            try:
+                self._replay.kept, loss, gradient = self._build(batch)
+                return loss, gradient
+            except RuntimeError as error:
+                if not lacks_second_derivative(error):
+                    raise
+                self._graphless = True
+        loss, leaves = self._replay.evaluate(batch), self._replay.leaves
+        return loss, leaves.flatten(gradients(loss, leaves, create_graph=False))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v or G v.
+
+        Raises:
+            NoCurvatureError: by no way, now or before.
+            UsageError: `operator="ggn"` does not fit the loss.
+        """  # (D,) -> (D,)
+        if self.obstacle:
+            raise NoCurvatureError(self.obstacle)
+        if self._difference is None and self._hvp == "finite_difference":
+            self._use_differences("asked for")
+        if self._difference is None:
+            try:
+                return self._double_backward(v)
+            except RuntimeError as error:
+                if not lacks_second_derivative(error):
+                    raise
+                if self._hvp != "auto":
+                    self._give_up(f"no double backward: {error}", error)
+                self._use_differences(f"no double backward: {error}")
+        return self._by_differences(v)
+
+    @property
+    def _keeps_graph(self) -> bool:
+        wanted = self._hvp != "finite_difference" and not self._graphless
+        return len(self._replay.window) == 1 and wanted
+
+    def _double_backward(self, v: Tensor) -> Tensor:
+        total = torch.zeros_like(v)
+        # kept on every rank or on none, since all do the same
+        if self._replay.kept is not None:
+            return self._replay.mean_of_kept(v, total)
+
+        def of(batch: Any) -> tuple[Tensor]:
+            matrix, _, _ = self._build(batch)
+            self._replay.kept = matrix if self._keeps_graph else None
+            return (matrix(v),)
+
+        return self._replay.mean(of, total)[0]
+
+    def _build(self, batch: Any) -> tuple[Product, Tensor, Tensor]:
+        """Evaluate with a graph; return the product it allows, the loss and its gradient."""
+        leaves = self._replay.leaves
+        if self._operator == "ggn":
+            with outputs_noted(self._replay.model) as outputs:
+                loss = self._replay.evaluate(batch)
+            matrix = GaussNewton(loss, outputs, leaves)
+            return matrix, loss, leaves.flatten(matrix.gradient)
+        loss = self._replay.evaluate(batch)
+        graph = gradients(loss, leaves, create_graph=True)
+        return lambda v: product(graph, leaves, v), loss, leaves.flatten(graph)
+
+    def _use_differences(self, reason: str) -> None:
+        if self._operator == "ggn":
+            raise UsageError(
+                'operator="ggn" needs double backward, which is not to be had here '
+                f'({reason}). Use operator="hessian".'
+            )
+        self.fallback = reason
+        norm = float(self._gradient().norm())
+        self._difference = FiniteDifference(self._gradient_at, norm, self._replay.leaves.dtype)
+        self._replay.kept = None
+
+    def _by_differences(self, v: Tensor) -> Tensor:
+        assert self._difference is not None
+        try:
+            return self._difference(v.to(self._replay.leaves.dtype)).to(v)
+        except NotSmoothError as error:
+            # A part leaves the model to the objective it belongs to.
+            if self._replay.is_recast or self._is_part:
+                self._give_up(f"{self.fallback}; {error}", error)
+            kinks = str(error)
+        # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.
+        self._replay.kept = None
+        try:
+            with self._replay.ranks.together():
+                self._replay.recast(torch.float64)
+            self._use_differences(self.fallback)
+            return self._difference(v.to(torch.float64)).to(v)
+        except Exception as error:  # whatever a model says that is made for one precision
+            self._replay.undo_recast()
+            self._give_up(f"{self.fallback}; {kinks}; in float64: {error}", error)
+
+    def _give_up(self, obstacle: str, error: Exception) -> NoReturn:
+        self.obstacle = obstacle
+        raise NoCurvatureError(obstacle) from error
