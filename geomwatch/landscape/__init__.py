@@ -1,0 +1,62 @@
+"""The landscape of a loss: slices, planes, barriers and the spectrum of its Hessian, with pictures.
+
+Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and aligning SciPy,
+`pip install 'geomwatch[report]'`.
+"""
+
+from geomwatch.landscape.alignment import Alignment, align
+from geomwatch.landscape.barrier import barrier
+from geomwatch.landscape.bezier import Bending, Curve, bezier
+from geomwatch.landscape.comparison import plot_comparison
+from geomwatch.landscape.density import density
+from geomwatch.landscape.directions import (
+    Direction,
+    gradient_direction,
+    hessian_directions,
+    random_direction,
+    update_direction,
+)
+from geomwatch.landscape.fits import Fit, polynomial_fit
+from geomwatch.landscape.lines import plot_barrier, plot_density, plot_slice
+from geomwatch.landscape.results import Barrier, Density, Plane, Slice, Trajectory
+from geomwatch.landscape.slices import plane, slice_1d
+from geomwatch.landscape.storage import load, save
+from geomwatch.landscape.surfaces import plot_plane, plot_surface
+from geomwatch.landscape.trajectory import grid_around, pca_directions, trajectory
+from geomwatch.landscape.units import permutable_units
+
+__all__ = [
+    "Alignment",
+    "Barrier",
+    "Bending",
+    "Curve",
+    "Density",
+    "Direction",
+    "Fit",
+    "Plane",
+    "Slice",
+    "Trajectory",
+    "align",
+    "barrier",
+    "bezier",
+    "density",
+    "gradient_direction",
+    "grid_around",
+    "hessian_directions",
+    "load",
+    "pca_directions",
+    "permutable_units",
+    "plane",
+    "plot_barrier",
+    "plot_comparison",
+    "plot_density",
+    "plot_plane",
+    "plot_slice",
+    "plot_surface",
+    "polynomial_fit",
+    "random_direction",
+    "save",
+    "slice_1d",
+    "trajectory",
+    "update_direction",
+]

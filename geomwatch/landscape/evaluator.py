@@ -1,0 +1,215 @@
+"""The loss of a model wherever its weights are put, by forward passes alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import numbers
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch import batches
+from geomwatch.checks import check_options, explain_device
+from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.isolation import captured_by, isolated
+from geomwatch.landscape.data import Batches
+from geomwatch.objective import LossFn
+from geomwatch.recast import recast
+from geomwatch.snapshot import Snapshot
+from geomwatch.vectors import Layout
+
+logger = logging.getLogger("geomwatch")
+
+Place: TypeAlias = Callable[[], None]  # puts the weights somewhere
+
+_ROUNDINGS = 8  # by which two evaluations of one function may differ
+_FEW, _SAME = 4, 1e-4
+
+
+class Evaluator:
+    """L(w) = sum_b n_b loss_fn(model, b) / sum_b n_b wherever `place` puts w; see `evaluating`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        data: Batches,
+        layout: Layout,
+        snapshot: Snapshot,
+        cast: torch.dtype | None,
+    ) -> None:
+        self.model = model
+        self.layout = layout  # of the parameters, or of their stand-ins at another precision
+        self.passes = 0
+        self.items = 0.0  # of the last pass
+        self._loss_fn, self._data = loss_fn, data
+        self._snapshot, self._cast = snapshot, cast
+        weigh = getattr(loss_fn, "weight", None)
+        self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
+        self._graph = False
+        self._graph = self._needs_graph()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors that a state_dict names."""
+        named = self.model.state_dict(keep_vars=True)
+        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+    def loss(self, place: Place | None = None) -> float:
+        """Return L where `place` puts the weights, from the same random state each time.
+
+        One forward pass over the batches. Not finite where the loss is not.
+        """
+        self.restore()
+        if place is not None:
+            place()
+        self.passes += 1
+        losses, weights = [], []
+        for batch in self._data:
+            weights.append(float(self._weigh(batch)))
+            losses.append(self.evaluate(batch))
+        self.items = sum(weights)
+        if not self.items > 0:
+            raise UsageError(f"batches must hold items, got {len(weights)} batches without any.")
+        values: list[float] = torch.stack(losses).tolist()  # one transfer
+        return sum(w * x for w, x in zip(weights, values, strict=True) if w) / self.items
+
+    def restore(self) -> None:
+        """Put back weights, buffers and random state."""
+        self._snapshot.restore()
+
+    def forward_all(self, data: Batches) -> None:
+        """Evaluate each batch for what it does to the model's buffers."""
+        for batch in data:
+            self.evaluate(batch)
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Return the loss of one batch where the weights are now, without a graph."""
+        with torch.set_grad_enabled(self._graph):
+            return self.differentiable(batch).detach()
+
+    def differentiable(self, batch: Any) -> Tensor:
+        """Return the loss of one batch, with a graph where grad is enabled."""
+        try:
+            loss = self._loss_fn(self.model, batches.fresh_copy(batch, self._cast))
+        except Exception as error:
+            self._data.explain(error)
+            if isinstance(error, RuntimeError):
+                explain_device(error, batch, self.layout.device)
+            raise
+        return _scalar(loss, self.layout.device)
+
+    def displaced(self, vectors: Sequence[Tensor]) -> Callable[[Sequence[float]], Place]:
+        """Return a function from coordinates a to the placement at w + sum_i a_i v_i.
+
+        In place and term by term: no vector of size D is made for it.
+        """
+        pieces = [self.layout.unflatten(v) for v in vectors]
+
+        def at(coordinates: Sequence[float]) -> Place:
+            def place() -> None:
+                for a, piece in zip(coordinates, pieces, strict=True):
+                    for p, v in zip(self.layout.params, piece, strict=True):
+                        if a:
+                            p.data.add_(v, alpha=a)
+
+            return place
+
+        return at
+
+    def warn_of_changes(self) -> None:
+        """Name in the log what the loss has changed and no one can put back."""
+        for name in self._snapshot.changed_objects():
+            logger.warning(
+                "evaluating the loss changes %s, which can't be put back. Pass a loss_fn= that "
+                "leaves it alone, or name its owner in also=(...).",
+                name,
+            )
+
+    def _needs_graph(self) -> bool:
+        """Tell whether the loss is another one without a graph, on a few items.
+
+        It fails where it differentiates itself, as a gradient penalty does; it differs where code
+        asks whether grad is enabled.
+        """
+        first = self._data.first()
+        few = batches.head(first, min(_FEW, batches.items(first)))
+        try:
+            with_graph = self._replayed(few, graph=True)
+        except Exception:  # it insists on the whole batch
+            return False
+        try:
+            without, again = (self._replayed(few, graph=False) for _ in range(2))
+        except RuntimeError:
+            return True
+        return same(without, again) and not same(without, with_graph, _SAME)
+
+    def _replayed(self, batch: Any, *, graph: bool) -> float:
+        self.restore()
+        with torch.set_grad_enabled(graph):
+            return float(self.differentiable(batch).detach())
+
+
+@contextlib.contextmanager
+def evaluating(
+    model: nn.Module,
+    loss_fn: LossFn,
+    data: object,
+    *,
+    layout: Layout | None = None,
+    mode: str = "train",
+    also: nn.Module | Sequence[object] = (),
+    precision: str = "float32",
+) -> Iterator[Evaluator]:
+    """Isolate the model and evaluate its loss at other weights; all is put back at the end.
+
+    The world is that of a probe (see `isolation`), also when it is left by a KeyboardInterrupt.
+    Holds one copy of weights and buffers, another one at `precision` "float32" of narrower weights.
+    """
+    check_options(loss_fn, mode=mode, hvp="auto", precision=precision)
+    layout = layout or Layout.of(model)
+    given = Batches(data)
+    used = [also] if isinstance(also, nn.Module) else also
+    others = [*used, *captured_by(loss_fn), *given.generators]
+    with contextlib.ExitStack() as stack:
+        autocast = precision == "training"
+        snapshot = stack.enter_context(
+            isolated(model, layout.params, others=others, mode=mode, autocast=autocast)
+        )
+        cast = None
+        if not autocast and any(p.dtype != layout.dtype for p in layout.params):
+            cast = layout.dtype
+            stand_in = stack.enter_context(recast(snapshot.modules, cast))
+            layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
+            snapshot = Snapshot([model, *others])
+        evaluator = Evaluator(model, loss_fn, given, layout, snapshot, cast)
+        yield evaluator
+        evaluator.warn_of_changes()
+
+
+def same(
+    a: float, b: float, tolerance: float = _ROUNDINGS * torch.finfo(torch.float32).eps
+) -> bool:
+    """Tell whether two losses are one but for rounding; two that are not finite are."""
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.isfinite(a) == math.isfinite(b)
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def _scalar(loss: object, device: torch.device) -> Tensor:
+    if isinstance(loss, numbers.Real):  # an error rate, say
+        return torch.tensor(float(loss), device=device)
+    if not isinstance(loss, Tensor):
+        raise UsageTypeError(
+            f"loss_fn must return a scalar tensor or a number, got {type(loss).__name__} {loss!r}."
+        )
+    if loss.numel() != 1:
+        raise UsageError(
+            f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}. "
+            "Reduce it the way you train on it, for example loss.mean()."
+        )
+    return loss.reshape(())

@@ -1,0 +1,72 @@
+"""Points that are kept as they are evaluated, so that an interrupted computation goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from geomwatch.errors import UsageError
+from geomwatch.landscape.evaluator import same
+
+_TOLERANCE = 1e-6
+
+
+class Partial:
+    """The points of one computation, in a file of JSON lines: what it is, then [index, loss].
+
+    Without a path nothing is kept. A line that was cut short by a crash is left out.
+    """
+
+    def __init__(self, path: str | Path | None, header: Mapping[str, Any], loss: float) -> None:
+        self.known: dict[int, float] = {}
+        self._path = None if path is None else Path(path).absolute()
+        if self._path is None:
+            return
+        own = json.loads(json.dumps({**header, "loss": repr(loss)}))
+        if self._path.exists() and self._path.stat().st_size:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            self._compare(_read(whole[0]) if whole else None, own)
+            for line in whole[1:]:
+                index, value = json.loads(line)
+                self.known[int(index)] = float(value)
+            if len(whole) < len(lines):  # go on behind the last whole line
+                self._path.write_text("".join(whole), encoding="utf-8")
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(own) + "\n", encoding="utf-8")
+
+    def add(self, index: int, loss: float) -> None:
+        """Keep one more point."""
+        self.known[index] = loss
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([index, repr(loss)]) + "\n")
+
+    def _compare(self, found: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+        """Refuse a file of another computation."""
+        if found is None:
+            raise UsageError(
+                f"resume must name a file that an earlier call has begun, or a new one, got "
+                f"{self._path}, which is something else. Pass another path."
+            )
+        ours, theirs = float(own["loss"]), float(found["loss"])
+        keys = [k for k in {**own, **found} if k != "loss" and own.get(k) != found.get(k)]
+        alike = same(ours, theirs, _TOLERANCE) or not own.get("deterministic", True)
+        if not keys and not alike:
+            keys = [f"loss at the first point, {theirs:.6g} in the file and {ours:.6g} now"]
+        if keys:
+            raise UsageError(
+                f"resume must name a file of the same computation, got {self._path}, which "
+                f"differs in: {', '.join(keys)}. Delete it, or pass another path."
+            )
+
+
+def _read(line: str) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"kind", "loss"} <= found.keys() else None

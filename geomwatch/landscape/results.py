@@ -1,0 +1,101 @@
+"""What a landscape is: frozen data, which `save` writes and `load` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Facts: TypeAlias = Mapping[str, Any]  # plain JSON
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice:
+    """The loss along one direction, L(w + alpha v).
+
+    Points at which the loss is not finite keep their NaN or infinity and are counted.
+    """
+
+    alphas: Floats  # (n,)
+    losses: Floats  # (n,)
+    loss: float  # L(w)
+    direction: str
+    nonfinite: int
+    how: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plane:
+    """The loss over a plane, losses[i, j] = L(w + alphas[i] v_1 + betas[j] v_2)."""
+
+    alphas: Floats  # (n,)
+    betas: Floats  # (m,)
+    losses: Floats  # (n, m)
+    loss: float  # L(w)
+    directions: tuple[str, str]
+    nonfinite: int
+    how: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """States of a run, projected on the plane of two directions around the present weights."""
+
+    coordinates: Floats  # (states, 2), in units of the directions
+    off_plane: Floats  # (states,), distance from the plane
+    distance: Floats  # (states,), distance from the centre
+    explained: tuple[float, ...]  # share of the squared distances that lies along each direction
+    directions: tuple[str, str]
+    how: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Barrier:
+    """The loss on a path between two states, alpha from 0 at A to 1 at B.
+
+    `max_loss` is B = max L on the path, ends included. `height` is what the path rises at most
+    above the straight line between the losses at its ends. Both are over the finite points: lower
+    bounds where `nonfinite` is not 0, None where no point is finite.
+    """
+
+    alphas: Floats  # (n,)
+    losses: Floats  # (n,)
+    path: str  # "linear" or "bezier"
+    aligned: bool  # whether the units of B were permuted to match those of A
+    loss_a: float
+    loss_b: float
+    max_loss: float | None
+    argmax: float | None  # alpha of max_loss
+    height: float | None
+    argmax_height: float | None  # alpha of height
+    nonfinite: int
+    straight: Floats  # (n,), the losses on the straight path: `losses` itself unless it is bent
+    how: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Density:
+    """The density of the Hessian's eigenvalues, smoothed by Gaussians of width sigma.
+
+    The smoothed density lies within density +- error at 95 % of the grid, by Student's t over the
+    random vectors, with what the quadrature still changes by.
+    """
+
+    grid: Floats  # (n,), eigenvalues
+    density: Floats  # (n,), integrates to 1
+    error: Floats  # (n,)
+    nodes: Floats  # (vectors, steps), Ritz values; NaN where a run had fewer
+    weights: Floats  # (vectors, steps), which add up to 1 for each vector
+    sigma: float
+    dim: int  # D
+    trace: float  # D times the mean eigenvalue
+    trace_error: float  # one standard error
+    hvps: int
+    how: Facts
+
+
+Result: TypeAlias = Slice | Plane | Trajectory | Barrier | Density

@@ -1,0 +1,127 @@
+"""The loss along a line and over a plane through the model's weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from geomwatch.landscape.bar import Progress
+from geomwatch.landscape.directions import Direction, as_direction, layout_of
+from geomwatch.landscape.evaluator import evaluating
+from geomwatch.landscape.provenance import digest, provenance
+from geomwatch.landscape.results import Plane, Slice
+from geomwatch.landscape.scan import Scan, Setting, grid, scan
+from geomwatch.landscape.trajectory import cosine, two_directions
+from geomwatch.objective import LossFn
+
+
+def slice_1d(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: object,
+    direction: Direction | Tensor,
+    *,
+    alphas: Sequence[float] | None = None,
+    mode: str = "train",
+    also: nn.Module | Sequence[object] = (),
+    precision: str = "float32",
+    resume: str | Path | None = None,
+    progress: Progress = False,
+) -> Slice:
+    """Return f(alpha) = L(w + alpha v) around the model's present weights.
+
+    L is the mean of loss_fn(model, batch) over `batches`, weighted by items; it may be any number,
+    an error rate too. Each evaluation replays one random state, so that dropout draws the same
+    masks; `mode` "train" has BatchNorm use the statistics of the batch, "eval" the running ones.
+
+    Costs a forward pass over `batches` for each point, by default 41 in [-1, 1], and two more. The
+    model is left as it was, bit for bit, also by a KeyboardInterrupt.
+
+    Args:
+        batches: a list of batches or a DataLoader, gone through at each point.
+        direction: a Direction, or one number for each trainable parameter.
+        also: other modules that the loss uses and that an evaluation could change.
+        resume: a file in which points are kept as they are evaluated; a call with the same
+            arguments goes on where the last one was interrupted.
+        progress: True for a bar on stderr, or a function of (points done, points in all).
+
+    Raises:
+        UsageError: direction, alphas or batches do not fit, or `resume` is of something else.
+    """
+    v = as_direction(model, direction)
+    axis = grid("alphas", alphas, np.linspace(-1, 1, 41))
+    setting = Setting(mode, also, precision, resume, progress)
+    found = _scan(model, loss_fn, batches, [v], [axis], "slice", setting)
+    return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.how)
+
+
+def plane(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: object,
+    directions: Sequence[Direction | Tensor],
+    *,
+    alphas: Sequence[float] | None = None,
+    betas: Sequence[float] | None = None,
+    mode: str = "train",
+    also: nn.Module | Sequence[object] = (),
+    precision: str = "float32",
+    resume: str | Path | None = None,
+    progress: Progress = False,
+) -> Plane:
+    """Return f(alpha, beta) = L(w + alpha v_1 + beta v_2) around the model's present weights.
+
+    As `slice_1d`, with 25 points in [-1, 1] on each axis by default; `betas` are as `alphas` where
+    they are left out. Two directions that are not orthogonal give an oblique picture; `how` has
+    their cosine. Holds the two directions and one copy of the weights.
+    """
+    first, second = two_directions(model, directions)
+    rows = grid("alphas", alphas, np.linspace(-1, 1, 25))
+    columns = grid("betas", betas, rows)
+    setting = Setting(mode, also, precision, resume, progress)
+    found = _scan(model, loss_fn, batches, [first, second], [rows, columns], "plane", setting)
+    return Plane(
+        rows,
+        columns,
+        found.losses.reshape(len(rows), len(columns)),
+        found.loss,
+        (first.label, second.label),
+        found.nonfinite,
+        found.how,
+    )
+
+
+def _scan(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: object,
+    directions: Sequence[Direction],
+    axes: Sequence[Any],
+    kind: str,
+    setting: Setting,
+) -> Scan:
+    layout = layout_of(model, directions[0].names)
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "mode": setting.mode,
+        "grid": [axis.tolist() for axis in axes],
+        "directions": [dict(v.facts) | {"label": v.label} for v in directions],
+        "directions_digest": digest(v.vector for v in directions),
+    }
+    if len(directions) == 2:
+        facts["cosine"] = cosine(directions[0], directions[1])
+    origin = provenance(model, loss_fn, {})
+    with evaluating(model, loss_fn, batches, layout=layout, **setting.of_evaluator()) as evaluator:
+        at = evaluator.displaced([v.vector for v in directions])
+        places = [at(point) for point in itertools.product(*axes)]
+        header = facts | {"weights": origin["weights"]}
+        found = scan(
+            evaluator, places, reference=at([0.0] * len(axes)), header=header, setting=setting
+        )
+    how = {key: value for key, value in found.how.items() if key != "grid"}
+    return Scan(found.losses, found.loss, {**origin, **how})

@@ -1,0 +1,99 @@
+"""States of a model, as state_dict() gives them: do they fit, and what lies between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch.errors import UsageError, UsageTypeError
+
+State: TypeAlias = Mapping[str, Any]
+
+_LISTED = 5
+
+
+def check_states(model: nn.Module, **states: State) -> None:
+    """Refuse what is no state_dict of this model: other names or shapes, or other things."""
+    own = {k: t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    for name, state in states.items():
+        if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
+            raise UsageTypeError(
+                f"{name} must be a state_dict of the model, got {type(state).__name__}."
+            )
+        missing = [k for k in own if not isinstance(state.get(k), Tensor)]
+        extra = [k for k, t in state.items() if isinstance(t, Tensor) and k not in own]
+        if missing or extra:
+            raise UsageError(
+                f"{name} must be a state of this {type(model).__name__}, got one "
+                f"{_differences(missing, extra)}.{_hint(missing, extra)}"
+            )
+        for key, t in own.items():
+            if state[key].shape != t.shape:
+                raise UsageError(
+                    f"{name} must be a state of this {type(model).__name__}, got shape "
+                    f"{tuple(state[key].shape)} for {key!r}, which is {tuple(t.shape)} here."
+                )
+
+
+def own_copies(model: nn.Module, **states: State) -> dict[str, State]:
+    """Return the states, copied where they share memory with the model that is about to move.
+
+    Raises:
+        UsageError: all of them are the model's present weights, by reference.
+    """
+    live = {
+        t.untyped_storage().data_ptr()
+        for t in model.state_dict(keep_vars=True).values()
+        if isinstance(t, Tensor) and t.numel()
+    }
+
+    def shares(state: State) -> bool:
+        return any(
+            isinstance(t, Tensor) and t.untyped_storage().data_ptr() in live for t in state.values()
+        )
+
+    alive = [name for name, state in states.items() if shares(state)]
+    if len(alive) > 1:
+        raise UsageError(
+            f"{' and '.join(alive)} must be different states, got the model's present weights for "
+            "each: state_dict() refers to the live weights. Keep "
+            "copy.deepcopy(model.state_dict()) at the moment it is to be a state of."
+        )
+    return {
+        n: {k: _copied(t) for k, t in s.items()} if n in alive else s for n, s in states.items()
+    }
+
+
+def mix(states: tuple[Tensor, ...], coefficients: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return sum_i c_i t_i; of whole numbers and flags, which have no between, the heaviest."""
+    heaviest = max(range(len(states)), key=lambda i: coefficients[i])
+    if not (like.is_floating_point() or like.is_complex()) or coefficients[heaviest] == 1:
+        return states[heaviest].to(like.device, like.dtype)
+    total = torch.zeros_like(like)
+    for t, c in zip(states, coefficients, strict=True):
+        if c:
+            total.add_(t.to(like.device, like.dtype), alpha=c)
+    return total
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _differences(missing: list[str], extra: list[str]) -> str:
+    parts = []
+    for keys, word in ((missing, "without"), (extra, "with the unknown")):
+        if keys:
+            more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+            parts.append(f"{word} {', '.join(keys[:_LISTED])}{more}")
+    return " and ".join(parts)
+
+
+def _hint(missing: list[str], extra: list[str]) -> str:
+    for prefix in ("module.", "_orig_mod."):
+        if missing and {prefix + key for key in missing} <= set(extra):
+            return f" Take the prefix {prefix!r} off its keys, or pass the model that has it."
+    return " Is it of another model?"

@@ -1,0 +1,199 @@
+"""Figures of two dimensions: a plane as contours, as a surface, and with a run drawn on it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from geomwatch.errors import UsageError
+from geomwatch.landscape.results import Floats, Plane, Trajectory
+from geomwatch.landscape.style import COLUMN, GREY, INK, MAP, new_figure, remark, styled
+
+_WIDE = 20.0  # a ratio of losses from which levels are spaced evenly in the logarithm
+_LEVELS = 14
+_STEPS = ((1, 1.5, 2, 3, 4, 5, 7), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
+PATH = "#D55E00"
+
+
+@styled
+def plot_plane(plane: Plane, path: Trajectory | None = None) -> Any:
+    """Draw a plane as filled contours, with the trajectory of a run if one is given.
+
+    Levels are even in the loss, or in its logarithm where it spans a factor of 20. What is not
+    finite is hatched. Returns a matplotlib Figure of one column's width.
+
+    Raises:
+        UsageError: the trajectory is of another plane, or no point is finite.
+    """
+    figure = new_figure(COLUMN, 2.8)
+    ax = figure.subplots()
+    add_bar(figure, ax, draw_contours(ax, plane))
+    if path is not None:
+        draw_trajectory(ax, plane, path)
+    return figure
+
+
+@styled
+def plot_surface(plane: Plane) -> Any:
+    """Draw a plane as a surface over its contours, the height logarithmic where levels are.
+
+    Returns a matplotlib Figure of one column's width.
+    """
+    figure = new_figure(COLUMN, 3.0)
+    ax = figure.add_subplot(projection="3d", computed_zorder=False)
+    draw_surface(ax, plane)
+    return figure
+
+
+def add_bar(figure: Any, ax: Any, filled: Any) -> None:
+    """Draw the colour bar of filled contours, with plain numbers at every other level."""
+    beside = ax.inset_axes((1.04, 0.0, 0.045, 1.0))  # as high as the plane, whatever the layout
+    bar = figure.colorbar(filled, cax=beside)
+    bar.outline.set_linewidth(0.5)
+    bar.minorticks_off()
+    levels = filled.levels
+    shown = levels[1:-1:2] if len(levels) > 6 else levels
+    bar.set_ticks(shown, labels=[f"{x:.3g}" for x in shown])
+    bar.ax.set_title("loss", fontsize=7, pad=4)
+
+
+def draw_contours(ax: Any, plane: Plane) -> Any:
+    """Draw filled contours with labelled lines into an axis; return what a colour bar needs."""
+    losses = _masked(plane)
+    levels, norm = _levels(losses)
+    options = {"levels": levels, "norm": norm}
+    ax.set_facecolor("#EDEDED")
+    ax.patch.set_hatch("////" if plane.nonfinite else "")
+    ax.patch.set_edgecolor(GREY)
+    filled = ax.contourf(plane.alphas, plane.betas, losses.T, cmap=MAP, extend="neither", **options)
+    lines = ax.contour(
+        plane.alphas, plane.betas, losses.T, colors="white", linewidths=0.4, **options
+    )
+    ax.clabel(lines, levels[1:-1:2], fontsize=5.5, fmt="%.3g", inline_spacing=2)
+    ax.plot(0, 0, marker="*", ms=8, color="white", mec=INK, mew=0.7, zorder=5)
+    ax.set_xlabel(f"α, {plane.directions[0]}")
+    ax.set_ylabel(f"β, {plane.directions[1]}")
+    ax.set_box_aspect(1)
+    ax.locator_params(nbins=5)
+    ax.set_xlim(plane.alphas[0], plane.alphas[-1])
+    ax.set_ylim(plane.betas[0], plane.betas[-1])
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(True)
+    remark(ax, plane.how, plane.nonfinite)
+    return filled
+
+
+def draw_trajectory(ax: Any, plane: Plane, path: Trajectory) -> None:
+    """Draw the states of a run, first to last, on the contours of its plane."""
+    for key, what in (("weights", "weights at its centre"), ("directions_digest", "directions")):
+        if plane.how.get(key) != path.how.get(key):
+            raise UsageError(
+                f"path must be of the same plane, got other {what}. Make both with the "
+                "same model and directions."
+            )
+    x, y = path.coordinates.T
+    ax.plot(x, y, "-", color="white", lw=2.4, solid_capstyle="round", zorder=3)
+    ax.plot(x, y, "-", color=PATH, lw=1.2, marker="o", ms=2.4, mec="white", mew=0.3, zorder=4)
+    ends = {"color": PATH, "mec": "white", "mew": 0.7, "lw": 0, "zorder": 5}
+    ax.plot(x[0], y[0], marker="s", ms=5, label="first state", **ends)
+    ax.plot(x[-1], y[-1], marker="o", ms=5, label="last state", **ends)
+    above = {"loc": "lower left", "bbox_to_anchor": (-0.03, 1.0), "borderaxespad": 0.1}
+    ax.legend(ncols=2, handletextpad=0.1, columnspacing=1.0, **above)
+
+
+def draw_surface(ax: Any, plane: Plane) -> None:
+    """Draw a surface and its contours on the floor into a 3-D axis."""
+    losses = _masked(plane)
+    levels, norm = _levels(losses)
+    logarithmic = _is_wide(losses)
+    heights = np.log10(losses) if logarithmic else losses
+    a, b = np.meshgrid(plane.alphas, plane.betas, indexing="ij")
+    low, high = float(heights.min()), float(heights.max())
+    floor = low - 0.35 * (high - low)
+    from matplotlib import colormaps
+
+    colours = colormaps[MAP](norm(losses.filled(np.nan)))
+    colours[..., 3] = np.where(losses.mask, 0.0, 1.0)
+    ax.contour(
+        a,
+        b,
+        losses.filled(np.nan),
+        levels=levels,
+        norm=norm,
+        zdir="z",
+        offset=floor,
+        cmap=MAP,
+        linewidths=0.7,
+    )
+    ax.plot_surface(
+        a,
+        b,
+        heights.filled(np.nan),
+        facecolors=colours,
+        rstride=1,
+        cstride=1,
+        linewidth=0.15,
+        edgecolor=(1, 1, 1, 0.35),
+        antialiased=True,
+        shade=False,
+    )
+    ax.set_zlim(floor, high)
+    _label_axes(ax, plane, logarithmic=logarithmic)
+
+
+def _label_axes(ax: Any, plane: Plane, *, logarithmic: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for axis, label in ((ax.xaxis, "α"), (ax.yaxis, "β"), (ax.zaxis, "loss")):
+        axis.set_label_text(label, fontsize=7)
+        axis.labelpad = -7
+        axis.set_major_locator(MaxNLocator(4))
+        axis.pane.set_facecolor("white")
+        axis.pane.set_edgecolor("#CCCCCC")
+        axis._axinfo["grid"].update(color="#E4E4E4", linewidth=0.5)
+    ax.tick_params(pad=-3, labelsize=6)
+    if logarithmic:
+        low, high = 10.0 ** np.array(ax.get_zlim())
+        ticks = next(found for s in _STEPS if len(found := _round(low, high, s)) <= 6)
+        ax.set_zticks(np.log10(ticks))
+        ax.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10.0**value:.2g}"))
+    ax.set_box_aspect((1, 1, 0.75), zoom=0.84)
+    ax.view_init(elev=30, azim=-58)
+    remark(ax, plane.how, plane.nonfinite, inside=True)
+
+
+def _masked(plane: Plane) -> Any:
+    losses = np.ma.masked_invalid(plane.losses)
+    if losses.mask.all():
+        raise UsageError("a plane must have finite points to be drawn, got none.")
+    return np.ma.array(losses, mask=np.ma.getmaskarray(losses))
+
+
+def _is_wide(losses: Any) -> bool:
+    return bool(losses.min() > 0 and losses.max() / losses.min() > _WIDE)
+
+
+def _levels(losses: Any) -> tuple[Floats, Any]:
+    """Round levels that hold all losses, and the scale of colours that fits them."""
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = float(losses.min()), float(losses.max())
+    if _is_wide(losses):
+        inside = next(found for s in _STEPS if len(found := _round(low, high, s)) <= _LEVELS)
+        return np.array([low, *inside, high]), LogNorm(low, high)
+    if high <= low:
+        high = low + max(abs(low), 1.0) * 1e-6
+    ticks = MaxNLocator(_LEVELS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    levels = np.asarray(ticks, dtype=np.float64)
+    return levels, Normalize(levels[0], levels[-1])
+
+
+def _round(low: float, high: float, steps: tuple[float, ...]) -> list[float]:
+    """The numbers m 10^k between two bounds, for m in `steps` of a decade or of several."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = 1 if len(steps) > 1 else max(1, math.ceil((last - first) / _LEVELS))
+    every = (m * 10.0**k for k in range(first, last + 1, stride) for m in steps)
+    return [x for x in every if 1.05 * low < x < high / 1.05]

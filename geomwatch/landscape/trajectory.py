@@ -1,0 +1,147 @@
+"""The path of a run through weight space, and the plane that shows most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geomwatch.checks import check_count
+from geomwatch.errors import UsageError
+from geomwatch.landscape.directions import Direction, as_direction, layout_of
+from geomwatch.landscape.provenance import digest, weights_digest
+from geomwatch.landscape.results import Floats, Trajectory
+from geomwatch.landscape.states import State, check_states
+from geomwatch.vectors import Layout
+
+_RANK = 1e-10  # of the largest eigenvalue: below it there is no second direction
+
+
+def pca_directions(
+    model: nn.Module, states: Sequence[State], *, params: str | Sequence[str] | None = None
+) -> tuple[Direction, Direction]:
+    """Return the two unit directions that carry most of a run's distance from the present weights.
+
+    The first two right singular vectors of the differences theta_i - w, w the model's weights,
+    which are usually those of the run's end (Li et al. 2018). `facts` has the share of the squared
+    distances that each one explains. The first state lies at positive coordinates. Holds one
+    parameter of all states at a time.
+    """
+    layout = Layout.of(model, params)
+    _check(model, states, least=2)
+    gram = sum(_gram(m) for m in _differences(layout, states))
+    values, weights = np.linalg.eigh(gram)
+    values, weights = values[::-1], weights[:, ::-1]
+    if not values[1] > _RANK * values[0] > 0:
+        raise UsageError(
+            f"states must span a plane around the model's weights, got {len(states)} states "
+            "on one line through them. Pass more of the run's checkpoints."
+        )
+    scaled = weights[:, :2] * np.where(weights[0, :2] < 0, -1.0, 1.0) / np.sqrt(values[:2])
+    rows = torch.from_numpy(scaled.T.copy())  # (2, states)
+    pieces = [rows @ m for m in _differences(layout, states)]
+    vectors = torch.cat(pieces, dim=1).to(layout.device, layout.dtype)
+    shares = (values[:2] / values.sum()).tolist()
+    made = [
+        Direction(
+            vector,
+            layout.names,
+            f"principal component {i} ({share:.0%})",
+            {"kind": "pca", "index": i, "explained": share, "states": len(states)},
+        )
+        for i, (vector, share) in enumerate(zip(vectors, shares, strict=True), 1)
+    ]
+    return made[0], made[1]
+
+
+def trajectory(
+    model: nn.Module, states: Sequence[State], directions: Sequence[Direction]
+) -> Trajectory:
+    """Project states on the plane of two directions through the model's present weights.
+
+    Orthogonally, also where the directions are not orthogonal to one another: coordinates (a, b)
+    minimise ||theta - w - a v_1 - b v_2||, `off_plane` is what is left of it.
+    """
+    first, second = two_directions(model, directions)
+    layout = layout_of(model, first.names)
+    _check(model, states, least=1)
+    plane = torch.stack([first.vector, second.vector]).cpu().double()
+    sizes = [p.numel() for p in layout.params]
+    dots = torch.zeros(len(states), 2, dtype=torch.float64)
+    squares = torch.zeros(len(states), dtype=torch.float64)
+    for m, piece in zip(_differences(layout, states), plane.split(sizes, dim=1), strict=True):
+        dots += m @ piece.T
+        squares += m.square().sum(dim=1)
+    coordinates = torch.linalg.solve(plane @ plane.T, dots.T).T
+    along = (coordinates * dots).sum(dim=1)  # squared length of the projections
+    total = max(float(squares.sum()), torch.finfo(torch.float64).tiny)
+    share = float((dots[:, 0] ** 2).sum() / plane[0].square().sum()) / total
+    return Trajectory(
+        coordinates=coordinates.numpy(),
+        off_plane=(squares - along).clamp_min(0).sqrt().numpy(),
+        distance=squares.sqrt().numpy(),
+        explained=(share, float(along.sum()) / total - share),
+        directions=(first.label, second.label),
+        how={
+            "weights": weights_digest(model),
+            "directions_digest": digest([first.vector, second.vector]),
+            "states": len(states),
+        },
+    )
+
+
+def grid_around(
+    path: Trajectory, *, points: int = 25, margin: float = 0.25
+) -> tuple[Floats, Floats]:
+    """Return alphas and betas of a plane that holds a trajectory and its centre, with a margin."""
+    check_count("points", points, 2)
+    low = np.minimum(path.coordinates.min(axis=0), 0.0)
+    high = np.maximum(path.coordinates.max(axis=0), 0.0)
+    room = margin * np.maximum(high - low, 0.1 * (high - low).max())
+    a, b = np.linspace(low - room, high + room, points).T
+    return a, b
+
+
+def two_directions(model: nn.Module, directions: Sequence[object]) -> tuple[Direction, Direction]:
+    """Return two directions that span a plane, in the same parameters.
+
+    Raises:
+        UsageError: they are not two, name different parameters, or are parallel.
+    """
+    if not isinstance(directions, Sequence) or len(directions) != 2:
+        count = len(directions) if isinstance(directions, Sequence) else "none"
+        raise UsageError(f"directions must be two, to span a plane, got {count}.")
+    first, second = (as_direction(model, d) for d in directions)
+    if first.names != second.names:
+        raise UsageError("directions must be in the same parameters, got two different sets.")
+    if abs(cosine(first, second)) > 1 - 1e-6:
+        raise UsageError("directions must span a plane, got two that are parallel.")
+    return first, second
+
+
+def cosine(first: Direction, second: Direction) -> float:
+    """Return the cosine of the angle between two directions."""
+    norms = first.vector.norm() * second.vector.norm()
+    return float(first.vector @ second.vector / norms)
+
+
+def _check(model: nn.Module, states: Sequence[State], *, least: int) -> None:
+    if isinstance(states, Mapping) or not isinstance(states, Sequence) or len(states) < least:
+        found = len(states) if isinstance(states, Sequence) else type(states).__name__
+        raise UsageError(f"states must be a list of at least {least} state_dicts, got {found}.")
+    check_states(model, **{f"states[{i}]": state for i, state in enumerate(states)})
+
+
+def _differences(layout: Layout, states: Sequence[State]) -> Iterator[Tensor]:
+    """Yield theta_i - w for one parameter of all states at a time, (states, its size)."""
+    for name, p in zip(layout.names, layout.params, strict=True):
+        center = p.detach().cpu().double().reshape(-1)
+        rows = [state[name].detach().cpu().double().reshape(-1) - center for state in states]
+        yield torch.stack(rows)
+
+
+def _gram(rows: Tensor) -> Any:
+    return (rows @ rows.T).numpy()
