@@ -1,0 +1,31 @@
+"""Accelerators with a state of their own: accelerate shares it between all in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def make_accelerator() -> Iterator[Callable[..., Accelerator]]:
+    """Return an Accelerator on the CPU, each unaware of those before."""
+
+    def make(**options: object) -> Accelerator:
+        _forget()
+        return Accelerator(cpu=True, **options)
+
+    yield make
+    _forget()
+
+
+@pytest.fixture
+def accelerator(make_accelerator: Callable[..., Accelerator]) -> Accelerator:
+    return make_accelerator(gradient_accumulation_steps=2)
