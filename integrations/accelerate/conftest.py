@@ -9,21 +9,27 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 
-def _forget() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+@pytest.fixture
+def forget() -> Iterator[Callable[[], None]]:
+    """Return a function that makes accelerate forget what it has set up in this process."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    yield reset
+    reset()
 
 
 @pytest.fixture
-def make_accelerator() -> Iterator[Callable[..., Accelerator]]:
+def make_accelerator(forget: Callable[[], None]) -> Callable[..., Accelerator]:
     """Return an Accelerator on the CPU, each unaware of those before."""
 
     def make(**options: object) -> Accelerator:
-        _forget()
+        forget()
         return Accelerator(cpu=True, **options)
 
-    yield make
-    _forget()
+    return make
 
 
 @pytest.fixture

@@ -129,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
     model = CharacterModel(len(passages.alphabet))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
-    loader = DataLoader(passages, batch_size=args.batch)
+    # With its own generator: it draws a number at its start, and a resumed run starts once more.
+    loader = DataLoader(passages, batch_size=args.batch, generator=torch.Generator())
     model, optimizer, loader, warm_up = accelerator.prepare(model, optimizer, loader, warm_up)
 
     lines = JsonLines(args.out / "records.jsonl")
@@ -177,7 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--every", type=int, default=20, help="steps between probes when calm")
     parser.add_argument("--batch", type=int, default=8, help="passages in a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches in a step")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches in a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate after warm-up")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no")
