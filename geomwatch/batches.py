@@ -25,6 +25,11 @@ def fresh_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
     return _rebuild(batch, lambda leaf: _cast(_clone(leaf), dtype))
 
 
+def shell(batch: Any) -> Any:
+    """Return the same tensors and arrays in containers of the copy's own."""
+    return _rebuild(batch, lambda leaf: leaf)
+
+
 def items(batch: Any) -> int:
     """Count the items: the length of the first tensor that has a dimension, else 1."""
     return next((t.shape[0] for t in _leaves(batch) if t.ndim > 0), 1)

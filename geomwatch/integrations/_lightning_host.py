@@ -1,0 +1,141 @@
+"""Lightning under both of its names, and what of a Trainer a callback can't work with."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from geomwatch.errors import UsageError
+from geomwatch.integrations.extras import missing
+
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _installed() -> list[ModuleType]:
+    """Import Lightning under every name it is installed as: the second costs 0.1 s.
+
+    The two are copies that share no class, and each Trainer knows its own Callback only.
+    """
+    found = []
+    cause: ImportError | None = None
+    for name in _NAMES:
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError as error:
+            cause = error
+    if not found:
+        raise missing("lightning or pytorch-lightning", "lightning") from cause
+    return found
+
+
+HOSTS = _installed()
+CALLBACKS: tuple[type[Any], ...] = tuple(host.Callback for host in HOSTS)
+MODULES: tuple[type[Any], ...] = tuple(host.LightningModule for host in HOSTS)
+
+
+def dummy_logger(trainer: object) -> Any:
+    """Return a logger that takes everything and keeps nothing."""
+    host = next((host for host in HOSTS if isinstance(trainer, host.Trainer)), HOSTS[0])
+    return importlib.import_module(f"{host.__name__}.loggers.logger").DummyLogger()
+
+
+def steps_taken(trainer: Any) -> int:
+    """Return the step at which a Trainer logs: the number of batches it has stepped on."""
+    # as DeviceStatsMonitor does; global_step counts the steps of each optimizer
+    taken = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if taken is None else taken)
+
+
+def steps_to_come(trainer: Any) -> float:
+    """Return how many optimizer steps a run will take; infinity where that is unknown."""
+    steps = float(trainer.estimated_stepping_batches)  # -1: as many as the data last
+    return steps - steps_taken(trainer) if steps >= 0 else float("inf")
+
+
+def refuse_several(trainer: Any, kind: type[Any]) -> None:
+    """Refuse a second callback, or the same one twice.
+
+    Raises:
+        UsageError: there are several.
+    """
+    count = sum(isinstance(held, kind) for held in trainer.callbacks)
+    if count > 1:
+        raise UsageError(
+            f"Trainer must have one GeomwatchCallback, got {count}. Both would measure and log the "
+            "same; leave one out."
+        )
+
+
+def refuse_unknown_gradients(trainer: Any) -> None:
+    """Refuse strategies that leave less than the whole gradient of the step in `p.grad`.
+
+    Raises:
+        UsageError: several processes, or a strategy that accumulates by itself (DeepSpeed).
+    """
+    name = type(trainer.strategy).__name__
+    if trainer.world_size > 1:
+        raise UsageError(
+            f"GeomwatchCallback must run in one process, got {trainer.world_size} ({name}): each "
+            "would measure the curvature of its own part of the batch. Pass Trainer(devices=1)."
+        )
+    if trainer.strategy.handles_gradient_accumulation:
+        raise UsageError(
+            f"GeomwatchCallback must find gradients in p.grad, got {name}, which keeps them to "
+            "itself. Use another strategy."
+        )
+
+
+def refuse_own_fetching(module: Any) -> None:
+    """Refuse a training_step that takes its batches from the loader itself.
+
+    Raises:
+        UsageError: its batches can't be known.
+    """
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise UsageError(
+            "training_step must be given its batch, so that a probe can use it too, got one that "
+            "takes it from dataloader_iter itself. Define training_step(batch, batch_idx)."
+        )
+
+
+def losses_by_name(
+    module: Any, loss_fn: Any, optimizers: int
+) -> dict[str, Callable[[Any, Any], Any] | None]:
+    """Return a loss for each optimizer: the user's, the module's `geometry_loss`, or None.
+
+    None stands for training_step, which gives its loss under automatic optimisation only.
+
+    Raises:
+        UsageError: losses and optimizers don't go together.
+    """
+    if isinstance(loss_fn, Mapping):
+        if len(loss_fn) == optimizers:
+            return dict(loss_fn)
+        raise UsageError(
+            "loss_fn must name a loss for each optimizer that configure_optimizers() returns, got "
+            f"{len(loss_fn)} ({', '.join(map(str, loss_fn))}) for {optimizers}."
+        )
+    if optimizers > 1:
+        raise UsageError(
+            f"loss_fn must name a loss for each of {optimizers} optimizers, got "
+            f"{'none' if loss_fn is None else 'one for all'}. Pass GeomwatchCallback(loss_fn="
+            '{"generator": ..., "discriminator": ...}), functions (module, batch) -> loss in the '
+            "order of configure_optimizers()."
+        )
+    if loss_fn is None and hasattr(module, "geometry_loss"):
+        return {"": geometry_loss}
+    if loss_fn is None and not module.automatic_optimization:
+        raise UsageError(
+            "loss_fn must be given for a module with manual optimisation, whose training_step "
+            "steps the optimizer itself. Pass GeomwatchCallback(loss_fn=...), a function (module, "
+            "batch) -> loss, or give the module a method geometry_loss(batch)."
+        )
+    return {"": loss_fn}
+
+
+def geometry_loss(module: Any, batch: Any) -> Any:
+    """Evaluate the loss that a module offers for this purpose."""
+    return module.geometry_loss(batch)

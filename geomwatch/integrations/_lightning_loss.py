@@ -1,0 +1,181 @@
+"""The loss of a training_step, computed again: no log, no metric, no step of an optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch import batches
+from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.integrations._lightning_host import MODULES, dummy_logger
+from geomwatch.integrations._lightning_tap import StepCall
+from geomwatch.isolation import captured_by
+from geomwatch.objective import LossFn
+
+_REMEDY = (
+    "Pass GeomwatchCallback(loss_fn=...), a function (module, batch) -> the loss alone, or give "
+    "the module a method geometry_loss(batch)."
+)
+_MUTED = ("log", "log_dict", "print")
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The batch of a training step, whole or a piece of it.
+
+    A batch as `geomwatch.batches` knows it: copied, cut and cast. The rest is passed through, so a
+    piece knows what it is a piece of.
+    """
+
+    batch: Any
+    items: int  # of the whole
+    call: StepCall | None = None
+
+    @classmethod
+    def of(cls, call: StepCall) -> MicroBatch:
+        """Return the whole batch of a call."""
+        return cls(call.batch, batches.items(call.batch), call)
+
+    @property
+    def share(self) -> float:
+        """How much of the whole this is: 1, or less for a piece."""
+        return batches.items(self.batch) / self.items if self.items else 1.0
+
+
+class StepLoss:
+    """loss_fn(module, batch) on the micro-batches of a Trainer.
+
+    training_step is called as in training: with its batch and batch_idx, its random state (hence
+    the same dropout masks), inside the Trainer's precision plugin. Every micro-batch counts the
+    same, as Lightning divides each by their number, and a piece of one by its items.
+    """
+
+    # Without a __dict__ there is nothing in here that a probe would have to watch.
+    __slots__ = ("_dtype", "_given", "_rest", "_step", "_trainer")
+
+    def __init__(
+        self, trainer: Any, module: nn.Module, step: Callable[..., Any], given: LossFn | None
+    ) -> None:
+        self._trainer, self._step, self._given = trainer, step, given
+        self._dtype = _dtype(module)
+        self._rest = _rest_of(step)
+
+    def weight(self, micro: MicroBatch) -> float:
+        """Return what a micro-batch, or a piece of one, counts for in the mean over a window."""
+        return micro.share
+
+    def __call__(self, module: nn.Module, micro: MicroBatch) -> Tensor:
+        """Return the loss of a micro-batch or of a piece of it.
+
+        Raises:
+            UsageError: evaluating it steps an optimizer, calls manual_backward or gives no loss.
+        """
+        call = micro.call
+        if call is not None and micro.share == 1:
+            call.random.restore()
+        with quiet(self._trainer, module), self._precision(module):
+            if self._given is not None:
+                return self._given(module, micro.batch)
+            return _loss_in(self._step(micro.batch, *(self._rest if call is None else call.rest)))
+
+    def isolates(self) -> list[object]:
+        """Return what evaluating the loss may change beside the module."""
+        carried = [] if self._given is None else captured_by(self._given)
+        return [self._trainer, *carried]
+
+    @contextlib.contextmanager
+    def _precision(self, module: nn.Module) -> Iterator[None]:
+        """Enter the precision plugin, without its default dtype where a probe has its own."""
+        wanted = torch.get_default_dtype()
+        with self._trainer.precision_plugin.train_step_context():
+            if _dtype(module) != self._dtype:
+                torch.set_default_dtype(wanted)  # which the plugin's context puts back
+            yield
+
+
+@contextlib.contextmanager
+def quiet(trainer: Any, module: nn.Module) -> Iterator[None]:
+    """Keep logs and prints of the module's from reaching anyone, and refuse to step."""
+    with contextlib.ExitStack() as stack:
+        for part in module.modules():
+            if isinstance(part, MODULES):
+                for name in _MUTED:
+                    stack.enter_context(_replaced(part, name, _say_nothing))
+                stack.enter_context(_replaced(part, "manual_backward", _refuse_backward))
+        for stepper in _steppers(trainer, module):
+            stack.enter_context(_replaced(stepper, "step", _refuse_step))
+        loggers = trainer.loggers
+        trainer.loggers = [dummy_logger(trainer) for _ in loggers]
+        stack.callback(setattr, trainer, "loggers", loggers)
+        yield
+
+
+def _steppers(trainer: Any, module: Any) -> list[Any]:
+    """The optimizers, bare and as Lightning wraps them, and the schedulers."""
+    wrapped = module.optimizers()
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    wrappers = wrapped if isinstance(wrapped, list) else [wrapped]
+    return [*trainer.optimizers, *wrappers, *schedulers]
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner)
+    before = own.get(name, _ABSENT)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _refuse_step(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "the loss must be evaluated again without stepping, got a call of step() of an optimizer "
+        f"or a scheduler in it. {_REMEDY}"
+    )
+
+
+def _refuse_backward(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "the loss must be evaluated again without a backward pass, got a call of manual_backward() "
+        f"in it. {_REMEDY}"
+    )
+
+
+def _loss_in(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise UsageTypeError(
+            "training_step must return its loss, or a dict with it as 'loss', when it is evaluated "
+            f"again on the same batch, got {type(loss).__name__}. {_REMEDY}"
+        )
+    return loss
+
+
+def _rest_of(step: Callable[..., Any]) -> Sequence[Any]:
+    """What training_step takes beside a batch that no training step had: a batch_idx of 0."""
+    try:
+        inspect.signature(step).bind(None, 0)
+    except TypeError:
+        return ()
+    return (0,)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """The precision of the parameters, as far as one tells for all."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

@@ -1,0 +1,91 @@
+"""What a callback hands to a Trainer: metrics, checkpoints, and words about what it can't see."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from geomwatch.integrations._lightning_host import steps_taken, steps_to_come
+from geomwatch.records import Record
+from geomwatch.sinks import logger
+
+
+def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
+    """Send a record to all loggers at the present step, and to callbacks and progress bar.
+
+    Without held values: a tracker would take them for measured at this step.
+    """
+    fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
+    metrics = replace(record, estimates=fresh).scalars(prefix)
+    try:
+        for tracker in trainer.loggers:
+            tracker.log_metrics(metrics, step=steps_taken(trainer))
+    except Exception as error:  # a tracker out of reach
+        logger.warning(
+            "the record of step %d did not reach %s: %s: %s",
+            record.step,
+            type(tracker).__name__,
+            type(error).__name__,
+            error,
+        )
+    if trainer.barebones:  # which allows no module.log
+        return
+    for name, value in metrics.items():
+        # Not to the loggers: they would get it again at each step until the next probe.
+        module.log(
+            name,
+            value,
+            logger=False,
+            prog_bar=name == f"{prefix}stability_margin",
+            on_step=True,
+            on_epoch=False,
+            batch_size=1,
+        )
+
+
+def react(trainer: Any, on_critical: str, rules: Collection[str]) -> None:
+    """Do what `on_critical` asks for, after critical alerts of these rules."""
+    step = steps_taken(trainer)
+    if on_critical == "stop":
+        trainer.should_stop = True
+        logger.warning("step %d: training stops, as on_critical asks.", step)
+    elif "non_finite" in rules:
+        logger.warning(
+            "step %d: no checkpoint is saved, although on_critical asks for it: what a loss or "
+            "gradient that is not finite leaves behind is not worth it.",
+            step,
+        )
+    else:
+        path = _checkpoint_folder(trainer) / f"geomwatch-step={step + 1}.ckpt"
+        trainer.save_checkpoint(path)
+        logger.warning("step %d: saved %s, as on_critical asks.", step, path)
+
+
+def tell_of_no_training(stage: str) -> None:
+    """Tell that there is nothing to measure."""
+    logger.warning(
+        "GeomwatchCallback measures while trainer.fit() runs; in trainer.%s() there is nothing to "
+        "see. Leave it out of a Trainer that does not train.",
+        stage,
+    )
+
+
+def tell_of_a_short_run(trainer: Any, every: int) -> None:
+    """Tell that probes will be too far apart, if so."""
+    steps = steps_to_come(trainer)
+    if every > steps > 0 and not trainer.fast_dev_run:
+        logger.warning(
+            "every=%d is more than the %d steps of this run, which are hardly measured. Choose "
+            "every=%d or less.",
+            every,
+            steps,
+            max(1, int(steps) // 10),
+        )
+
+
+def _checkpoint_folder(trainer: Any) -> Path:
+    """Where the Trainer's own checkpoints go, or its logs, or all that it writes."""
+    own = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(own or trainer.log_dir or trainer.default_root_dir)

@@ -1,0 +1,172 @@
+"""What a LightningModule is asked for in each step, seen by shadowing two of its methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+from geomwatch import batches
+from geomwatch.isolation import is_probing
+from geomwatch.progress import gradient_norm
+from geomwatch.sinks import logger
+from geomwatch.snapshot import RandomState
+
+_Method: TypeAlias = Callable[..., Any]
+
+
+class Listener(Protocol):
+    """Who a Tap speaks to."""
+
+    def trained_on(self, call: StepCall) -> None:
+        """Hear of a training_step that has returned a loss."""
+
+    def gradient_complete(self, optimizer: Any) -> None:
+        """Hear that all hooks have run; clipping has not."""
+
+    def stepping(self, optimizer: Any, norm: Tensor | None) -> None:
+        """Hear that the step comes next; `norm` is that of the gradient before clipping."""
+
+
+class StepCall:
+    """A call of training_step, kept so that it can be made again with the same outcome."""
+
+    __slots__ = ("_marks", "batch", "is_copy", "loss", "random", "rest", "turn")
+
+    def __init__(self, batch: Any, rest: Sequence[Any] = (), *, copied: bool, turn: int) -> None:
+        self.is_copy, self.turn = copied, turn
+        try:
+            self._marks = [(t, _version(t)) for t in batches.tensors(batch)]
+            self.batch = batches.fresh_copy(batch) if copied else batches.shell(batch)
+        except Exception:  # an odd batch, of which a probe will say what is wrong
+            self._marks, self.batch = [], batch
+        self.rest = tuple(rest)  # batch_idx, where it is taken
+        self.random = RandomState()
+        self.loss: Tensor | None = None  # what it returned, before Lightning divides it
+
+    @property
+    def writes_its_batch(self) -> bool:
+        """Whether a tensor of the batch has been changed in place since."""
+        return any(_version(tensor) != version for tensor, version in self._marks)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether the batch is not the one that training_step was given."""
+        return self.writes_its_batch and not self.is_copy
+
+    def forget_marks(self) -> None:
+        """Let go of the original's tensors."""
+        self._marks = []
+
+
+class Tap:
+    """Notes each training_step, and speaks up when the gradient is complete.
+
+    `training_step` and `configure_gradient_clipping` are shadowed on the instance, and do what they
+    did before. Under automatic optimisation Lightning calls the latter before each step, clipping
+    or not, and after all other hooks. `close` takes the shadows away.
+    """
+
+    def __init__(self, trainer: Any, module: Any, listener: Listener) -> None:
+        self._trainer, self._listener = trainer, listener
+        self.training_step: _Method = module.training_step
+        self.present: StepCall | None = None  # of this batch, or the last one
+        self.turn = 0  # batches so far
+        self._copying = True  # until a window has shown that training_step leaves its batch alone
+        self._told = False
+        self._undo = [
+            shadow(module, "training_step", self._around_step),
+            shadow(module, "configure_gradient_clipping", self._around_clip),
+        ]
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        self.present = None
+
+    def next_batch(self) -> None:
+        """Note that another batch begins."""
+        self.turn += 1
+        self.present = None
+
+    def settle(self, window: Sequence[StepCall]) -> bool:
+        """Tell whether the batches of a window are those that training_step was given.
+
+        Copying them costs memory, so it is left off while nobody writes to them.
+        """
+        spoilt = any(call.is_spoilt for call in window)
+        self._copying = any(call.writes_its_batch for call in window)
+        for call in window:
+            call.forget_marks()
+        if spoilt and not self._told:
+            self._told = True
+            logger.warning(
+                "training_step has changed its batch in place, so that a probe would see another "
+                "one. This step is not measured; from now on batches are copied before."
+            )
+        return not spoilt
+
+    def _around_step(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        # a validation_step may well call training_step
+        if not self._trainer.training or is_probing():
+            return original(*args, **kwargs)
+        batch, *rest = (*args, *kwargs.values())
+        call = self.present = StepCall(batch, rest, copied=self._copying, turn=self.turn)
+        output = original(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor):
+            call.loss = loss.detach()
+            self._listener.trained_on(call)
+        return output
+
+    def _around_clip(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        optimizer = args[0] if args else kwargs["optimizer"]
+        self._listener.gradient_complete(optimizer)
+        norm = _norm_of(optimizer)
+        result = original(*args, **kwargs)
+        self._listener.stepping(optimizer, norm)
+        return result
+
+
+class Shadow:
+    """A method of one instance with something around it; the bare method when copied or pickled."""
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name, self._around = owner, name, around
+        self._original = getattr(owner, name)
+        functools.update_wrapper(self, self._original)  # Lightning looks at signatures
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, through what is around it."""
+        return self._around(self._original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
+
+
+def shadow(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Put `around` an instance's method; return what takes it away again."""
+    own = vars(owner)
+    before = {name: own[name]} if name in own else {}
+    mine = own[name] = Shadow(owner, name, around)
+
+    def undo() -> None:
+        if own.get(name) is mine:  # else somebody has put another around it, which still calls it
+            del own[name]
+            own.update(before)
+
+    return undo
+
+
+def _norm_of(optimizer: Any) -> Tensor | None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [p for p in params if p.grad is not None]
+    return gradient_norm(params) if params else None
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

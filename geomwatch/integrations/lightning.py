@@ -1,0 +1,203 @@
+"""geomwatch in Lightning: Trainer(callbacks=[GeomwatchCallback(every=100)])."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from typing_extensions import Unpack
+
+from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.group import Group
+from geomwatch.integrations._early import check_early
+from geomwatch.integrations._lightning_host import (
+    CALLBACKS,
+    losses_by_name,
+    refuse_own_fetching,
+    refuse_several,
+    refuse_unknown_gradients,
+    steps_taken,
+)
+from geomwatch.integrations._lightning_reports import (
+    publish,
+    react,
+    tell_of_a_short_run,
+    tell_of_no_training,
+)
+from geomwatch.integrations._lightning_run import Run
+from geomwatch.monitor import Monitor
+from geomwatch.objective import LossFn
+from geomwatch.options import Options, is_disabled
+from geomwatch.sinks import logger
+
+# Of both Lightnings, where both are installed: a Trainer wants a Callback of its own package.
+_Callback: Any = CALLBACKS[0] if len(CALLBACKS) == 1 else type("Callback", CALLBACKS, {})
+
+
+class GeomwatchCallback(_Callback):
+    """Watches the geometry of the loss that a Trainer trains on, and warns before it goes wrong.
+
+    Nothing else needs to be done: no change to the LightningModule, of `lightning` or of
+    `pytorch_lightning`. A probe goes to the Trainer's loggers once, at its step, and to
+    `callback_metrics`, where ModelCheckpoint and EarlyStopping can monitor it; training stays
+    bit-identical. What is measured is the loss that training_step returned, computed again with
+    the same batch and random state; at the first step loss and gradient are compared.
+
+    Args:
+        loss_fn: (module, batch) -> loss, instead of training_step; needed with manual
+            optimisation. With several optimizers a dict that names one for each, in the order of
+            `configure_optimizers()`. A module may offer a method `geometry_loss(batch)` instead.
+        prefix: in front of the names of quantities in the logs.
+        on_critical: at a critical alert "save" a checkpoint, or "stop" the training.
+        **options: those of `Monitor`.
+
+    Raises:
+        UsageError: (a ValueError) an option can't work; at construction, when fit() begins, or at
+            its first step.
+    """
+
+    # Never name an attribute `log` or `log_dict`: Lightning overwrites them.
+
+    def __init__(
+        self,
+        *,
+        loss_fn: LossFn | Mapping[str, LossFn] | None = None,
+        prefix: str = "geom/",
+        on_critical: Literal["save", "stop"] | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if on_critical not in (None, "save", "stop"):
+            raise UsageError(f'on_critical must be "save", "stop" or None, got {on_critical!r}.')
+        if not isinstance(prefix, str):
+            raise UsageTypeError(f"prefix must be a string, got {type(prefix).__name__}.")
+        for given in loss_fn.values() if isinstance(loss_fn, Mapping) else [loss_fn]:
+            check_early("GeomwatchCallback", options, given)
+        self._loss_fn, self._prefix, self._on_critical = loss_fn, prefix, on_critical
+        self._options: Options = options
+        self._trainer: weakref.ref[Any] | None = None
+        self._run: Run | None = None  # of the present fit() or the last one
+        self._states: dict[str, Any] = {}  # of monitors, from a checkpoint or a fit() before
+        self._module: weakref.ref[Any] | None = None  # of that fit()
+        self._told = False
+
+    @property
+    def monitor(self) -> Monitor | Group | None:
+        """The Monitor of the present or last fit(), a Group of several; None before the first."""
+        return None if self._run is None else self._run.monitor
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Get to know the Trainer.
+
+        Raises:
+            UsageError: it is another one, or has several such callbacks.
+        """
+        if is_disabled():
+            return
+        if stage != "fit":
+            if self._run is None and not self._told:
+                tell_of_no_training(getattr(stage, "value", stage))
+            self._told = True
+            return
+        if self._trainer is not None and self._trainer() is not trainer:
+            raise UsageError(
+                "GeomwatchCallback must belong to one Trainer, got a second one. Make a callback "
+                "for each."
+            )
+        refuse_several(trainer, GeomwatchCallback)
+        self._trainer = weakref.ref(trainer)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what can't be watched.
+
+        Raises:
+            UsageError: manual optimisation without a loss_fn, for one.
+        """
+        if is_disabled():
+            return
+        refuse_unknown_gradients(trainer)
+        refuse_own_fetching(pl_module)
+        losses_by_name(pl_module, self._loss_fn, len(trainer.optimizers))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start to watch."""
+        if not is_disabled():
+            tell_of_a_short_run(trainer, self._options.get("every", 100))
+            self._begin(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that a batch begins; join in, where the callback was added to a fit() under way."""
+        first_of_window = batch_idx % trainer.accumulate_grad_batches == 0
+        if self._watched() is None and first_of_window and not is_disabled():
+            logger.warning(
+                "GeomwatchCallback was added after training had begun: it watches from step %d on.",
+                steps_taken(trainer),
+            )
+            self.setup(trainer, pl_module, "fit")
+            self.on_fit_start(trainer, pl_module)
+            self._begin(trainer, pl_module)
+        if run := self._watched():
+            run.batch_begins(batch_idx)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Look whether a window accumulated by hand goes on or begins."""
+        if run := self._watched():
+            run.backward_begins()
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Look whose gradient a backward pass called by hand has added to."""
+        if run := self._watched():
+            run.backward_ends()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Probe under manual optimisation; under automatic it is done after clipping."""
+        if not pl_module.automatic_optimization and (run := self._watched()):
+            run.stepping(optimizer, None)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hand the records of this batch on, and react to critical alerts."""
+        run = self._watched()
+        if run is None:
+            return
+        for name, record in run.batch_ends():
+            publish(trainer, pl_module, f"{self._prefix}{name}/" if name else self._prefix, record)
+        rules = {alert.rule for alert in run.new_alerts() if alert.severity == "critical"}
+        if rules and self._on_critical is not None:
+            react(trainer, self._on_critical, rules)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave module and Trainer as they were."""
+        self._end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave module and Trainer as they were."""
+        self._end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the monitors' state for a checkpoint: tensors and primitives."""
+        if run := self._watched():
+            self._states = run.state()
+        return {"monitors": self._states} if self._states else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint; the first probe after it starts cold."""
+        self._states, self._module = state_dict.get("monitors", {}), None
+
+    def _watched(self) -> Run | None:
+        return self._run if self._run is not None and self._run.is_open else None
+
+    def _begin(self, trainer: Any, pl_module: Any) -> None:
+        losses = losses_by_name(pl_module, self._loss_fn, len(trainer.optimizers))
+        another = self._module is not None and self._module() is not pl_module
+        states = {} if another else self._states
+        self._run = Run(trainer, pl_module, losses, self._options, states)
+        self._module = weakref.ref(pl_module)
+
+    def _end(self) -> None:
+        if run := self._watched():
+            self._states = run.state()
+            run.close()
