@@ -235,6 +235,8 @@ class Monitor:
         uncounted = not self._counter.is_automatic and bool(self._lr)
         return {
             "step": self._counter.steps + uncounted,
+            "lr": list(self._lr),
+            "last": self._scalars.state_dict(),
             "guard": self._guard.state_dict(),
             "schedule": self._schedule.state_dict(),
             "prober": self._guard.prober.state_dict(),
@@ -249,7 +251,10 @@ class Monitor:
             UsageError: it was saved with other rules.
         """
         self._judge.load_state_dict(state["rules"])
-        self._counter.steps = state["step"]
+        self._lr = tuple(state["lr"])
+        uncounted = not self._counter.is_automatic and bool(self._lr)
+        self._counter.steps = state["step"] - uncounted
+        self._scalars.load_state_dict(state["last"])
         self._last_probe = state["step"] - 1
         self._schedule.load_state_dict(state["schedule"])
         self._guard.load_state_dict(state["guard"])

@@ -95,6 +95,20 @@ class StepScalars:
         value = None if loss is None else loss.read()
         return Settled(before, value, grad_norm.read(), stepped=steps > before)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is pending, as numbers."""
+        if self._pending is None:
+            return {}
+        before, loss, grad_norm = self._pending
+        read = None if loss is None else loss.read()
+        return {"steps": before, "loss": read, "grad_norm": grad_norm.read()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was pending."""
+        self._pending = None
+        if state:
+            self.put(state["steps"], state["loss"], state["grad_norm"])
+
 
 class _Scalar:
     """A number on its way from a device to the host."""

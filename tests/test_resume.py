@@ -56,6 +56,34 @@ def test_difficulty_goes_on_growing_after_a_resume():
     assert other.history[-1]["difficulty"].value > before
 
 
+def test_rules_and_difficulty_see_each_step_once_across_a_resume():
+    class Listening(geomwatch.rules.NonFinite):
+        def __call__(self, seen):
+            if seen.settled is not None:
+                heard.append((seen.settled.step, seen.settled.loss, seen.settled.stepped))
+
+    def train(steps, *, resume_at=None):
+        heard.clear()
+        options = {"rules": [Listening()], "quantities": ["difficulty"], "every": 100}
+        model, optimizer, monitor = watched(**options)
+        monitor._guard.prober._resumed_lambda = 2.0  # known from the start, and never measured
+        for t in range(steps):
+            if t == resume_at:
+                saved, monitor = monitor.state_dict(), None
+                monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+                monitor.load_state_dict(saved)
+            optimizer.zero_grad()
+            loss = cross_entropy(model, batch)
+            loss.backward()
+            monitor.step(batch, loss=loss)
+            optimizer.step()
+        return list(heard), monitor.state_dict()["difficulty"]
+
+    heard, batch = [], digits(64)
+    assert train(6, resume_at=3) == train(6)
+    assert [step for step, _, _ in heard] == [0, 1, 2, 3, 4]
+
+
 def test_an_infinite_gradient_has_no_margin_but_a_reason():
     batch = digits(64)
     model, optimizer, monitor = watched(every=1, schedule="fixed")
