@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from geomwatch.norms import spectral_norm_held, weight_norm_written_out
+
 
 @contextlib.contextmanager
 def twice_differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Compute attention, RNNs, checkpoints and compiled code in a way that can be differentiated.
+    """Compute attention, RNNs, norms, checkpoints and compiled code so that they can be.
 
     The results differ by rounding only. Costs nothing for attention; an LSTM's gradient is up to
     1.4 times as expensive.
@@ -23,6 +25,8 @@ def twice_differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_checkpoints_not_reentrant())
+        stack.enter_context(weight_norm_written_out())
+        stack.enter_context(spectral_norm_held())
         if any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_disabled(torch.backends.mkldnn))
             stack.enter_context(_disabled(torch.backends.cudnn))

@@ -1,142 +1,87 @@
-"""Real architectures from transformers, with their default attention: HVPs right, no trace left."""
+"""Hessian-vector products of the models that people train, against the same in float64."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from zoo import ZOO
+from zoo_case import Case, difference, double_backward, exact_hvp, learned, trainable
 
-import geomwatch
 from geomwatch.objective import Objective
+from geomwatch.vectors import Layout, generator
 
-transformers = pytest.importorskip("transformers")
+SEED = 5  # of the dropout masks
 
-TEXT = torch.randint(0, 90, (4, 16), generator=torch.Generator().manual_seed(0))
-LANGUAGE = {"input_ids": TEXT, "labels": TEXT.clone()}
-CLASSES = torch.tensor([0, 1, 0, 1])
-IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-SMALL = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-GQA = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0}
+every_case = pytest.mark.parametrize("case", ZOO.values(), ids=ZOO)
 
 
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=99,
-        n_positions=32,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config.loss_type = "ForCausalLM"
-    return transformers.GPT2LMHeadModel(config)
+def direction(case: Case) -> Tensor:
+    """A random vector that float32 holds exactly, 0 where nothing is learned."""
+    model, _ = case.build()
+    v = Layout.of(model).normal(generator(1))
+    return v.double() / 64 * learned(model)
 
 
-def llama() -> nn.Module:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA))
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
 
 
-def bert() -> nn.Module:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+@every_case
+def test_an_hvp_is_that_of_the_twin_in_float64(case):
+    v = direction(case)
+    exact = exact_hvp(case, v, seed=SEED) * learned(case.build()[0])
+    for build, dtype, tolerance in [
+        (case.build, torch.float32, case.float32),
+        (case.build_wide, torch.float64, case.float64),
+    ]:
+        model, batch = build()
+        torch.manual_seed(SEED)
+        with (
+            case.wholly(dtype),
+            Objective(model, case.loss_fn, [batch], hvp=case.backend) as objective,
+        ):
+            found = objective.hvp(v.to(dtype))
+            assert objective.how["backend"] == case.backend
+        assert relative(found, exact) <= tolerance, dtype
 
 
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=99, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2
-    )
-    config.decoder_start_token_id = 0
-    return transformers.T5ForConditionalGeneration(config)
+@every_case
+def test_the_twin_is_the_model_that_is_trained(case):
+    v = direction(case)
+    kept = learned(case.build()[0])
+    exact, found = (f(case, v, seed=SEED) * kept for f in (exact_hvp, difference))
+    assert relative(found, exact) < 1e-7
 
 
-def mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**GQA, num_local_experts=4))
+@every_case
+def test_the_loss_of_a_probe_is_the_one_that_is_trained(case):
+    model, batch = case.build()
+    torch.manual_seed(SEED)
+    loss = case.loss_fn(model, batch).item()
+    model, batch = case.build()
+    torch.manual_seed(SEED)
+    with Objective(model, case.loss_fn, [batch]) as objective:
+        assert objective.loss() == pytest.approx(loss, rel=1e-5)
 
 
-def vit() -> nn.Module:
-    sizes = {**SMALL, "image_size": 16, "patch_size": 4, "num_channels": 1}
-    sizes.pop("vocab_size")
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+def plain_hvp(case: Case, v: Tensor) -> Tensor:
+    """By double backward of the model as it trains, without geomwatch."""
+    model, batch = case.build()
+    torch.manual_seed(SEED)
+    return double_backward(case.loss_fn(model, batch), trainable(model), v)
 
 
-def resnet() -> nn.Module:
-    config = transformers.ResNetConfig(
-        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"
-    )
-    return transformers.ResNetForImageClassification(config)
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.obstacle])
+def test_without_remedy_there_is_no_double_backward(name):
+    case = ZOO[name]
+    with pytest.raises(RuntimeError, match=case.obstacle):
+        plain_hvp(case, direction(case))
 
 
-VISION = {"pixel_values": IMAGES, "labels": CLASSES}
-ZOO: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
-    "gpt2": (gpt2, LANGUAGE),
-    "llama": (llama, LANGUAGE),
-    "bert": (bert, {"input_ids": TEXT, "labels": CLASSES}),
-    "t5": (t5, LANGUAGE),
-    "mixtral": (mixtral, LANGUAGE),
-    "vit": (vit, VISION),
-    "resnet": (resnet, VISION),
-}
-
-
-def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    make, batch = ZOO[name]
-    return make().train(), batch
-
-
-@pytest.mark.parametrize("name", [n for n in ZOO if n != "mixtral"])  # its experts refuse float64
-def test_an_hvp_in_float32_is_that_of_float64(name):
-    model, batch = build(name)
-    products = []
-    for dtype in (torch.float32, torch.float64):
-        with Objective(model, geomwatch.model_loss, [batch], mode="eval", dtype=dtype) as objective:
-            v = objective.layout.normal(torch.Generator().manual_seed(1))
-            products.append(objective.hvp(v))
-            assert objective.how["backend"] == "double_backward"
-    assert (products[0] - products[1]).norm() < 1e-5 * products[1].norm()
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_the_operator_is_symmetric(name):
-    model, batch = build(name)
-    with Objective(model, geomwatch.model_loss, [batch]) as objective:
-        rng = torch.Generator().manual_seed(2)
-        u, v = objective.layout.normal(rng), objective.layout.normal(rng)
-        forth, back = float(u @ objective.hvp(v)), float(v @ objective.hvp(u))
-        size = float(objective.hvp(u).norm() * v.norm())
-    assert abs(forth - back) < 1e-5 * size
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_training_is_bit_identical_with_probes_at_every_step(name):
-    model, batch = build(name)
-    watched = copy.deepcopy(model)
-    states = []
-    for net, watch in ((model, False), (watched, True)):
-        torch.manual_seed(1)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        monitor: Any = None
-        if watch:
-            monitor = geomwatch.Monitor(
-                net, geomwatch.model_loss, optimizer, every=1, schedule="fixed"
-            )
-        for _ in range(3):
-            optimizer.zero_grad()
-            geomwatch.model_loss(net, batch).backward()
-            if monitor is not None:
-                record = monitor.step(batch)
-                assert record["lambda_max"].value is not None
-                assert record["stability_margin"].value > 0
-            optimizer.step()
-        states.append([*net.state_dict().values(), torch.get_rng_state()])
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.silent])
+def test_without_remedy_double_backward_is_wrong_without_a_word(name):
+    case = ZOO[name]
+    v = direction(case)
+    exact = exact_hvp(case, v, seed=SEED)
+    assert relative(plain_hvp(case, v), exact) > 0.02
