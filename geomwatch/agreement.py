@@ -1,0 +1,136 @@
+"""Does double backward give the derivative of the gradient? Some code makes it silently wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from geomwatch.objective import Objective
+from geomwatch.vectors import generator
+
+# Of the gradient: the smallest step crosses no kink. But a model may compute parts of itself in
+# float32, whatever its parameters (as an RMSNorm does): then it drowns in rounding.
+_SHARES = (1e-6, 1e-4, 1e-3, 1e-2)
+_LARGEST_STEP = 0.1
+
+_CLEAR = 1e-6  # an error at which no other step need be tried
+_TOLERANCE = 1e-4  # what zoo models with parts in float32 reach
+_LARGEST_TOLERANCE = 1e-2  # where differences can tell no better
+_ASYMMETRY = 1e-3  # the symmetric cases have 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a check of the double-backward HVP against differences of gradients has found."""
+
+    passed: bool | None  # None when it could not be told
+    error: float | None = None  # relative
+    reason: str = ""
+
+
+def validate(objective: Callable[[], Objective], kept: Tensor | None = None) -> Validation:
+    """Compare H v by double backward with differences of gradients, along one random v.
+
+    A backward that is not differentiable (raw tensors kept on ctx, computed without a graph) shows
+    here and nowhere else. Where the two differ although the differences agree among themselves,
+    double backward is wrong, unless J, the gradient's Jacobian, is not symmetric: then part of the
+    loss is held constant for the gradient, and double backward is the Hessian of what is left.
+
+    `objective` makes the loss in float64 on a few items, where a step can be so small that it
+    crosses no kink of a ReLU; `kept`, (D,), is 0 on parameters that are left out. Costs one HVP and
+    two to ten gradients of those few items.
+    """
+    try:
+        with objective() as tested:
+            return _judged(_Comparison(tested, kept))
+    except Exception as failure:
+        return Validation(None, reason=f"it could not be run: {type(failure).__name__}: {failure}")
+
+
+def _judged(found: _Comparison) -> Validation:
+    error, resolution = found.error, found.resolution
+    if error <= min(max(_TOLERANCE, 3 * resolution), _LARGEST_TOLERANCE):
+        return Validation(True, error)
+    if error <= 3 * resolution:
+        reason = f"differences of gradients disagree among themselves by {resolution:.0%}"
+        return Validation(None, error, reason)
+    if found.asymmetry() > _ASYMMETRY + resolution / error:
+        return Validation(
+            None,
+            error,
+            "part of the loss is held constant for its gradient (detach(), a straight-through "
+            "estimator, a weight that forward() changes), whose Jacobian is not symmetric and has "
+            "no real spectrum; what is measured is the curvature with that part held",
+        )
+    return Validation(
+        False,
+        error,
+        f"double backward is off by {error:.1%} against differences of gradients: some backward "
+        "in the loss is not differentiable, although it does not say so",
+    )
+
+
+class _Comparison:
+    """H v by double backward beside J v by differences of gradients at several steps."""
+
+    def __init__(self, objective: Objective, kept: Tensor | None) -> None:
+        self._objective, self._kept = objective, kept
+        v = self._only_kept(objective.layout.normal(generator(0)).to(torch.float64))
+        self._v = v / v.norm()
+        self._hv = objective.hvp(self._v)
+        size = float(self._hv.norm())
+        norm = float(objective.gradient().norm())
+        self._steps: list[float] = []
+        self._differences: list[Tensor] = []
+        self._errors: list[float] = []
+        for share in _SHARES:
+            step = min(share * norm / size, _LARGEST_STEP) if size > 0 else share
+            difference = self._difference(self._v, step)
+            self._scale = max(float(difference.norm()), size, 1e-12 * norm)
+            self._steps.append(step)
+            self._differences.append(difference)
+            self._errors.append(self._relative(difference - self._hv))
+            if self.error <= _CLEAR:
+                return
+
+    @property
+    def _spreads(self) -> list[float]:
+        return [self._relative(b - a) for a, b in pairwise(self._differences)]
+
+    @property
+    def error(self) -> float:
+        """||H v - J v|| at the best step, relative to the larger one."""
+        return min(self._errors)
+
+    @property
+    def resolution(self) -> float:
+        """How far two neighbouring differences lie apart, at best."""
+        return min(self._spreads, default=0.0)
+
+    def asymmetry(self) -> float:
+        """(d'J v - v'J d) / d'd for d = J v - H v: 0 where J is symmetric, about 1 where not.
+
+        With H symmetric and B = J - H this is 1 - v'B B v / ||B v||^2.
+        """
+        best = self._spreads.index(self.resolution)
+        jv, step = self._differences[best], self._steps[best]
+        d = jv - self._hv
+        length = d.norm()
+        jd = length * self._difference(d / length, step)
+        return float((d @ jv - self._v @ jd) / (d @ d))
+
+    def _difference(self, unit: Tensor, step: float) -> Tensor:
+        ahead, behind = (self._objective.gradient_at(h * unit) for h in (step, -step))
+        return self._only_kept((ahead - behind) / (2 * step))
+
+    def _only_kept(self, vector: Tensor) -> Tensor:
+        return vector if self._kept is None else self._kept.to(vector) * vector
+
+    def _relative(self, vector: Tensor) -> float:
+        error = float(vector.norm()) / self._scale if self._scale > 0 else 0.0
+        return error if math.isfinite(error) else math.inf
