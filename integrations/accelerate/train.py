@@ -1,7 +1,7 @@
 """Train a small character model on the King James text with accelerate, and watch it.
 
     python integrations/accelerate/train.py
-    accelerate launch --cpu --num_processes 2 integrations/accelerate/train.py
+    torchrun --nproc_per_node 2 integrations/accelerate/train.py
 
 It takes seconds on one core. Records go to runs/accelerate/records.jsonl. `make data` installs the
 text.
@@ -128,7 +128,8 @@ def main(args: argparse.Namespace) -> None:
     passages = Passages(text(), count, args.seed)
     model = CharacterModel(len(passages.alphabet))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20))
+    ramp = 20 * accelerator.num_processes  # accelerate steps the scheduler once for each process
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / ramp))
     # With its own generator: it draws a number at its start, and a resumed run starts once more.
     loader = DataLoader(passages, batch_size=args.batch, generator=torch.Generator())
     model, optimizer, loader, warm_up = accelerator.prepare(model, optimizer, loader, warm_up)
@@ -136,7 +137,8 @@ def main(args: argparse.Namespace) -> None:
     lines = JsonLines(args.out / "records.jsonl")
     with watch(accelerator, model, loss_fn, optimizer, every=args.every, sinks=[lines]) as monitor:
         loss = train(accelerator, model, optimizer, loader, warm_up, monitor, args)
-    logger.info("last loss %.3f, %d probes", loss, len(monitor.history))
+    if accelerator.is_main_process:
+        logger.info("last loss %.3f, %d probes", loss, len(monitor.history))
     accelerator.save_model(model, str(args.out / "model"))
     accelerator.end_training()
 
