@@ -46,7 +46,7 @@ class Window:
 
     def micro_batches(self) -> list[MicroBatch]:
         """Return the batches for `TrainerLoss`."""
-        return [MicroBatch(s.inputs, s.call, batches.items(s.inputs), self) for s in self.steps]
+        return [MicroBatch(s.inputs, s, batches.items(s.inputs), self) for s in self.steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class MicroBatch:
     """
 
     inputs: Any
-    call: LossCall | None  # None where training_step has called compute_loss not at all, or twice
+    step: TrainingStep
     items: int  # of the whole micro-batch
     window: Window
 
@@ -99,12 +99,12 @@ class TrainerLoss:
         """Return the loss of a micro-batch, of a piece of one, or of plain inputs."""
         if not isinstance(batch, MicroBatch):
             return self._evaluate(model, batch, {})
-        share, call = batch.share, batch.call
-        if call is not None and share == 1:
-            call.random.restore()
-        if call is None or self._loss_fn is not None:
+        share, step = batch.share, batch.step
+        if step.random is not None and share == 1:
+            step.random.restore()
+        if step.call is None or self._loss_fn is not None:
             return self._evaluate(model, batch.inputs, {})
-        keywords = dict(call.keywords)
+        keywords = dict(step.call.keywords)
         if share < 1 and keywords.get("num_items_in_batch") is not None:
             keywords["num_items_in_batch"] = share * keywords["num_items_in_batch"]
         return batch.window.factor * self._evaluate(model, batch.inputs, keywords)

@@ -36,7 +36,7 @@ class Watch:
         isolated: Options = {**options}
         isolated["also"] = (*options.get("also", ()), *self._loss_fn.isolates())
         self.monitor = Monitor(self._model, self._loss_fn, optimizer, **isolated)
-        self._tap: Tap | None = Tap(trainer)
+        self._tap: Tap | None = Tap(trainer, keeps_random=self._user_loss)
         self._checked = False
         self._told = False
         self._alerts_seen = 0

@@ -66,6 +66,8 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
     ) -> None:
         if on_critical not in (None, "save", "stop"):
             raise UsageError(f'on_critical must be "save", "stop" or None, got {on_critical!r}.')
+        if not isinstance(prefix, str):
+            raise UsageTypeError(f"prefix must be a string, got {type(prefix).__name__}.")
         check_early("GeomwatchCallback", options, loss_fn)
         self._options: Any = {**options}
         self._prefix, self._on_critical, self._loss_fn = prefix, on_critical, loss_fn
@@ -132,9 +134,8 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
         record, self._record = self._record, None
         if record is not None:
             wanted = control.should_log
-            # Not the log() of a subclass: some empty their averages in it, or look for a "loss".
-            Trainer.log(self._known_trainer(), fresh_scalars(record, self._prefix))
-            control.should_log = wanted  # which log() takes for done
+            self._log(record)
+            control.should_log = wanted  # which logging takes for done
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save or stop after a critical alert."""
@@ -223,6 +224,18 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
                 "hold. Leave out restore_callback_states_from_checkpoint: it finds its state "
                 "without.",
                 ", ".join(left_out),
+            )
+
+    def _log(self, record: Record) -> None:
+        try:
+            # Not the log() of a subclass: some empty their averages in it, or look for a "loss".
+            Trainer.log(self._known_trainer(), fresh_scalars(record, self._prefix))
+        except Exception as error:  # a tracker that is out of reach, say
+            logger.warning(
+                "the record of step %d did not reach all trackers: %s: %s",
+                record.step,
+                type(error).__name__,
+                error,
             )
 
     def _not_json(self) -> dict[str, Any]:
