@@ -1,45 +1,12 @@
-"""Lightning under both of its names, and what of a Trainer a callback can't work with."""
+"""What a callback asks a Lightning Trainer, and what it can't work with."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 from geomwatch.errors import UsageError
-from geomwatch.integrations.extras import missing
-
-_NAMES = ("lightning.pytorch", "pytorch_lightning")
-
-
-def _installed() -> list[ModuleType]:
-    """Import Lightning under every name it is installed as: the second costs 0.1 s.
-
-    The two are copies that share no class, and each Trainer knows its own Callback only.
-    """
-    found = []
-    cause: ImportError | None = None
-    for name in _NAMES:
-        try:
-            found.append(importlib.import_module(name))
-        except ImportError as error:
-            cause = error
-    if not found:
-        raise missing("lightning or pytorch-lightning", "lightning") from cause
-    return found
-
-
-HOSTS = _installed()
-CALLBACKS: tuple[type[Any], ...] = tuple(host.Callback for host in HOSTS)
-MODULES: tuple[type[Any], ...] = tuple(host.LightningModule for host in HOSTS)
-
-
-def dummy_logger(trainer: object) -> Any:
-    """Return a logger that takes everything and keeps nothing."""
-    host = next((host for host in HOSTS if isinstance(trainer, host.Trainer)), HOSTS[0])
-    return importlib.import_module(f"{host.__name__}.loggers.logger").DummyLogger()
 
 
 def steps_taken(trainer: Any) -> int:

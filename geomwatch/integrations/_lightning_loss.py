@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._lightning_host import MODULES, dummy_logger
+from geomwatch.integrations._lightning_names import dummy_logger, host_of
 from geomwatch.integrations._lightning_tap import StepCall
 from geomwatch.isolation import captured_by
 from geomwatch.objective import LossFn
@@ -104,17 +104,26 @@ class StepLoss:
 def quiet(trainer: Any, module: nn.Module) -> Iterator[None]:
     """Keep logs and prints of the module's from reaching anyone, and refuse to step."""
     with contextlib.ExitStack() as stack:
+        kind = host_of(trainer).LightningModule
         for part in module.modules():
-            if isinstance(part, MODULES):
+            if isinstance(part, kind):
                 for name in _MUTED:
                     stack.enter_context(_replaced(part, name, _say_nothing))
                 stack.enter_context(_replaced(part, "manual_backward", _refuse_backward))
+            for name, state in _metric_states(part):
+                stack.enter_context(_replaced(part, name, state.clone()))
         for stepper in _steppers(trainer, module):
             stack.enter_context(_replaced(stepper, "step", _refuse_step))
         loggers = trainer.loggers
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         stack.callback(setattr, trainer, "loggers", loggers)
         yield
+
+
+def _metric_states(part: Any) -> list[tuple[str, Tensor]]:
+    """The states of a torchmetrics metric; a probe's snapshot copies no large ones itself."""
+    states = [(name, vars(part).get(name)) for name in vars(part).get("_defaults", ())]
+    return [(name, state) for name, state in states if isinstance(state, Tensor)]
 
 
 def _steppers(trainer: Any, module: Any) -> list[Any]:

@@ -19,17 +19,17 @@ def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
     """
     fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
     metrics = replace(record, estimates=fresh).scalars(prefix)
-    try:
-        for tracker in trainer.loggers:
+    for tracker in trainer.loggers:
+        try:
             tracker.log_metrics(metrics, step=steps_taken(trainer))
-    except Exception as error:  # a tracker out of reach
-        logger.warning(
-            "the record of step %d did not reach %s: %s: %s",
-            record.step,
-            type(tracker).__name__,
-            type(error).__name__,
-            error,
-        )
+        except Exception as error:  # out of reach, say
+            logger.warning(
+                "the record of step %d did not reach %s: %s: %s",
+                record.step,
+                type(tracker).__name__,
+                type(error).__name__,
+                error,
+            )
     if trainer.barebones:  # which allows no module.log
         return
     for name, value in metrics.items():

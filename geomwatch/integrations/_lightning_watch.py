@@ -48,8 +48,15 @@ class Watch:
         complete: Any = {**options, "also": [*self.loss.isolates(), *options.get("also", ())]}
         if options.get("probe_batch") is not None:
             complete["probe_batch"] = self._prepared(options["probe_batch"])
-        if self.name:
-            complete["params"] = self._own_names(options.get("params"))
+        own = self._own_names(options.get("params"))
+        if not own:
+            logger.warning(
+                "configure_optimizers() gives %s no parameter of the module that is to be "
+                "measured: there are no steps to probe before.",
+                type(self.optimizer).__name__,
+            )
+        elif self.name:
+            complete["params"] = own
         self.monitor = Monitor(self._module, self.loss, self.optimizer, **complete)
 
     def restart(self, options: Options) -> None:

@@ -6,19 +6,19 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.group import Group
 from geomwatch.integrations._early import check_early
 from geomwatch.integrations._lightning_host import (
-    CALLBACKS,
     losses_by_name,
     refuse_own_fetching,
     refuse_several,
     refuse_unknown_gradients,
     steps_taken,
 )
+from geomwatch.integrations._lightning_names import as_callback, remade, written
 from geomwatch.integrations._lightning_reports import (
     publish,
     react,
@@ -31,11 +31,8 @@ from geomwatch.objective import LossFn
 from geomwatch.options import Options, is_disabled
 from geomwatch.sinks import logger
 
-# Of both Lightnings, where both are installed: a Trainer wants a Callback of its own package.
-_Callback: Any = CALLBACKS[0] if len(CALLBACKS) == 1 else type("Callback", CALLBACKS, {})
 
-
-class GeomwatchCallback(_Callback):
+class GeomwatchCallback:
     """Watches the geometry of the loss that a Trainer trains on, and warns before it goes wrong.
 
     Nothing else needs to be done: no change to the LightningModule, of `lightning` or of
@@ -58,6 +55,17 @@ class GeomwatchCallback(_Callback):
     """
 
     # Never name an attribute `log` or `log_dict`: Lightning overwrites them.
+
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
+        """Make one that is a Callback of the Lightning in use."""
+        made: Self = object.__new__(as_callback(cls))
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave out what belongs to a Trainer; a copy may go to another one."""
+        bound = {"_trainer": None, "_module": None, "_run": None}
+        own = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
+        return remade, (written(type(self)),), own | bound
 
     def __init__(
         self,

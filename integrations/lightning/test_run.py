@@ -1,0 +1,265 @@
+"""What a Trainer does with the callback: checkpoints, resuming, metrics to monitor, stopping."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import geomwatch
+from geomwatch.integrations.lightning import GeomwatchCallback
+
+FIXED = {"every": 3, "schedule": "fixed"}
+BOTH = pytest.mark.parametrize("host", ["lightning.pytorch", "pytorch_lightning"], indirect=True)
+
+
+class Alarm(geomwatch.rules.NonFinite):
+    """Raises a critical alert at one step."""
+
+    def __init__(self, at: int, name: str = "alarm") -> None:
+        super().__init__()
+        self._at, self._rule = at, name
+
+    def __call__(self, seen: Any) -> Any:
+        if seen.step == self._at and seen.fresh:
+            return geomwatch.Alert(self._rule, "critical", "alarm", 1.0, 0.5, seen.step)
+        return None
+
+
+@BOTH
+@pytest.mark.parametrize(("every", "steps", "records"), [(3, 8, 3), (4, 8, 2)])
+def test_a_fixed_schedule_gives_one_record_each_so_many_optimizer_steps(
+    Net, fit, every, steps, records
+):
+    callback = GeomwatchCallback(every=every, schedule="fixed")
+    fit(Net(), [callback], max_epochs=-1, max_steps=steps, accumulate_grad_batches=2)
+    assert [r.step for r in callback.monitor.history] == [i * every for i in range(records)]
+    assert records == math.ceil(steps / every)
+
+
+@BOTH
+def test_a_single_callback_need_not_be_in_a_list(Net, make_trainer, load):
+    callback = GeomwatchCallback(**FIXED)
+    make_trainer(callbacks=callback).fit(Net(), load(), load(64, shuffle=False))
+    assert len(callback.monitor.history) == 3
+
+
+def test_checkpoints_and_early_stopping_can_monitor_the_margin(Net, fit, host, tmp_path):
+    best = host.callbacks.ModelCheckpoint(
+        tmp_path, monitor="geom/stability_margin", mode="min", every_n_train_steps=3, save_top_k=1
+    )
+    never = host.callbacks.EarlyStopping("geom/stability_margin", divergence_threshold=1e-9)
+    callback = GeomwatchCallback(**FIXED)
+    trainer = fit(Net(), [callback, never, best], max_epochs=3, enable_checkpointing=True)
+    margins = [record["stability_margin"].value for record in callback.monitor.history]
+    assert float(best.best_model_score) == pytest.approx(min(margins[1:]), rel=1e-6)
+    assert trainer.global_step == 8  # the first epoch ended the run
+    shown = {name for name in trainer.progress_bar_metrics if name.startswith("geom/")}
+    assert shown == {"geom/stability_margin"}
+    assert float(trainer.callback_metrics["geom/stability_margin"]) == pytest.approx(margins[-1])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@BOTH
+def test_a_run_that_resumes_goes_on_counting_with_a_cold_first_probe(
+    Net, fit, host, load, tmp_path
+):
+    def checkpoints() -> Any:
+        return host.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+
+    def run(callback: Any, **options: Any) -> Any:
+        torch.manual_seed(3)
+        data = load(shuffle=False)
+        return fit(
+            Net(dropout=0.0, norm=False),
+            [callback, checkpoints()],
+            loader=data,
+            max_epochs=3,
+            enable_checkpointing=True,
+            **options,
+        )
+
+    whole = GeomwatchCallback(**FIXED)
+    run(whole)
+    first = min(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    saved = torch.load(first, weights_only=True)["callbacks"]
+    assert saved["GeomwatchCallback"]["monitors"][""]["step"] == 8
+    resumed = GeomwatchCallback(**FIXED)
+    run(resumed, ckpt_path=first)
+    later = [record for record in whole.monitor.history if record.step > 8]
+    assert [record.step for record in resumed.monitor.history] == [9, 12, 15, 18, 21]
+    for old, new in zip(later, resumed.monitor.history, strict=True):
+        assert new.loss == pytest.approx(old.loss, rel=1e-6)
+        for name in ("stability_margin", "lambda_max"):
+            a, b = old[name], new[name]
+            if a.status == b.status == "ok":
+                assert abs(a.value - b.value) <= 3 * (a.error + b.error)
+    cold, warm = resumed.monitor.history[0].hvps, later[0].hvps
+    assert cold > warm
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_a_run_without_geomwatch_is_resumed_at_its_step(Net, fit, host, tmp_path):
+    keeper = host.callbacks.ModelCheckpoint(tmp_path)
+    fit(Net(), [keeper], enable_checkpointing=True)
+    callback = GeomwatchCallback(**FIXED)
+    fit(Net(), [callback], max_epochs=2, ckpt_path=keeper.best_model_path)
+    assert [record.step for record in callback.monitor.history] == [9, 12, 15]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_a_run_with_geomwatch_is_resumed_without(Net, fit, host, tmp_path):
+    keeper = host.callbacks.ModelCheckpoint(tmp_path)
+    fit(Net(), [keeper, GeomwatchCallback()], enable_checkpointing=True)
+    trainer = fit(Net(), max_epochs=2, ckpt_path=keeper.best_model_path)
+    assert trainer.global_step == 16
+
+
+def test_a_part_of_a_checkpoint_that_can_not_be_read_costs_no_run(Net, fit, make_trainer, caplog):
+    callback = GeomwatchCallback(**FIXED)
+    callback.load_state_dict({"monitors": {"": {"rules": []}}})
+    with pytest.raises(geomwatch.UsageError, match=r"state must hold 3 rules, got 0"):
+        fit(Net(), [callback])
+    callback = GeomwatchCallback(**FIXED, rules=[])
+    callback.load_state_dict({"monitors": {"": {"rules": [], "nothing": 0}}})
+    fit(Net(), [callback])
+    assert "geomwatch's part of the checkpoint can't be read (KeyError" in caplog.text
+    assert [record.step for record in callback.monitor.history] == [0, 3, 6]
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on(Net, make_trainer, load):
+    callback, module = GeomwatchCallback(**FIXED), Net()
+    trainer = make_trainer(callbacks=[callback])
+    data = load(), load(64, shuffle=False)
+    trainer.fit(module, *data)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, *data)
+    assert [record.step for record in callback.monitor.history] == [9, 12, 15]
+
+
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch.*")
+@pytest.mark.parametrize("on_critical", ["save", "stop", None])
+def test_a_critical_alert_saves_or_stops_as_asked(Net, fit, tmp_path, caplog, on_critical):
+    callback = GeomwatchCallback(**FIXED, rules=[Alarm(3)], on_critical=on_critical)
+    trainer = fit(Net(), [callback])
+    assert trainer.global_step == (4 if on_critical == "stop" else 8)
+    saved = list(tmp_path.rglob("*.ckpt"))
+    assert [path.name for path in saved] == ["geomwatch-step=4.ckpt"] * (on_critical == "save")
+    if on_critical is not None:
+        assert "as on_critical asks" in caplog.text
+    if saved:
+        checkpoint = torch.load(saved[0], weights_only=True)
+        assert checkpoint["global_step"] == 4
+        assert checkpoint["callbacks"]["GeomwatchCallback"]["monitors"][""]["step"] == 4
+        again = GeomwatchCallback(**FIXED, rules=[Alarm(0)])
+        assert fit(Net(), [again], max_epochs=2, ckpt_path=saved[0]).global_step > 8
+
+
+def test_a_checkpoint_that_is_worth_nothing_is_not_saved(Net, fit, tmp_path, caplog):
+    callback = GeomwatchCallback(**FIXED, rules=[Alarm(3, "non_finite")], on_critical="save")
+    fit(Net(), [callback])
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert "no checkpoint is saved, although on_critical asks for it" in caplog.text
+
+
+def test_a_run_that_blows_up_is_warned_of(Net, fit, caplog):
+    callback = GeomwatchCallback(every=2, on_critical="stop")
+    trainer = fit(Net(norm=False, dropout=0.0, lr=30.0), [callback], max_epochs=4)
+    assert trainer.global_step < 16
+    assert {alert.severity for alert in callback.monitor.alerts} == {"critical"}
+    assert callback.monitor.alerts[0].message in caplog.text
+
+
+def test_a_probe_that_fails_costs_no_training(Net, fit, caplog):
+    class Failing(Net):
+        def training_step(self, batch, batch_idx):
+            if geomwatch.is_probing() and self.global_step > 2:
+                raise RuntimeError("no second time")
+            return super().training_step(batch, batch_idx)
+
+    module = Failing()
+    callback = GeomwatchCallback(every=1, schedule="fixed")
+    assert fit(module, [callback]).global_step == 8
+    assert [record.step for record in callback.monitor.history] == [0, 1, 2]
+    assert "a probe failed with RuntimeError: no second time" in caplog.text
+    assert len(module.losses) == 8
+
+
+def test_a_fit_that_is_interrupted_leaves_the_module_as_it_was(Net, fit):
+    class Broken(Net):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("disk full")
+
+    module, callback = Broken(), GeomwatchCallback(every=1)
+    with pytest.raises(RuntimeError, match="disk full"):
+        fit(module, [callback])
+    assert not {"training_step", "configure_gradient_clipping"} & set(vars(module))
+    assert len(callback.monitor.history) == 3
+
+
+@BOTH
+def test_the_callback_is_one_of_the_lightning_in_use(host):
+    callback = GeomwatchCallback()
+    assert isinstance(callback, host.Callback)
+    assert isinstance(callback, GeomwatchCallback)
+    assert callback.state_key == "GeomwatchCallback"
+
+
+@pytest.mark.parametrize("used", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_lightning_that_nobody_uses_is_not_imported(used):
+    # the import order is that of a sorted import block
+    program = (
+        f"from geomwatch.integrations.lightning import GeomwatchCallback\nimport {used}, sys\n"
+        f"assert isinstance(GeomwatchCallback(), {used}.Callback)\n"
+        "assert len({'lightning.pytorch', 'pytorch_lightning'} & set(sys.modules)) == 1"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+class Named(GeomwatchCallback):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("kind", [GeomwatchCallback, Named])
+def test_a_callback_can_be_pickled_for_processes_that_are_spawned(Net, fit, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, ModuleType(__name__)))
+    monkeypatch.setattr(sys.modules[__name__], "Named", Named, raising=False)
+    callback = kind(every=3, schedule="fixed")
+    fit(Net(), [callback])
+    copied = pickle.loads(pickle.dumps(callback))
+    assert type(copied) is type(callback)
+    assert copied.monitor is None
+    copied.load_state_dict({})
+    fit(Net(), [copied])
+    assert len(copied.monitor.history) == 3
+
+
+def test_a_module_can_be_copied_and_pickled_while_it_is_watched(Net, fit):
+    class Copying(Net):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                trainer, self.trainer = self.trainer, None
+                self.copied = copy.deepcopy(self)
+                self.trainer = trainer
+
+    module = Copying()
+    fit(module, [GeomwatchCallback(every=1)])
+    assert module.copied.training_step.__self__ is module.copied
+
+
+@BOTH
+def test_records_alerts_and_the_run_are_in_the_log_and_the_sinks(Net, fit, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="geomwatch")
+    sink = geomwatch.JsonLines(tmp_path / "run.jsonl")
+    fit(Net(), [GeomwatchCallback(**FIXED, sinks=[sink])])
+    assert (tmp_path / "run.jsonl").read_text().count('"kind": "record"') == 3
+    assert len([r for r in caplog.records if r.getMessage().startswith("step ")]) == 3
