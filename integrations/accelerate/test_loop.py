@@ -450,6 +450,17 @@ def test_gradients_are_unscaled_for_the_margin_and_left_alone(make_accelerator):
     assert model[0].weight.abs().max() < 1
 
 
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_the_margin_does_not_depend_on_the_scale(make_accelerator, clip):
+    first = [
+        run(scaled(make_accelerator, scale), clip=clip, **FIXED)["monitor"].history[0]
+        for scale in (1.0, 2.0**10)
+    ]
+    margins = [record["stability_margin"].value for record in first]  # Adam divides by gradients
+    assert margins[1] == pytest.approx(margins[0], rel=5e-2)
+    assert margins[0] > 0
+
+
 # Several at once, other ways to log
 
 
