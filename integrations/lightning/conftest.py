@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
+import csv
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ import torchmetrics
 from problems import digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from geomwatch.integrations.lightning import GeomwatchCallback
 
 # What Lightning says of a small run on a laptop, and torch of Lightning.
 EXPECTED = (
@@ -35,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def host(request: pytest.FixtureRequest) -> Any:
     """Lightning, by the name that a test asks for."""
-    return importlib.import_module(getattr(request, "param", "pytorch_lightning"))
+    return pytest.importorskip(getattr(request, "param", "pytorch_lightning"))
 
 
 @pytest.fixture
@@ -80,6 +85,37 @@ def Net(host: Any) -> type[Any]:  # noqa: N802  # it is a class
 
 
 @pytest.fixture
+def Noted(Net) -> type[Any]:  # noqa: N802  # it is a class
+    """Tells three kinds of digits apart; keeps the net, its gradients and batches at each step."""
+
+    class Noted(Net):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{"dropout": 0.0, "norm": False, "kinds": 3} | options)
+            self.window: list[Any] = []
+            self.window_losses: list[Tensor] = []
+            self.steps: list[tuple[nn.Module, list[Any], float]] = []
+            self.norms: list[float] = []  # before clipping
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.window.append(batch)
+            self.window_losses.append(loss.detach())
+            return loss
+
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            self.norms.append(nn.utils.get_total_norm([p.grad for p in self.parameters()]).item())
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            net = copy.deepcopy(self.layers)
+            for mine, its in zip(self.layers.parameters(), net.parameters(), strict=True):
+                its.grad = mine.grad.clone()
+            loss = torch.stack(self.window_losses).mean().item()
+            self.steps.append((net, self.window, loss))
+            self.window, self.window_losses = [], []
+
+    return Noted
+
+
+@pytest.fixture
 def load() -> Callable[..., DataLoader]:
     """Return `load(count, size)` -> real digits in batches."""
 
@@ -119,3 +155,66 @@ def fit(make_trainer: Callable[..., Any], load: Callable[..., DataLoader]) -> Ca
         return trainer
 
     return fit
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise equality of nested containers of tensors, arrays and scalars."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def everything(trainer: Any, module: Any) -> dict[str, Any]:
+    """All that a probe could disturb, after a fit()."""
+    metrics = trainer.callback_metrics | trainer.progress_bar_metrics
+    state = {
+        "weights and buffers": dict(module.state_dict()),
+        "gradients": [p.grad for p in module.parameters()],
+        "modes": [m.training for m in module.modules()],
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "random": [torch.get_rng_state(), list(np.random.get_state()), random.getstate()],
+        "metrics": {k: v for k, v in metrics.items() if not k.startswith("geom/")},
+        "logged": logged(trainer),
+        "losses": module.losses,
+        "attributes": sorted(vars(module)),
+        "steps": trainer.global_step,
+    }
+    return copy.deepcopy(state)
+
+
+def logged(trainer: Any) -> list[dict[str, str]]:
+    """The rows of the CSV log, without what is ours."""
+    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
+        rows = [dict(row) for row in csv.DictReader(file)]
+    own = [{k: v for k, v in row.items() if v and not k.startswith("geom/")} for row in rows]
+    return [row for row in own if set(row) - {"step"}]
+
+
+@pytest.fixture
+def assert_bit_identical(fit, host, tmp_path) -> Callable[..., GeomwatchCallback]:
+    """Fit without and with the callback; return it."""
+
+    def check(make: Callable[[], Any], **options: Any) -> GeomwatchCallback:
+        seen = []
+        callback = GeomwatchCallback(
+            every=3, schedule="fixed", loss_fn=options.pop("loss_fn", None)
+        )
+        others = options.pop("others", list)  # callbacks beside it
+        for name, callbacks in (("off", others()), ("on", [callback, *others()])):
+            torch.manual_seed(3)
+            module = make()
+            log = host.loggers.CSVLogger(tmp_path, name=name)
+            chosen = {k: v() if k == "plugins" else v for k, v in options.items()}
+            trainer = fit(module, callbacks, logger=log, log_every_n_steps=1, **chosen)
+            seen.append(everything(trainer, module))
+        assert [key for key in seen[0] if not same(seen[0][key], seen[1][key])] == []
+        assert len(seen[0]["logged"]) > 2
+        return callback
+
+    return check
