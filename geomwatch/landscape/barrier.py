@@ -138,7 +138,9 @@ def _result(found: Scan, straight: Scan, *, aligned: bool) -> Barrier:
 
 
 def _between(losses: Floats) -> Floats:
-    """The straight line between the losses at the ends."""
+    """The straight line between the losses at the ends; NaN where one of them is not finite."""
+    if not np.isfinite(losses[[0, -1]]).all():
+        return np.full_like(losses, np.nan)
     return np.linspace(losses[0], losses[-1], len(losses))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 
 from geomwatch.checks import check_count
 from geomwatch.errors import UsageError
-from geomwatch.estimators.hutchinson import student_t
 from geomwatch.estimators.lanczos import Operator, lanczos
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
@@ -24,6 +25,15 @@ from geomwatch.vectors import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas
 _SHORTER = 0.75  # the quadrature's own error is what a quarter of its nodes changes
+_CONVERGED = 1e-2  # residual of an eigenvalue that is taken for exact, in sigmas
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """The Gauss quadrature of f(H) that one random vector makes."""
+
+    nodes: Floats  # (steps,)
+    weights: Floats  # (steps,), which add up to the share of eigenvalues that are not known
 
 
 def density(
@@ -34,6 +44,7 @@ def density(
     vectors: int = 8,
     steps: int = 40,
     sigma: float | None = None,
+    outliers: int = 10,
     mode: str = "train",
     params: str | Sequence[str] | None = None,
     also: nn.Module | Sequence[object] = (),
@@ -46,69 +57,119 @@ def density(
 
     Each of `vectors` random v starts `steps` of Lanczos; the Ritz values theta_j with weights
     (v . y_j)^2 are the nodes of the Gauss quadrature of v' N(t; H, sigma^2) v, whose mean over v
-    is phi (Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019; Yao et al. 2020). `error`
-    is Student's t times the standard error over v, and what the last quarter of the steps changes.
+    is phi (Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019; Yao et al. 2020). Up to
+    `outliers` of the largest eigenvalues that have converged in the first run count exactly once,
+    and the other vectors are taken orthogonal to theirs: of a peak of one eigenvalue a random
+    vector sees anything between nothing and ten times its height.
+
+    `error` is what the curve may be off by anywhere on the grid, at a nominal 95 %: Student's t
+    over v for as many peaks as fit on it, and what the last quarter of the steps changes. (On four
+    known spectra with 8 vectors it held 99.5 % of the points, the whole curve in 93 % of 120 runs.)
     The default sigma is the range of the spectrum over `steps`; a smaller one asks for more steps.
 
-    Costs vectors x steps HVPs and holds `steps` vectors of size D. With several batches each HVP
-    goes through all of them.
+    Costs vectors x steps HVPs and holds steps + outliers vectors of size D. With several batches
+    each HVP goes through all of them.
 
     Raises:
-        UsageError: fewer than two vectors, which have no error, or three steps.
+        UsageError: fewer than two vectors, which have no error, or three steps, or the loss is not
+            finite.
     """
     check_count("vectors", vectors, 2)
     check_count("steps", steps, 3)
+    check_count("outliers", outliers, 0)
+    check_sigma(sigma)
     window = list(Batches(batches))
     layout = Layout.of(model, params)
     options: dict[str, Any] = {"layout": layout, "mode": mode, "also": also, "precision": precision}
     backend, validation = choose_backend(model, loss_fn, Batches(window).first(), hvp, options)
     rng = generator(seed)
     report = reporter(progress, "density")
-    runs = []
     with Objective(model, loss_fn, window, hvp=backend, **options) as objective:
         if not objective.is_finite():
             raise UsageError("the loss and its gradient must be finite to have a Hessian.")
-        for done in range(1, vectors + 1):
-            start = layout.rademacher(rng)
-            runs.append(lanczos_nodes(objective.hvp, start, steps))
+        runs, known = _first(objective.hvp, layout.rademacher(rng), steps, outliers, sigma)
+        report(1, vectors)
+        for done in range(2, vectors + 1):
+            runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known.vectors))
             report(done, vectors)
         facts = objective.how | validation | {"hvps": objective.hvps, "seed": seed}
-    how = provenance(model, loss_fn, facts | {"vectors": vectors, "steps": steps})
-    return quadrature(runs, layout.dim, sigma=sigma, hvps=objective.hvps, how=how)
+    facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
+    how = provenance(model, loss_fn, facts)
+    return quadrature(
+        runs, layout.dim, known=known.values, sigma=sigma, hvps=objective.hvps, how=how
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    values: Floats  # (k,)
+    vectors: Tensor  # (k, D), orthonormal
+
+
+def _first(
+    operator: Operator, start: Tensor, steps: int, outliers: int, sigma: float | None
+) -> tuple[list[Run], _Known]:
+    """Run Lanczos once; return its quadrature without the eigenvalues that have converged."""
+    found = lanczos(operator, start, max_hvps=steps, top=max(outliers, 1))
+    values, residuals = np.array(found.values), np.array(found.residuals)
+    width = default_sigma(values, steps) if sigma is None else sigma
+    # In a Krylov space that ends exactly, as that of the identity, what comes after it is zero.
+    real = found.vectors.norm(dim=1).cpu().numpy() > 0.5
+    good = (residuals[: len(real)] <= _CONVERGED * width) & real
+    count = int(np.argmin([*good[:outliers], False]))  # down to the first that has not converged
+    weights = np.array(found.weights)[count:]
+    share = 1 - count / start.numel()
+    run = Run(values[count:], share * weights / max(weights.sum(), sys.float_info.min))
+    return [run], _Known(values[:count], found.vectors[:count])
+
+
+def _next(operator: Operator, start: Tensor, steps: int, known: Tensor) -> Run:
+    """Run Lanczos among the vectors orthogonal to the known ones."""
+
+    def outside(v: Tensor) -> Tensor:
+        return v - known.T @ (known @ v)
+
+    left = start.numel() - len(known)
+    if left == 0:
+        return Run(np.empty(0), np.empty(0))
+    nodes, weights = lanczos_nodes(
+        lambda v: outside(operator(outside(v))), outside(start), min(steps, left)
+    )
+    return Run(nodes, left / start.numel() * weights)
 
 
 def quadrature(
-    runs: Sequence[tuple[Floats, Floats]],
+    runs: Sequence[Run],
     dim: int,
     *,
+    known: Floats | None = None,
     sigma: float | None = None,
     hvps: int = 0,
     how: Facts | None = None,
 ) -> Density:
-    """Return the density that nodes and weights of some random vectors stand for.
+    """Return the density that some runs and some known eigenvalues stand for.
 
     Args:
-        runs: for each vector its nodes and their weights, which add up to 1.
-        dim: D.
+        dim: D, of which each known eigenvalue is one.
     """
-    longest = max(len(nodes) for nodes, _ in runs)
-    low = min(float(nodes.min()) for nodes, _ in runs)
-    high = max(float(nodes.max()) for nodes, _ in runs)
-    width = _width(sigma, high - low, longest, max(abs(low), abs(high)))
-    margin = _MARGIN * width
-    points = min(max(_POINTS, math.ceil(4 * (high - low) / width)), 20 * _POINTS)
-    grid = np.linspace(low - margin, high + margin, points)
-    curves = np.stack([_smooth(grid, *run, width) for run in runs])  # (vectors, points)
-    shorter = np.stack([_smooth(grid, *_shortened(*run), width) for run in runs])
+    exact = np.empty(0) if known is None else known
+    every = np.concatenate([exact, *(run.nodes for run in runs)])
+    longest = max(1, *(len(run.nodes) for run in runs))
+    width = default_sigma(every, longest) if sigma is None else sigma
+    grid = _grid(every, width)
+    curves = np.stack([_smooth(grid, run, width) for run in runs])  # (vectors, points)
+    shorter = np.stack([_smooth(grid, _shortened(run), width) for run in runs])
     stderr = curves.std(axis=0, ddof=1) / math.sqrt(len(runs))
-    rest = abs((curves - shorter).mean(axis=0))
-    traces = dim * np.array([nodes @ weights for nodes, weights in runs])
+    peaks = math.ceil(float(grid[-1] - grid[0]) / width)
+    outer = _smooth(grid, Run(exact, np.full(len(exact), 1 / dim)), width)
+    traces = exact.sum() + dim * np.array([run.nodes @ run.weights for run in runs])
     return Density(
         grid=grid,
-        density=curves.mean(axis=0),
-        error=student_t(len(runs) - 1) * stderr + rest,
-        nodes=np.stack([_padded(nodes, longest) for nodes, _ in runs]),
-        weights=np.stack([_padded(weights, longest) for _, weights in runs]),
+        density=outer + curves.mean(axis=0),
+        error=student_t(len(runs) - 1, peaks) * stderr + abs((curves - shorter).mean(axis=0)),
+        nodes=np.stack([_padded(run.nodes, longest) for run in runs]),
+        weights=np.stack([_padded(run.weights, longest) for run in runs]),
+        exact=exact,
         sigma=width,
         dim=dim,
         trace=float(traces.mean()),
@@ -124,26 +185,49 @@ def lanczos_nodes(operator: Operator, start: Tensor, steps: int) -> tuple[Floats
     return np.array(found.values), np.array(found.weights)
 
 
-def _shortened(nodes: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """The quadrature that fewer steps would have made: Lanczos on the nodes themselves."""
-    values = torch.from_numpy(nodes.copy())
-    start = torch.from_numpy(np.sqrt(weights))
-    return lanczos_nodes(lambda v: values * v, start, max(math.floor(_SHORTER * len(nodes)), 1))
+def student_t(freedom: int, count: int) -> float:
+    """Return the t that `count` independent means all stay below at 95 %, in absolute value.
+
+    By the integral of cos^(freedom - 1), which Student's distribution is in t = sqrt(freedom) tan.
+    """
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    mass = np.cumsum(np.cos(angles) ** (freedom - 1))
+    share = 0.95 ** (1 / count)
+    return math.sqrt(freedom) * math.tan(float(np.interp(share, mass / mass[-1], angles)))
 
 
-def _smooth(grid: Floats, nodes: Floats, weights: Floats, sigma: float) -> Floats:
-    z = (grid[:, None] - nodes) / sigma
-    bells: Floats = np.exp(-0.5 * z * z) @ weights / (sigma * math.sqrt(2 * math.pi))
-    return bells
-
-
-def _width(sigma: float | None, span: float, steps: int, size: float) -> float:
-    if sigma is None:
-        # a spectrum of one point has no range
-        return max(span / steps, 1e-3 * size) or 1.0
-    if not 0 < sigma < math.inf:
+def check_sigma(sigma: float | None) -> None:
+    """Refuse a width that is none."""
+    if sigma is not None and not 0 < sigma < math.inf:
         raise UsageError(f"sigma must be positive and finite, got {sigma!r}.")
-    return float(sigma)
+
+
+def default_sigma(values: Floats, steps: int) -> float:
+    """The range of the spectrum over the steps; a spectrum of one point has no range."""
+    return max(float(np.ptp(values)) / steps, 1e-3 * float(abs(values).max())) or 1.0
+
+
+def _grid(values: Floats, width: float) -> Floats:
+    low, high = float(values.min()), float(values.max())
+    points = min(max(_POINTS, math.ceil(4 * (high - low) / width)), 20 * _POINTS)
+    return np.linspace(low - _MARGIN * width, high + _MARGIN * width, points)
+
+
+def _shortened(run: Run) -> Run:
+    """The quadrature that fewer steps would have made: Lanczos on the nodes themselves."""
+    if len(run.nodes) < 2:
+        return run
+    values = torch.from_numpy(run.nodes.copy())
+    start = torch.from_numpy(np.sqrt(run.weights))
+    steps = math.floor(_SHORTER * len(run.nodes))
+    nodes, weights = lanczos_nodes(lambda v: values * v, start, steps)
+    return Run(nodes, run.weights.sum() * weights)
+
+
+def _smooth(grid: Floats, run: Run, sigma: float) -> Floats:
+    z = (grid[:, None] - run.nodes) / sigma
+    bells: Floats = np.exp(-0.5 * z * z) @ run.weights / (sigma * math.sqrt(2 * math.pi))
+    return bells
 
 
 def _padded(values: Floats, length: int) -> Floats:

@@ -81,15 +81,15 @@ class Barrier:
 class Density:
     """The density of the Hessian's eigenvalues, smoothed by Gaussians of width sigma.
 
-    The smoothed density lies within density +- error at 95 % of the grid, by Student's t over the
-    random vectors, with what the quadrature still changes by.
+    The curve as a whole lies within density +- error, at 95 %.
     """
 
     grid: Floats  # (n,), eigenvalues
     density: Floats  # (n,), integrates to 1
     error: Floats  # (n,)
-    nodes: Floats  # (vectors, steps), Ritz values; NaN where a run had fewer
-    weights: Floats  # (vectors, steps), which add up to 1 for each vector
+    nodes: Floats  # (vectors, steps), Ritz values of each random vector; NaN where it had fewer
+    weights: Floats  # (vectors, steps), which add up to 1 - len(exact) / D for each
+    exact: Floats  # (k,), the eigenvalues that are known one by one
     sigma: float
     dim: int  # D
     trace: float  # D times the mean eigenvalue

@@ -42,29 +42,23 @@ def own_copies(model: nn.Module, **states: State) -> dict[str, State]:
     """Return the states, copied where they share memory with the model that is about to move.
 
     Raises:
-        UsageError: all of them are the model's present weights, by reference.
+        UsageError: more than one of them is all the model's present weights, by reference.
     """
-    live = {
-        t.untyped_storage().data_ptr()
-        for t in model.state_dict(keep_vars=True).values()
-        if isinstance(t, Tensor) and t.numel()
-    }
+    live = {_memory(t) for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
 
-    def shares(state: State) -> bool:
-        return any(
-            isinstance(t, Tensor) and t.untyped_storage().data_ptr() in live for t in state.values()
-        )
+    def own(value: Any) -> Any:
+        shared = isinstance(value, Tensor) and _memory(value) in live
+        return value.detach().clone() if shared else value
 
-    alive = [name for name, state in states.items() if shares(state)]
+    copies = {name: {k: own(value) for k, value in s.items()} for name, s in states.items()}
+    alive = [n for n, s in states.items() if all(copies[n][k] is not v for k, v in s.items())]
     if len(alive) > 1:
         raise UsageError(
             f"{' and '.join(alive)} must be different states, got the model's present weights for "
             "each: state_dict() refers to the live weights. Keep "
             "copy.deepcopy(model.state_dict()) at the moment it is to be a state of."
         )
-    return {
-        n: {k: _copied(t) for k, t in s.items()} if n in alive else s for n, s in states.items()
-    }
+    return dict(copies)
 
 
 def mix(states: tuple[Tensor, ...], coefficients: tuple[float, ...], like: Tensor) -> Tensor:
@@ -79,8 +73,8 @@ def mix(states: tuple[Tensor, ...], coefficients: tuple[float, ...], like: Tenso
     return total
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _differences(missing: list[str], extra: list[str]) -> str:

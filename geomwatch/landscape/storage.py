@@ -70,7 +70,7 @@ def load(path: str | Path) -> Result:
         header = json.loads(described.read_text(encoding="utf-8"))
         kind, wanted = _KINDS[header.pop("kind")], header.pop("sha256")
         version = header.pop("format")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"path must name a saved result, got {described}: {error!r}.") from error
     if version != FORMAT:
         raise UsageError(f"{described} must have format {FORMAT}, got {version!r}.")

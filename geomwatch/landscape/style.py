@@ -81,10 +81,10 @@ def remark(ax: Any, how: Facts, nonfinite: int = 0, *, inside: bool = False) -> 
     remarks = []
     if not how.get("deterministic", True):
         change = how.get("repeat_difference", float("nan"))
-        remarks.append(f"not a function of the weights: two calls differ by {change:.2g}")
+        remarks.append(f"loss differs by {change:.2g} from call to call")
     if nonfinite:
         remarks.append(f"{nonfinite} point{'s' * (nonfinite > 1)} not finite")
     if remarks:
         write = ax.text2D if inside else ax.text  # the latter has three coordinates in 3-D
         place = {"transform": ax.transAxes, "va": "top" if inside else "bottom"}
-        write(0, 1.0 if inside else 1.01, "; ".join(remarks), fontsize=6.5, color=WARNING, **place)
+        write(0, 1.0 if inside else 1.01, "\n".join(remarks), fontsize=6.5, color=WARNING, **place)

@@ -13,7 +13,7 @@ from geomwatch.landscape.style import COLUMN, GREY, INK, MAP, new_figure, remark
 
 _WIDE = 20.0  # a ratio of losses from which levels are spaced evenly in the logarithm
 _LEVELS = 14
-_STEPS = ((1, 1.5, 2, 3, 4, 5, 7), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,))
+_STEPS = ((1, 1.5, 2, 3, 4, 5, 7), (1, 1.5, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3))
 PATH = "#D55E00"
 
 
@@ -111,7 +111,8 @@ def draw_surface(ax: Any, plane: Plane) -> None:
     heights = np.log10(losses) if logarithmic else losses
     a, b = np.meshgrid(plane.alphas, plane.betas, indexing="ij")
     low, high = float(heights.min()), float(heights.max())
-    floor = low - 0.35 * (high - low)
+    height = max(high - low, 1e-6 * max(abs(high), 1.0))  # of a flat plane too
+    floor = low - 0.35 * height
     from matplotlib import colormaps
 
     colours = colormaps[MAP](norm(losses.filled(np.nan)))
@@ -139,7 +140,7 @@ def draw_surface(ax: Any, plane: Plane) -> None:
         antialiased=True,
         shade=False,
     )
-    ax.set_zlim(floor, high)
+    ax.set_zlim(floor, low + height)
     _label_axes(ax, plane, logarithmic=logarithmic)
 
 
@@ -148,16 +149,17 @@ def _label_axes(ax: Any, plane: Plane, *, logarithmic: bool) -> None:
 
     for axis, label in ((ax.xaxis, "α"), (ax.yaxis, "β"), (ax.zaxis, "loss")):
         axis.set_label_text(label, fontsize=7)
-        axis.labelpad = -7
+        axis.labelpad = -4 if axis is ax.zaxis else -7
         axis.set_major_locator(MaxNLocator(4))
         axis.pane.set_facecolor("white")
         axis.pane.set_edgecolor("#CCCCCC")
         axis._axinfo["grid"].update(color="#E4E4E4", linewidth=0.5)
     ax.tick_params(pad=-3, labelsize=6)
+    ax.tick_params(axis="z", pad=-1)
     if logarithmic:
-        low, high = 10.0 ** np.array(ax.get_zlim())
-        ticks = next(found for s in _STEPS if len(found := _round(low, high, s)) <= 6)
-        ax.set_zticks(np.log10(ticks))
+        losses = _masked(plane)
+        low, high = float(losses.min()), float(losses.max())
+        ax.set_zticks(np.log10(_round(low, high, 6)))
         ax.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10.0**value:.2g}"))
     ax.set_box_aspect((1, 1, 0.75), zoom=0.84)
     ax.view_init(elev=30, azim=-58)
@@ -182,8 +184,7 @@ def _levels(losses: Any) -> tuple[Floats, Any]:
 
     low, high = float(losses.min()), float(losses.max())
     if _is_wide(losses):
-        inside = next(found for s in _STEPS if len(found := _round(low, high, s)) <= _LEVELS)
-        return np.array([low, *inside, high]), LogNorm(low, high)
+        return np.array([low, *_round(low, high, _LEVELS), high]), LogNorm(low, high)
     if high <= low:
         high = low + max(abs(low), 1.0) * 1e-6
     ticks = MaxNLocator(_LEVELS, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -191,9 +192,13 @@ def _levels(losses: Any) -> tuple[Floats, Any]:
     return levels, Normalize(levels[0], levels[-1])
 
 
-def _round(low: float, high: float, steps: tuple[float, ...]) -> list[float]:
-    """The numbers m 10^k between two bounds, for m in `steps` of a decade or of several."""
+def _round(low: float, high: float, most: int) -> list[float]:
+    """Round numbers m 10^k between two bounds, as many as there may be."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    stride = 1 if len(steps) > 1 else max(1, math.ceil((last - first) / _LEVELS))
-    every = (m * 10.0**k for k in range(first, last + 1, stride) for m in steps)
-    return [x for x in every if 1.05 * low < x < high / 1.05]
+    stride = math.ceil((last - first) / most)
+    for steps in (*_STEPS, (1,)) if stride == 1 else ((1,),):
+        every = (m * 10.0**k for k in range(first, last + 1, stride) for m in steps)
+        found = [x for x in every if 1.05 * low < x < high / 1.05]
+        if len(found) <= most:
+            break
+    return found
