@@ -28,17 +28,17 @@ def recast(
         return copies[id(tensor)]
 
     tables = [cast(dict[str, Any], t) for m in modules for t in (m._parameters, m._buffers)]
-    originals = [(table, list(table.items())) for table in tables]
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a ScriptModule keeps its parameters to itself and can't be recast")
     default = torch.get_default_dtype()
-    try:
+    with contextlib.ExitStack() as stack:
+        for table in tables:
+            stack.callback(table.update, list(table.items()))
+        stack.callback(torch.set_default_dtype, default)
         torch.set_default_dtype(dtype)
-        for table, items in originals:
-            table.update({key: stand_in(t) for key, t in items if t is not None})
+        for table in tables:
+            table.update({key: stand_in(t) for key, t in table.items() if t is not None})
         yield stand_in
-    finally:
-        for table, items in originals:
-            table.update(items)
-        torch.set_default_dtype(default)
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -103,6 +103,8 @@ class Snapshot:
                 like = self._held.get(id(tensor))
                 saved = SavedTensor(f"{name}.{key}", tensor, always=not frozen, like=like)
                 self._saved.append(saved)
+        for key, child in module._modules.items():  # a ScriptModule's are in no dict
+            self._visit(f"{name}.{key}", child)
         self._visit(name, vars(module))
 
     def _visit_items(self, name: str, container: Any) -> None:

@@ -46,6 +46,7 @@ class Case:
     backend: str = "double_backward"
     dtype: str = "float32"
     validation: str = ""  # why it is not validated
+    validation_error: float = 1e-6  # the largest, where it is
 
     # The largest relative error of an HVP against the twin's in float64.
     float32: float = 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,16 @@ def compiled_in_place() -> nn.Module:
     return model
 
 
+def part_of_a_model(make: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(make(), nn.Dropout(0.1), nn.Linear(10, 10))
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(Smooth())
+
+
 @functools.partial(torch.compile, backend="aot_eager")
 def compiled_loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
@@ -185,6 +196,9 @@ CASES = {
         twin=lambda: Checkpointed(plain),
         silent=True,  # it finds no gradients in the checkpoints
     ),
+    "part of a model compiled": supervised(
+        lambda: part_of_a_model(compiled), twin=lambda: part_of_a_model(Smooth), obstacle=COMPILED
+    ),
     "torch.compile(model)": supervised(compiled, twin=Smooth, obstacle=COMPILED),
     "model.compile()": supervised(compiled_in_place, twin=Smooth, obstacle=COMPILED),
     "compiled loss function": supervised(
@@ -193,4 +207,6 @@ CASES = {
         twin_loss=cross_entropy,
         obstacle=COMPILED,
     ),
+    # It keeps its parameters to itself, so that double backward is checked in float32.
+    "TorchScript": supervised(scripted, twin=Smooth, validation_error=1e-3),
 }

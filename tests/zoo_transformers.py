@@ -171,7 +171,9 @@ def eager(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def case(make: Callable[[], nn.Module], batch: Callable[[], Any], **options: Any) -> Case:
-    return Case(make, batch, **{"twin": eager(make), "mixed": True, **options})
+    return Case(
+        make, batch, **{"twin": eager(make), "mixed": True, "validation_error": 1e-3, **options}
+    )
 
 
 FUSED = "flash_attention_for_cpu_backward is not implemented"
