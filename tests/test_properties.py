@@ -22,8 +22,8 @@ RITZ = (
     1e-7  # Lanczos stops at residuals of 1e-4, relative: their squares are what values are off by
 )
 
-few = settings(max_examples=20, deadline=None, derandomize=True)
-many = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=15, deadline=None, derandomize=True)
+many = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
 coefficients = st.floats(-10, 10, allow_nan=False, width=32)
 
