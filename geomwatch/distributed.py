@@ -15,6 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, whose own forward would synchronise."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
 class RankError(RuntimeError):
     """Another rank could not go on with its part of a probe."""
 
@@ -32,9 +38,15 @@ class Ranks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Ranks:
-        """Return the ranks that share the training of a model, as its wrapper tells."""
+        """Return the ranks that share the training of a model, as its wrapper or shards tell."""
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return cls(model.process_group, model.device)
+        for p in model.parameters():
+            mesh = getattr(p, "device_mesh", None)
+            if mesh is not None:
+                group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+                return cls(group, p.device)
         return cls()
 
     def sum(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -63,11 +75,17 @@ class Ranks:
         """Tell whether the flag is set on every rank."""
         return flag if self.size == 1 else self.total(float(flag)) == self.size
 
-    def first(self, flag: bool) -> bool:
-        """Return the flag of the first rank, for decisions that depend on the clock."""
-        if self.size == 1:
-            return flag
-        return self.total(float(flag and dist.get_rank(self._group) == 0)) == 1
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set on some rank."""
+        return flag if self.size == 1 else self.total(float(flag)) > 0
+
+    def sum_and_count(self, value: Tensor | float | None) -> Tensor:
+        """Return the sum of a number over the ranks that have one, and their number, on device."""
+        part = torch.zeros(2, dtype=torch.float32, device=self._device)
+        if value is not None:
+            part[0], part[1] = torch.as_tensor(value).detach().reshape(()).to(part), 1.0
+        dist.all_reduce(part, group=self._group)
+        return part
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -94,9 +94,13 @@ class Guard:
         self._margin = None if state["margin"] is None else Estimate(**state["margin"])
 
     def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
+        ranks = self.prober.ranks
         try:
-            return self.prober.probe(window, step, **known)
-        except torch.OutOfMemoryError as error:
+            with ranks.together():
+                return self.prober.probe(window, step, **known)
+        except Exception as error:
+            if not ranks.any(isinstance(error, torch.OutOfMemoryError)):
+                raise
             smaller = self.prober.cut_batches(window)
             if smaller is None:
                 raise
@@ -105,7 +109,8 @@ class Guard:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            probed = self.prober.probe(window, step, **known)
+            with ranks.together():
+                probed = self.prober.probe(window, step, **known)
         except UsageError as refused:  # this loss is no mean over items
             self.prober.uncut_batches()
             raise shortage from refused

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.vectors import Layout
+from geomwatch.vectors import Layout, whole
 
 _LARGEST_COSINE = 1e-3
 
@@ -36,7 +36,7 @@ class ScaleInvariance:
         for name, w, g in zip(layout.names, layout.params, layout.unflatten(gradient), strict=True):
             if w.dim() < 2 or name in self._failed:
                 continue
-            cosine = _cosine(w.detach(), g)
+            cosine = _cosine(whole(w).detach(), g)
             if cosine is not None:
                 (passed if cosine < _LARGEST_COSINE else self._failed).add(name)
         return frozenset(passed)

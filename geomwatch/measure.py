@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from geomwatch.checks import check_count, check_optimizer
+from geomwatch.distributed import Ranks, unwrapped
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe
@@ -61,6 +62,7 @@ def measure(
     if optimizer is not None:
         check_optimizer(optimizer)
     names = resolve(quantities, has_optimizer=optimizer is not None)
+    ranks, model = Ranks.of(model), unwrapped(model)
     layout = Layout.of(model, params)
     start = time.perf_counter()
     options: dict[str, Any] = {
@@ -70,6 +72,7 @@ def measure(
         "also": also,
         "precision": precision,
         "micro_batch": micro_batch,
+        "ranks": ranks,
     }
     backend, facts = choose_backend(model, loss_fn, batch, hvp, options)
     with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:

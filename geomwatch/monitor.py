@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.checks import check_optimizer, check_options
+from geomwatch.distributed import Ranks, unwrapped
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
@@ -94,6 +95,8 @@ class Monitor:
         check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         check_optimizer(optimizer)
         names = resolve(quantities, has_optimizer=True)
+        self._ranks = Ranks.of(model)
+        model = unwrapped(model)
         layout = Layout.of(model, params)
         self._schedule = make_schedule(schedule, every)
         self._guard = Guard(
@@ -112,6 +115,7 @@ class Monitor:
                 precision=precision,
                 every=every if quantities == "default" else None,
                 seed=seed,
+                ranks=self._ranks,
             )
         )
         self._judge = Judge(rules, sinks, on_alert)
@@ -123,7 +127,7 @@ class Monitor:
         self._max_overhead = max_overhead
         self._disabled = is_disabled()
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
-        self._scalars = StepScalars()
+        self._scalars = StepScalars(self._ranks)
         self._window: list[Any] = []
         self._lr: tuple[float, ...] = ()  # of the last call
         self._last_probe = -1
@@ -270,7 +274,8 @@ class Monitor:
                 "monitor.step() must come before optimizer.step(), got a gradient that it has "
                 f"stepped with already. {_PLACE}"
             )
-        if not window and self._probe_batch is None and not self._guard.paused:
+        alone = self._ranks.size == 1  # another rank may have items
+        if alone and not window and self._probe_batch is None and not self._guard.paused:
             raise UsageError(
                 "monitor.step() must know the batch, got none. Pass it as step(batch), call "
                 "observe(batch) for each micro-batch, or give the monitor a probe_batch."
@@ -295,19 +300,24 @@ class Monitor:
 
     def _is_due(self) -> bool:
         step = self._counter.steps
-        if self._guard.paused or step <= self._last_probe:  # a skipped step is the same step
+        if step <= self._last_probe:  # a skipped step is the same step
             return False
-        if self._max_overhead is not None and self._guard.last is not None:
-            rest = time.perf_counter() - self._began - self._guard.seconds
-            if self._guard.seconds > self._max_overhead * rest:
-                return False
         margin = self._guard.margin(self._lr)
         value = None if margin is None else margin.value
-        return self._schedule.due(step, lr_ratio=self._guard.lr_ratio(self._lr), margin=value)
+        ratio = self._guard.lr_ratio(self._lr)
+        if not self._schedule.due(step, lr_ratio=ratio, margin=value):
+            return False
+        return self._ranks.all(not self._guard.paused and self._is_affordable())
+
+    def _is_affordable(self) -> bool:
+        if self._max_overhead is None or self._guard.last is None:
+            return True
+        rest = time.perf_counter() - self._began - self._guard.seconds
+        return self._guard.seconds <= self._max_overhead * rest
 
     def _probe(self, window: Sequence[Any], grad_scale: float) -> Probed | None:
         own = [self._probe_batch] if self._probe_batch is not None else window
-        if not own:
+        if not own and self._ranks.size == 1:
             self._guard.tell(
                 "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), "
                 "or call observe(batch) for each micro-batch."

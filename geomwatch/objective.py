@@ -72,7 +72,7 @@ class Objective:
         if micro_batch is not None:
             check_count("micro_batch", micro_batch, 1)
             window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
-        if ranks is None and self.items == 0:
+        if (ranks is None or ranks.size == 1) and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         self._replay = Replay(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
         self._mode, self._precision = mode, precision
@@ -95,7 +95,7 @@ class Objective:
         autocast = self._precision == "training"
         opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
         modules = self._stack.enter_context(opened).modules
-        self._still = padding_mask(modules, self.layout)
+        self._still = padding_mask(modules, self._replay.leaves)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,6 +116,11 @@ class Objective:
             facts["ranks"] = self._replay.ranks.size
         found = {"fallback": self._products.fallback, "obstacle": self._products.obstacle}
         return facts | {name: why for name, why in found.items() if why}
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes it is a mean over."""
+        return self._replay.ranks
 
     @property
     def weight(self) -> float:

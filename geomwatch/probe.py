@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
 from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
-from geomwatch.estimators.noise import Spread, spread_of
+from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.readout import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
@@ -141,8 +141,11 @@ class Probe:
         return self._spread(lambda piece: apply(piece.hvp)(top))
 
     def _spread(self, of: Callable[[Objective], Tensor]) -> Spread:
-        pieces = self.objective.pieces(_PIECES, self.rng)
-        return spread_of([(piece.weight, of(piece)) for piece in pieces])
+        ranks = self.objective.ranks
+        with ranks.together():
+            pieces = self.objective.pieces(_PIECES, self.rng)
+            local = spread_of([(piece.weight, of(piece)) for piece in pieces])
+        return local if ranks.size == 1 else pooled(local, ranks.total)
 
     @cached_property
     def readout(self) -> Readout:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.locate import operation_in
@@ -76,7 +77,9 @@ class Prober:
         precision: str,
         every: int | None,
         seed: int,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._hvp = hvp
         self._validation: dict[str, str | int | float | bool] | None = None
@@ -89,6 +92,7 @@ class Prober:
             "also": also,
             "precision": precision,
             "micro_batch": micro_batch,
+            "ranks": ranks,
         }
         self._every = every
         self._per_layer = per_layer
@@ -158,9 +162,10 @@ class Prober:
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
         present = self._options["micro_batch"]
-        if present is not None or not window:
+        if present is not None:
             return None
-        smaller = max(1, max(batches.items(batch) for batch in window) // 4)
+        most = max((batches.items(batch) for batch in window), default=1)
+        smaller = max(1, most // 4)
         self._options["micro_batch"] = smaller
         self._validation = None  # it is to be checked that the loss is a mean over items
         return smaller
@@ -178,7 +183,7 @@ class Prober:
         options = self._options
         if self._validation is None:
             self._hvp, self._validation = choose_backend(
-                self._model, self._loss_fn, window[0], self._hvp, options
+                self._model, self._loss_fn, window[0] if window else None, self._hvp, options
             )
             if self._hvp == "finite_difference" and "validation_error" in self._validation:
                 self.surprises.append(
@@ -219,7 +224,8 @@ class Prober:
         # What is not pooled over probes needs an error bar from the samples of one.
         single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
         probe.budget = _COLD if cold or (self._is_slow and self._every is not None) else _WARM
-        probe.budget = replace(probe.budget, samples=_COLD.samples if single else 1)
+        if single:
+            probe.budget = replace(probe.budget, samples=_COLD.samples)
         probe.until = ritz_indices(names)
         return names
 
@@ -273,11 +279,12 @@ class Prober:
     def _sees_the_same_data(self, window: Sequence[Any]) -> bool:
         now = tuple(number for batch in window for number in batches.fingerprint(batch))
         before, self._fingerprint = self._fingerprint, now
-        return (
+        same = (
             before is not None
             and len(before) == len(now) > 0
             and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(before, now, strict=True))
         )
+        return self.ranks.all(same)
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self._names if name in estimates}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
+from geomwatch.vectors import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,17 @@ class StepScalars:
     later the copy has long arrived.
     """
 
-    def __init__(self) -> None:
-        self._pending: tuple[int, _Scalar | None, _Scalar] | None = None
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()  # over which the loss is averaged
+        self._pending: tuple[int, Callable[[], float | None], _Scalar] | None = None
 
     def put(self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float) -> None:
         """Start the copy; `steps` is the number of steps the optimizer has taken."""
-        self._pending = (steps, None if loss is None else _Scalar(loss), _Scalar(grad_norm))
+        if self._ranks.size > 1:
+            read = _mean_of(self._ranks.sum_and_count(loss))
+        else:
+            read = _nothing if loss is None else _Scalar(loss).read
+        self._pending = (steps, read, _Scalar(grad_norm))
 
     def take(self, steps: int) -> Settled | None:
         """Read what `put` left, now that the optimizer has taken `steps` steps."""
@@ -92,16 +99,14 @@ class StepScalars:
             return None
         before, loss, grad_norm = self._pending
         self._pending = None
-        value = None if loss is None else loss.read()
-        return Settled(before, value, grad_norm.read(), stepped=steps > before)
+        return Settled(before, loss(), grad_norm.read(), stepped=steps > before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is pending, as numbers."""
         if self._pending is None:
             return {}
         before, loss, grad_norm = self._pending
-        read = None if loss is None else loss.read()
-        return {"steps": before, "loss": read, "grad_norm": grad_norm.read()}
+        return {"steps": before, "loss": loss(), "grad_norm": grad_norm.read()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what was pending."""
@@ -136,6 +141,20 @@ class _Scalar:
         return float(self._value)
 
 
+def _nothing() -> None:
+    """The loss of a loop that passes none."""
+
+
+def _mean_of(sum_and_count: Tensor) -> Callable[[], float | None]:
+    total, count = _Scalar(sum_and_count[0]), _Scalar(sum_and_count[1])
+
+    def read() -> float | None:
+        number = count.read()
+        return total.read() / number if number else None
+
+    return read
+
+
 def gradient_norm(params: Sequence[Tensor]) -> Tensor:
     """Return the norm of the gradient the step will use, without a host sync."""
     gradients = [_values(p.grad) for p in params if p.grad is not None]
@@ -144,7 +163,7 @@ def gradient_norm(params: Sequence[Tensor]) -> Tensor:
         norms: list[Tensor] = list(torch._foreach_norm(gradients))
         total: Tensor = torch.stack(norms).norm()
         return total
-    return torch.nn.utils.get_total_norm(gradients)
+    return whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def _values(gradient: Tensor) -> Tensor:

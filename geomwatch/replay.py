@@ -15,6 +15,7 @@ from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.isolation import captured_by, isolated
 from geomwatch.recast import recast
+from geomwatch.sharding import is_sharded, reshard, unsharded
 from geomwatch.snapshot import Snapshot
 from geomwatch.vectors import Layout
 
@@ -60,6 +61,8 @@ class Replay:
         """Isolate the model; yields what is put back."""
         self.leaves, self._cast = self._layout, None
         self._weigh_window()
+        if is_sharded(self._layout.params):
+            reshard(list(self._model.modules()))
         with contextlib.ExitStack() as self._stack:
             self._snapshot = self._stack.enter_context(
                 isolated(
@@ -70,7 +73,9 @@ class Replay:
                     autocast=autocast,
                 )
             )
-            if dtype is not None and any(p.dtype != dtype for p in self._layout.params):
+            if is_sharded(self._layout.params):
+                self._unshard()
+            if dtype is not None and any(p.dtype != dtype for p in self.leaves.params):
                 self.recast(dtype)
             try:
                 yield self._snapshot
@@ -98,6 +103,12 @@ class Replay:
         self._before = self._snapshot, self.leaves, self._cast
         self.leaves, self._cast = Layout(self._layout.names, params), dtype
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
+        self._snapshot = Snapshot([self._model, *self._others])
+
+    def _unshard(self) -> None:
+        assert self._snapshot is not None
+        stand_in = self._stack.enter_context(unsharded(self._snapshot.modules))
+        self.leaves = Layout(self._layout.names, tuple(map(stand_in, self._layout.params)))
         self._snapshot = Snapshot([self._model, *self._others])
 
     def undo_recast(self) -> None:

@@ -31,7 +31,7 @@ from geomwatch.optimizers import (
 )
 from geomwatch.optimizers import unwrap as unwrap
 from geomwatch.recursion import Recursion
-from geomwatch.vectors import Layout
+from geomwatch.vectors import Layout, whole
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,7 +158,7 @@ def _coming(
         decay, keep = float(group.get("weight_decay", 0.0)) if known else 0.0, 1.0
         if group.get("decoupled_weight_decay", name == "AdamW"):
             decay, keep = 0.0, 1 - lr * decay
-        g = sign * g if decay == 0 else sign * g + decay * p.reshape(-1).to(g)
+        g = sign * g if decay == 0 else sign * g + decay * whole(p).reshape(-1).to(g)
         coming.append(Coming(group, state, lr, g, done + 1, sign, decay, keep, cold_start))
     return coming
 

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from geomwatch import batches
-from geomwatch.agreement import validate
+from geomwatch.agreement import Validation, validate
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.objective import LossFn, Objective
 from geomwatch.padding import padding_mask
+from geomwatch.sharding import is_sharded
 from geomwatch.vectors import Layout
 
 _ITEMS = 4
@@ -26,23 +28,40 @@ def choose_backend(
 
     "auto" becomes "finite_difference" where double backward is wrong.
     """
-    check_micro_batches(model, loss_fn, batch, options)
+    ranks = options.get("ranks") or Ranks()
+    with ranks.together():
+        check_micro_batches(model, loss_fn, batch, options)
     if hvp == "finite_difference":
         return hvp, {"validated": False, "validation": "differences of gradients check themselves"}
-    few = batches.head(batch, min(_ITEMS, batches.items(batch)))
+    if is_sharded(list(model.parameters())):
+        return hvp, {"validated": False, "validation": "not run on sharded parameters"}
+    found = _validated(model, loss_fn, batch, {**options, "ranks": None})
+    facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
+    if found.error is not None:
+        facts["validation_error"] = found.error
+    if found.reason:
+        facts["validation"] = found.reason
+    wrong = ranks.any(found.passed is False) and hvp == "auto"
+    return "finite_difference" if wrong else hvp, facts
+
+
+def _validated(
+    model: nn.Module, loss_fn: LossFn, batch: Any, options: dict[str, Any]
+) -> Validation:
+    """Validate double backward on a few items, on this rank."""
+    items = batches.items(batch) if batch is not None else 0
+    if items == 0:
+        return Validation(None, reason="this rank has no items to run it on")
+    # in float64 an item takes the memory of two
+    most = max(1, (options.get("micro_batch") or 2 * _ITEMS) // 2)
+    few = batches.head(batch, min(_ITEMS, most, items))
     tested = {**options, "operator": "hessian", "hvp": "double_backward", "dtype": torch.float64}
     kept = padding_mask(list(model.modules()), options.get("layout") or Layout.of(model))
     found = validate(lambda: Objective(model, loss_fn, [few], **tested), kept)
     if found.error is None:  # of a model made for one precision: in that one, if it is smooth
         inherent = validate(lambda: Objective(model, loss_fn, [few], **{**tested, "dtype": None}))
         found = found if inherent.passed is None else inherent
-    facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
-    if found.error is not None:
-        facts["validation_error"] = found.error
-    if found.reason:
-        facts["validation"] = found.reason
-    wrong = found.passed is False and hvp == "auto"
-    return "finite_difference" if wrong else hvp, facts
+    return found
 
 
 def check_micro_batches(
@@ -54,11 +73,13 @@ def check_micro_batches(
         UsageError: they differ by more than 1e-4: a loss over the whole batch, or BatchNorm.
     """
     size = options.get("micro_batch")
-    if size is None or size >= batches.items(batch):
+    ranks = options.get("ranks") or Ranks()
+    cuts = size is not None and batch is not None and size < batches.items(batch)
+    if not ranks.any(cuts):
         return
     with Objective(model, loss_fn, [batch], **{**options, "micro_batch": None}) as whole:
         normalizes = whole.normalizes_batches
-    if normalizes:
+    if ranks.any(normalizes):
         raise UsageError(
             f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
             "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."

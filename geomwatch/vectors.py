@@ -83,7 +83,7 @@ class Layout:
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Join one tensor per parameter into one vector."""  # (D,)
         device, dtype = self.device, self.dtype
-        return torch.cat([_dense(t).detach().reshape(-1).to(device, dtype) for t in tensors])
+        return torch.cat([whole(t).detach().reshape(-1).to(device, dtype) for t in tensors])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Cut a vector into one tensor per parameter, in its shape, dtype and device."""
@@ -180,5 +180,8 @@ class Basis:
         return coefficients.T.to(self._rows) @ self._rows[: self.size]
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its entries: a sparse one dense, a sharded one gathered."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()  # type: ignore[no-any-return]
     return tensor.to_dense() if tensor.layout != torch.strided else tensor

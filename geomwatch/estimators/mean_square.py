@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from geomwatch.estimators.jackknife import jackknife
-from geomwatch.estimators.noise import Spread
+from geomwatch.estimators.noise import NO_ERROR, Spread
 from geomwatch.records import Estimate
 from geomwatch.recursion import Recursion
 
@@ -45,7 +45,7 @@ def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float)
     if not math.isfinite(value):
         return Estimate(None, status="withheld", reason="no learning rate is stable in this step")
     if not spread.without:
-        return Estimate(value, reason="two micro-batches give no error; three do")
+        return Estimate(value, reason=NO_ERROR)
     return Estimate(value, jackknife([margin(m.noise) for m in spread.without]), "stderr")
 
 

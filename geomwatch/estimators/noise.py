@@ -7,7 +7,7 @@ g = sum_b n_b g_b / N, the gradient of the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from geomwatch.estimators.jackknife import jackknife
 from geomwatch.records import Estimate
+
+NO_ERROR = "no error from two micro-batches, nor from those of several ranks"
 
 Pieces = Sequence[tuple[float, Tensor]]  # (n_b items, (D,) gradient or Hessian-vector product)
 
@@ -73,6 +75,18 @@ def spread_of(pieces: Pieces, *, weight: Tensor | None = None) -> Spread:
     return Spread(total, _moments(square, scatter, total, len(pieces)), tuple(without))
 
 
+def pooled(local: Spread, total: Callable[[float], float]) -> Spread:
+    """Join the spreads that several ranks have measured, each of its own micro-batches.
+
+    `total` sums a number over the ranks. Both moments are unbiased on each, and so is their mean,
+    weighted by items. Without the moments that leave a micro-batch out, and so without an error.
+    """
+    items = total(local.items)
+    noise = total(local.items * local.all.noise) / items
+    signal = total(local.items * local.all.signal) / items
+    return Spread(items, Moments(noise, signal), ())
+
+
 def _moments(square: float, scatter: float, items: float, count: int) -> Moments:
     noise = scatter / (count - 1)
     return Moments(noise, square - noise / items)
@@ -116,5 +130,5 @@ def temperature(spread: Spread, *, lr: float, dim: int, momentum: float = 0.0) -
 
 def _with_error(value: float, left_out: Sequence[float]) -> Estimate:
     if not left_out:
-        return Estimate(value, reason="two micro-batches give no error; three do")
+        return Estimate(value, reason=NO_ERROR)
     return Estimate(value, jackknife(left_out), "stderr")

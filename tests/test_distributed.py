@@ -1,0 +1,271 @@
+"""Two processes that train one model: the same numbers on both, and nobody waits in vain."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from problems import cross_entropy, digits, mlp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import geomwatch
+from geomwatch.distributed import RankError, Ranks, unwrapped
+from geomwatch.progress import StepScalars
+
+Batch = tuple[Tensor, Tensor]
+NAMES = ["loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"]
+
+
+def run(scene: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """Play a scene on two ranks over gloo; return what each returned."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (scene, port, str(folder), arguments), nprocs=2, join=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _rank(
+    rank: int, scene: Callable[..., Any], port: int, folder: str, arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(scene(rank, *arguments), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
+
+
+def shard(rank: int, cut: int = 70) -> Batch:
+    """Uneven parts of 96 digits."""
+    x, y = digits(96)
+    return (x[:cut], y[:cut]) if rank == 0 else (x[cut:], y[cut:])
+
+
+def net(*extra: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*mlp(64, 16), nn.Tanh(), *extra, nn.Linear(16, 10))
+
+
+def train(model: nn.Module, batch: Batch | None, loss_fn: Any, **options: Any) -> Any:
+    """Four steps of AdamW, weighted by items as one process would have it; watched unless bare."""
+    bare = options.pop("bare", False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    options = {"every": 2, "schedule": "fixed", "quantities": NAMES} | options
+    monitor = None if bare else geomwatch.Monitor(model, loss_fn, optimizer, **options)
+    for _ in range(4):
+        optimizer.zero_grad()
+        if isinstance(model, DistributedDataParallel) and batch is not None:
+            # DDP averages over ranks: the weights make that a mean over items
+            (2 * len(batch[0]) / 96 * cross_entropy(model, batch)).backward()
+        else:
+            cross_entropy(model, digits(96)).backward()
+        if monitor is not None:
+            monitor.step(batch, loss=0.5)
+        optimizer.step()
+    return monitor, [p.detach().clone() for p in model.parameters()]
+
+
+def numbers(monitor: geomwatch.Monitor) -> list[dict[str, float | None]]:
+    return [{n: r[n].value for n in NAMES} for r in monitor.history]
+
+
+def watched_and_bare(rank: int) -> Any:
+    bare = train(DistributedDataParallel(net()), shard(rank), cross_entropy, bare=True)[1]
+    monitor, weights = train(DistributedDataParallel(net()), shard(rank), cross_entropy)
+    same = all(torch.equal(a, b) for a, b in zip(bare, weights, strict=True))
+    return same, numbers(monitor), monitor.history[0].how
+
+
+def test_ranks_measure_the_joined_batch_and_training_is_bit_identical(tmp_path: Path) -> None:
+    ranks = run(watched_and_bare, tmp_path)
+    alone, _ = train(net(), digits(96), cross_entropy)
+    assert all(same for same, _, _ in ranks)
+    assert ranks[0][1] == ranks[1][1]  # to the last bit
+    for found, expected in zip(ranks[0][1], numbers(alone), strict=True):
+        for name in NAMES:
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+    first, expected = ranks[0][1][0], numbers(alone)[0]
+    assert first["lambda_max"] == pytest.approx(expected["lambda_max"], rel=1e-5)
+    assert [how["ranks"] for _, _, how in ranks] == [2, 2]
+    assert [how["items"] for _, _, how in ranks] == [70, 26]
+
+
+def without_items(rank: int) -> Any:
+    batch = digits(96) if rank == 0 else None
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=NAMES
+    )
+    cross_entropy(model, digits(96)).backward()
+    monitor.step(batch)
+    return numbers(monitor)
+
+
+def test_a_rank_without_items_does_its_part(tmp_path: Path) -> None:
+    first, second = run(without_items, tmp_path)
+    model = net()
+    record = geomwatch.measure(model, cross_entropy, digits(96), quantities=["lambda_max"])
+    assert first == second
+    assert first[0]["lambda_max"] == pytest.approx(record["lambda_max"].value, rel=1e-2)
+
+
+class Brittle(torch.autograd.Function):
+    """The identity, with a gradient that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return Broken.apply(slope)
+
+
+class Broken(Brittle):
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        raise ValueError("a file is gone")
+
+
+class Fails:
+    """Right in training; in the probes of one rank not finite, or an error."""
+
+    def __init__(self, how: str, rank: int) -> None:
+        self.how, self.mine = how, rank == 1
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = cross_entropy(model, batch)
+        if not (self.mine and geomwatch.is_probing()):
+            return loss
+        if self.how == "nan":
+            return loss * float("nan")
+        if self.how == "error":
+            raise ValueError("a file is gone")
+        return F.cross_entropy(Brittle.apply(model(batch[0])), batch[1])
+
+
+def one_fails(rank: int, how: str) -> Any:
+    model = DistributedDataParallel(net())
+    monitor, weights = train(model, shard(rank), Fails(how, rank))
+    return [r.step for r in monitor.history], numbers(monitor), weights
+
+
+@pytest.mark.parametrize("how", ["nan", "error", "no HVP"])
+def test_a_rank_that_fails_takes_the_others_out_of_the_probe(tmp_path: Path, how: str) -> None:
+    (steps, found, weights), (steps2, found2, weights2) = run(one_fails, tmp_path, how)
+    assert steps == steps2
+    assert found == found2
+    assert all(torch.equal(a, b) for a, b in zip(weights, weights2, strict=True))
+    assert len(found) == (0 if how == "error" else 2)
+    for record in found:
+        assert record["lambda_max"] is None
+        assert (record["loss"] is None) == (how == "nan")
+
+
+def paused_on_one(rank: int) -> Any:
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=["lambda_max"]
+    )
+    for step in range(3):
+        if rank == 1 and step == 1:
+            monitor.pause()
+        if rank == 1 and step == 2:
+            monitor.resume()
+        optimizer.zero_grad()
+        cross_entropy(model, shard(rank)).backward()
+        monitor.step(shard(rank))
+        optimizer.step()
+    return [r.step for r in monitor.history]
+
+
+def test_a_pause_on_one_rank_is_one_for_all(tmp_path: Path) -> None:
+    assert run(paused_on_one, tmp_path) == [[0, 2], [0, 2]]
+
+
+def agreements(rank: int) -> Any:
+    ranks = Ranks(dist.group.WORLD, torch.device("cpu"))
+    means = []
+    for loss in (torch.tensor(1.0 + rank), None if rank else 4.0, None):
+        scalars = StepScalars(ranks)
+        scalars.put(0, loss, 1.0)
+        means.append(scalars.take(1).loss)
+    caught = ""
+    try:
+        with ranks.together():
+            if rank == 1:
+                raise KeyError("mine")
+    except (KeyError, RankError) as error:
+        caught = type(error).__name__
+    return means, caught, ranks.total(1.0), ranks.any(rank == 1), ranks.all(rank == 1)
+
+
+def test_ranks_average_the_losses_they_have_and_leave_a_block_together(tmp_path: Path) -> None:
+    first, second = run(agreements, tmp_path)
+    assert first == ([1.5, 4.0, None], "RankError", 2.0, True, False)
+    assert second == ([1.5, 4.0, None], "KeyError", 2.0, True, False)
+
+
+def sharded(rank: int, optimizer_name: str) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for watch in (False, True):
+        model = net(nn.LayerNorm(16))
+        fully_shard(model[0])
+        fully_shard(model)
+        optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.01)
+        monitor = geomwatch.Monitor(
+            model, cross_entropy, optimizer, every=2, schedule="fixed", quantities=NAMES
+        )
+        for _ in range(4):
+            optimizer.zero_grad()
+            cross_entropy(model, shard(rank, 48)).backward()
+            if watch:
+                monitor.step(shard(rank, 48))
+            optimizer.step()
+        found.append([p.full_tensor() for p in model.parameters()])
+    same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    return same, numbers(monitor), monitor.history[0].how
+
+
+@pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
+def test_sharded_parameters_are_measured_as_whole_ones(
+    tmp_path: Path, optimizer_name: str
+) -> None:
+    ranks = run(sharded, tmp_path, optimizer_name)
+    model = net(nn.LayerNorm(16))
+    optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.01)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, every=2, schedule="fixed", quantities=NAMES
+    )
+    for _ in range(4):
+        optimizer.zero_grad()
+        cross_entropy(model, digits(96)).backward()
+        monitor.step(digits(96))
+        optimizer.step()
+    assert all(same for same, _, _ in ranks)
+    assert ranks[0][1] == ranks[1][1]
+    for found, expected in zip(ranks[0][1], numbers(monitor), strict=True):
+        for name in NAMES:
+            assert found[name] == pytest.approx(expected[name], rel=1e-2), name
+    assert ranks[0][2]["validation"] == "not run on sharded parameters"
+
+
+def test_a_model_alone_has_one_rank() -> None:
+    model = net()
+    assert Ranks.of(model).size == 1
+    assert unwrapped(model) is model
