@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from geomwatch.integrations.transformers import GeomwatchCallback
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -117,6 +119,12 @@ def make(
         callbacks=callback if isinstance(callback, list) else [callback] if callback else [],
         **(parts or {}),
     )
+
+
+def loss_only(**options: Any) -> GeomwatchCallback:
+    """A callback that probes every second step, and does little."""
+    settings = {"every": 2, "schedule": "fixed", "quantities": ["loss"]}
+    return GeomwatchCallback(**{**settings, **options})
 
 
 def traces(trainer: Any) -> dict[str, Any]:

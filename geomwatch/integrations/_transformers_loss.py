@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -111,8 +112,9 @@ class TrainerLoss:
 
     def _evaluate(self, model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> Tensor:
         if self._loss_fn is not None:
-            return self._loss_fn(model, inputs)
-        with self._trainer.compute_loss_context_manager():
+            with _mute(self._trainer):
+                return self._loss_fn(model, inputs)
+        with _mute(self._trainer), self._trainer.compute_loss_context_manager():
             returned = self._compute_loss(model, inputs, **keywords)
         loss: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return loss
@@ -129,6 +131,24 @@ class TrainerLoss:
             parts = [self._loss_fn]
         written = [part for part in parts if part is not None and not _is_the_hosts(part)]
         return [*modules, *(found for part in written for found in captured_by(part))]
+
+
+@contextlib.contextmanager
+def _mute(trainer: Any) -> Iterator[None]:
+    """Let nothing that the loss logs through its Trainer be logged again."""
+    with contextlib.ExitStack() as stack:
+        for owner in (trainer, trainer.accelerator):
+            own = vars(owner)
+            if "log" in own:
+                stack.callback(setattr, owner, "log", own["log"])
+            else:
+                stack.callback(delattr, owner, "log")
+            owner.log = _silence
+        yield
+
+
+def _silence(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
 
 
 def _number(call: LossCall | None) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from geomwatch.errors import UsageError
-from geomwatch.records import Alert
+from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 
 
@@ -57,6 +58,23 @@ def refuse_processes(trainer: Any) -> None:
             "GeomwatchCallback must run in one process on one device, got "
             f"{processes} processes with {max(devices, 1)} devices each, distributed type {kind}. "
             "Start Python without torchrun, and hide all GPUs but one with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def publish(log: Callable[[Any, Any], None], trainer: Any, record: Record, prefix: str) -> None:
+    """Log a record as the Trainer logs its losses, to `log_history` and all trackers.
+
+    Without held values: a tracker would take them for measured at this step.
+    """
+    fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
+    try:
+        log(trainer, replace(record, estimates=fresh).scalars(prefix))
+    except Exception as error:  # a tracker that is out of reach, say
+        logger.warning(
+            "the record of step %d did not reach all trackers: %s: %s",
+            record.step,
+            type(error).__name__,
+            error,
         )
 
 

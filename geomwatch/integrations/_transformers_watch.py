@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -146,12 +145,6 @@ class Watch:
                 error,
             )
         self._checked = True
-
-
-def fresh_scalars(record: Record, prefix: str) -> dict[str, float]:
-    """Return what was measured at this step: a tracker would show held values as new ones."""
-    fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
-    return replace(record, estimates=fresh).scalars(prefix)
 
 
 def _scalar(loss: Tensor | float) -> Tensor | float:

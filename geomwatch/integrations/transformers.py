@@ -15,10 +15,11 @@ from geomwatch.integrations._transformers_trainer import (
     ask_for,
     find_trainer,
     holds,
+    publish,
     refuse_processes,
     refuse_several,
 )
-from geomwatch.integrations._transformers_watch import Watch, fresh_scalars
+from geomwatch.integrations._transformers_watch import Watch
 from geomwatch.integrations.extras import missing
 from geomwatch.monitor import Monitor
 from geomwatch.objective import LossFn
@@ -134,8 +135,9 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
         record, self._record = self._record, None
         if record is not None:
             wanted = control.should_log
-            self._log(record)
-            control.should_log = wanted  # which logging takes for done
+            # Not the log() of a subclass: some empty their averages in it, or look for a "loss".
+            publish(Trainer.log, self._known_trainer(), record, self._prefix)
+            control.should_log = wanted  # which log() takes for done
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save or stop after a critical alert."""
@@ -224,18 +226,6 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
                 "hold. Leave out restore_callback_states_from_checkpoint: it finds its state "
                 "without.",
                 ", ".join(left_out),
-            )
-
-    def _log(self, record: Record) -> None:
-        try:
-            # Not the log() of a subclass: some empty their averages in it, or look for a "loss".
-            Trainer.log(self._known_trainer(), fresh_scalars(record, self._prefix))
-        except Exception as error:  # a tracker that is out of reach, say
-            logger.warning(
-                "the record of step %d did not reach all trackers: %s: %s",
-                record.step,
-                type(error).__name__,
-                error,
             )
 
     def _not_json(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restor
     for name in ("lambda_max", "stability_margin", "batch_sharpness", "trace"):
         was, now = before[name], after[name]
         errors = (was.error or 0.0) + (now.error or 0.0)
+        errors *= 3 if now.error_kind == "stderr" else 1  # a residual is a bound
         assert now.value == pytest.approx(was.value, rel=1e-3, abs=errors), name
     # cold: more HVPs than a probe that has the last one's vectors to start from
     assert after["stability_margin"].hvps > before["stability_margin"].hvps == 5
