@@ -1,0 +1,51 @@
+"""Rules judged again on what the monitor saw, without training anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forecasting.codec import decode
+from forecasting.execute import heard_at
+from forecasting.story import Story
+from geomwatch.rules import Observation, Rule, default_rules
+
+Rules = Callable[[], Sequence[Rule]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A story whose first alerts at or above warning are not those of the run itself."""
+
+    story: Story
+    before: tuple[int, str] | None  # step, rule
+    after: tuple[int, str] | None
+
+
+def replay(story: Story, rules: Rules = default_rules) -> Story:
+    """Return the story with the alerts that these rules raise on its stored observations."""
+    fresh = list(rules())
+    alerts: list[dict[str, Any]] = []
+    for shown in story.data["observations"]:
+        seen: Observation = decode(Observation, shown["seen"])
+        for rule in fresh:
+            alert = rule(seen)
+            if alert is not None:
+                alerts.append(heard_at(shown["at"], alert))
+    return Story(story.run, story.policy, {**story.data, "alerts": alerts}, dict(story.scores))
+
+
+def differences(stories: Iterable[Story], rules: Rules = default_rules) -> list[Difference]:
+    """List the stories that these rules tell otherwise, by the first loud alert."""
+    found = []
+    for story in stories:
+        before, after = _first(story), _first(replay(story, rules))
+        if before != after:
+            found.append(Difference(story, before, after))
+    return found
+
+
+def _first(story: Story) -> tuple[int, str] | None:
+    loud = [a for a in story.alerts if a["severity"] != "info"]
+    return min(((a["raised"], a["rule"]) for a in loud), default=None)

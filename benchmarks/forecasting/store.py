@@ -1,0 +1,84 @@
+"""Runs on disk: one compressed JSON file for each run and policy, valid for its settings only."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import geomwatch
+from forecasting.grid import Run
+from forecasting.policies import POLICIES
+
+VERSION = 1  # of what a file holds; raise it when a run has to be done again for it
+
+
+class Store:
+    """A folder of runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, run: Run, policy: str) -> Path:
+        return self.folder / policy.replace("%", "pct") / f"{run.name}.json.gz"
+
+    def save(self, run: Run, policy: str, story: dict[str, Any]) -> None:
+        """Write a run; a file is there whole or not at all."""
+        path = self.path(run, policy)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = {
+            "settings": fingerprint(run, policy),
+            "code": code(),
+            "torch": torch.__version__,
+            "policy": policy,
+            "options": POLICIES[policy].options,
+            "run": {**asdict(run), "name": run.name, "scenario": run.scenario},
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(gzip.compress(json.dumps(head | story).encode(), mtime=0))
+        partial.replace(path)
+
+    def load(self, run: Run, policy: str) -> dict[str, Any] | None:
+        """Read a run, or return None when it is missing, damaged, or of other settings."""
+        text = self._text(run, policy)
+        return None if text is None else json.loads(text)
+
+    def has(self, run: Run, policy: str) -> bool:
+        """Tell whether `load` would find a run."""
+        return self._text(run, policy) is not None
+
+    def _text(self, run: Run, policy: str) -> str | None:
+        try:
+            text = gzip.decompress(self.path(run, policy).read_bytes()).decode()
+        except (FileNotFoundError, EOFError, gzip.BadGzipFile, zlib.error):
+            return None
+        # The settings come first in the file: no need to parse megabytes to compare them.
+        return text if text.startswith(f'{{"settings": "{fingerprint(run, policy)}"') else None
+
+    def missing(self, runs: Iterable[Run], policies: Iterable[str]) -> list[tuple[Run, str]]:
+        """List what has not been done."""
+        return [(run, p) for p in policies for run in runs if not self.has(run, p)]
+
+
+def fingerprint(run: Run, policy: str) -> str:
+    """Return a hash of all that decides what a run does, except the code of geomwatch."""
+    settings = {"version": VERSION, "run": asdict(run), "options": POLICIES[policy].options}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def code() -> str:
+    """Return a hash of geomwatch's sources; the report says when runs differ in it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(geomwatch.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

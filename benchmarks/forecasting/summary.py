@@ -1,0 +1,100 @@
+"""What runs there are, how geomwatch does on each task, and what a larger budget buys."""
+
+from __future__ import annotations
+
+from forecasting.detectors import geomwatch
+from forecasting.halves import Halves, overhead, table
+from forecasting.policies import POLICIES
+from forecasting.ramps import WELL, ramp_score
+from forecasting.scoring import by_step_ten, failed, healthy, score
+from forecasting.stats import Share
+
+
+def by_task(halves: Halves) -> str:
+    """Show geomwatch's score on each task of the held-back half."""
+    rows = []
+    stories = [*halves.tune, *halves.held]
+    for name in dict.fromkeys(s.run.task_name for s in stories):
+        for adaptive in (False, True):
+            own = [s for s in stories if s.run.task_name == name and s.run.adaptive == adaptive]
+            if not own:
+                continue
+            found = score(geomwatch, healthy(own), failed(own, "ramp"))
+            rows.append(
+                (
+                    name,
+                    own[0].run.half,
+                    "Adam family" if adaptive else "SGD",
+                    f"{found.false.k}/{found.false.n}",
+                    f"{found.recall.k}/{found.recall.n}",
+                    found.lead,
+                    by_step_ten(geomwatch, failed(own, "start")),
+                    overhead(own),
+                )
+            )
+    header = (
+        "task",
+        "half",
+        "optimizer",
+        "false alarms",
+        "ramps announced",
+        "median lead",
+        "too large from the start, by step 10",
+        "overhead",
+    )
+    return table(header, rows)
+
+
+def budgets(by_policy: dict[str, Halves]) -> str:
+    """Show what a smaller or larger budget for probes does, on the held-back half."""
+    rows = []
+    for policy, halves in by_policy.items():
+        held = halves.held
+        if not held:
+            continue
+        row: list[object] = [policy, f"`{POLICIES[policy].options or 'defaults'}`", overhead(held)]
+        for adaptive in (False, True):
+            some = halves.only(adaptive=adaptive, scenarios=WELL).held
+            found = ramp_score(geomwatch, some)
+            row += [found.recall, found.lead]
+        row += [
+            by_step_ten(geomwatch, failed(held, "start")),
+            Share(sum(geomwatch(s) is not None for s in healthy(held)), len(healthy(held))),
+        ]
+        rows.append(row)
+    header = (
+        "budget",
+        "options",
+        "measured overhead",
+        "SGD ramps",
+        "lead",
+        "Adam ramps",
+        "lead",
+        "from the start, by step 10",
+        "false alarms",
+    )
+    return table(header, rows)
+
+
+def census(halves: Halves) -> str:
+    """Count runs by scenario, half and outcome."""
+    rows = []
+    for half, stories in (("tune", halves.tune), ("held", halves.held)):
+        for scenario in ("steady", "start", "ramp", "jump", "edge"):
+            own = [s.outcome.label for s in stories if s.run.scenario == scenario]
+            counts = [own.count(label) for label in ("healthy", "failed", "excluded")]
+            rows.append((half, scenario, *counts))
+    return table(("half", "scenario", "healthy", "failed", "excluded"), rows)
+
+
+def false_alarms(halves: Halves) -> str:
+    """Show how hot the healthy runs are that have a warning."""
+    rows = []
+    for name, low, high in (("up to 1 x", 0, 1.01), ("1 to 4 x", 1.01, 4.01), ("more", 4.01, 1e9)):
+        row: list[object] = [name]
+        for stories in (halves.tune, halves.held):
+            own = [s for s in healthy(stories) if low <= s.run.multiple < high]
+            row.append(Share(sum(geomwatch(s) is not None for s in own), len(own)))
+        rows.append(row)
+    header = ("largest rate, in units of the tuned one", "chosen on: healthy, warned", "held back")
+    return table(header, rows)
