@@ -187,7 +187,7 @@ class Objective:
             NoCurvatureError: there is no double backward, and differences do not agree either.
             UsageError: `operator="ggn"` does not fit the loss.
         """  # (D,) -> (D,)
-        self.hvps += 1
+        self.hvps += not self.obstacle
         if self._still is None:
             return self._products(v)
         return self._still * self._products(self._still * v)

@@ -46,6 +46,8 @@ class Products:
     @property
     def backend(self) -> str:
         """The way they are computed, as far as is known."""
+        if self.obstacle:
+            return "none"
         return "double_backward" if self._difference is None else "finite_difference"
 
     def first_gradient(self, batch: Any) -> tuple[Tensor, Tensor]:

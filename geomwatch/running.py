@@ -63,24 +63,28 @@ class Difficulty:
 
     def __init__(self) -> None:
         self._total = 0.0
+        self._missing = False  # lambda_max, at the last step
 
     def update(self, lr: float, step: Settled, lambda_max: float | None) -> None:
         """Add one optimizer step, if it was taken with a finite gradient."""
+        self._missing = lambda_max is None
         if lambda_max is not None and step.stepped and math.isfinite(step.grad_norm):
             self._total += lr * step.grad_norm**2 * abs(lambda_max)
 
     def estimate(self) -> Estimate:
-        """Return the sum so far."""
+        """Return the sum so far; none where lambda_max was never known."""
+        if self._missing:
+            return Estimate(None, status="withheld", reason="lambda_max is not known")
         reason = "lambda_max held between probes, mini-batch gradient norm"
         return Estimate(self._total, status="ok", reason=reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sum."""
-        return {"total": self._total}
+        return {"total": self._total, "missing": self._missing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the sum."""
-        self._total = float(state["total"])
+        self._total, self._missing = float(state["total"]), bool(state["missing"])
 
 
 class Held:

@@ -73,9 +73,13 @@ def test_a_model_without_curvature_trains_on_and_is_told_of_once(
     assert "the kernel is for float32" in told[0]
     assert "params=" in told[0]
     assert len(monitor.history) == 3
+    assert monitor.history[-1]["difficulty"].value is None
     for record in monitor.history:
-        for name in ("loss", "grad_norm", "batch_sharpness", "critical_lr"):
+        for name in ("loss", "grad_norm", "critical_lr"):
             assert record[name].value > 0
+        assert record["batch_sharpness"].reason.startswith("by differences of losses")
+        assert record["batch_sharpness"].error > 0
+        assert record.how["backend"] == "none"
         assert record["lambda_max"].value is None
         assert "no curvature here" in record["stability_margin"].reason
         assert "once_differentiable" in record.how["obstacle"]

@@ -13,6 +13,7 @@ from geomwatch.records import Estimate
 
 _SECOND_ORDER = 1e-3  # of the loss: what the step is chosen to change by curvature alone
 _TRIES = 6
+_AGREE = 0.05  # of two quotients, relative
 
 
 def directional_sharpness(
@@ -37,12 +38,11 @@ def sharpness_by_losses(
 ) -> Estimate:
     """Return d'Hd / g'd from losses alone, for what has no Hessian-vector product.
 
-    (L(w + h d) - 2 L(w) + L(w - h d)) / (h^2 g'd), h such that curvature changes the loss by 0.1 %
-    (4 to 12 forward passes). The error is the difference from the same quotient at h/2, at least
-    what the noise floor of the loss lets through. Across kinks of a ReLU it is the curvature of
-    the loss as it is at that distance.
+    (L(w + h d) - 2 L(w) + L(w - h d)) / (h^2 g'd), at first with h such that curvature changes the
+    loss by 0.1 %, then with halves of it until two agree to 5 %, or rounding decides (6 to 20
+    forward passes). The error is their difference, at least what the noise floor lets through.
 
-    Withheld where differences of losses have no meaning.
+    Withheld where differences of losses have no meaning, and where no two agree.
 
     Args:
         direction: (D,) d, the gradient g or the preconditioned one.
@@ -59,11 +59,19 @@ def sharpness_by_losses(
 
     wanted = 2 * max(_SECOND_ORDER * abs(readout.loss), 30 * readout.floor)
     h = _fitting(bend, wanted, start=0.03 * max(abs(readout.loss), readout.floor) / slope)
-    coarse, fine = bend(h) / h**2, bend(h / 2) / (h / 2) ** 2
-    rounding = 4 * readout.floor / (h / 2) ** 2
-    error = max(abs(coarse - fine), rounding) / slope
-    reason = "by differences of losses"
-    return Estimate(fine / slope, error, "residual", reason=reason)
+    coarse = bend(h) / h**2
+    for _ in range(_TRIES):
+        h /= 2
+        fine = bend(h) / h**2
+        error = max(abs(coarse - fine), 4 * readout.floor / h**2)
+        if abs(coarse - fine) <= max(_AGREE * abs(fine), 8 * readout.floor / h**2):
+            reason = "by differences of losses"
+            return Estimate(fine / slope, error / slope, "residual", reason=reason)
+        coarse = fine
+    reason = (
+        "differences of losses at two distances do not agree: the loss has kinks along the step"
+    )
+    return Estimate(None, status="withheld", reason=reason)
 
 
 def _fitting(bend: Callable[[float], float], wanted: float, *, start: float) -> float:
