@@ -42,6 +42,11 @@ def check_prepared(accelerator: Any, model: Any, loss_fn: Any, optimizer: Any) -
             f"accelerator must leave the optimizer step to the loop, got {kind}, which takes it "
             "inside accelerator.backward(): there is no moment to probe at."
         )
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"accelerator must run one process, got {accelerator.num_processes}: each would "
+            "measure the curvature of its own part of the batch."
+        )
     if not hasattr(optimizer, "step_was_skipped"):
         raise UsageTypeError(
             f"optimizer must be prepared, got {type(optimizer).__name__}. {_PREPARE}"

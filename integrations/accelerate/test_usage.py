@@ -72,6 +72,13 @@ def test_a_host_that_steps_by_itself_is_refused(accelerator):
         watch(deepspeed, model, cross_entropy, optimizer)
 
 
+def test_several_processes_are_refused(accelerator):
+    model, optimizer = prepared(accelerator)
+    ranks = SimpleNamespace(sync_gradients=True, distributed_type="MULTI_CPU", num_processes=2)
+    with pytest.raises(UsageError, match=r"accelerator must run one process, got 2: each would"):
+        watch(ranks, model, cross_entropy, optimizer)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

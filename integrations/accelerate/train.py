@@ -1,7 +1,6 @@
 """Train a small character model on the King James text with accelerate, and watch it.
 
     python integrations/accelerate/train.py
-    torchrun --nproc_per_node 2 integrations/accelerate/train.py
 
 It takes seconds on one core. Records go to runs/accelerate/records.jsonl. `make data` installs the
 text.
