@@ -17,6 +17,7 @@ from geomwatch.guard import Guard
 from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
 from geomwatch.options import is_disabled
+from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities import resolve
@@ -48,7 +49,8 @@ class Monitor:
         schedule: "adaptive" (denser when it matters) or "fixed".
         max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05.
         quantities: "default", "all", or names of quantities.
-        probe_batch: measure on this batch always, instead of the step's own.
+        probe_batch: measure on this batch always, or on all of a DataLoader's, read once, instead
+            of the step's own.
         mode: "train" (the flags of the training step) or "eval".
         operator: "hessian", or "ggn" for the generalised Gauss-Newton matrix, where the loss is a
             function of the model's outputs.
@@ -123,7 +125,7 @@ class Monitor:
         self._optimizer = optimizer
         self._optimizer_name = _describe(optimizer)
         self._params = layout.params
-        self._probe_batch = probe_batch
+        self._fixed_window = fixed_window(probe_batch)
         self._max_overhead = max_overhead
         self._disabled = is_disabled()
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
@@ -275,7 +277,7 @@ class Monitor:
                 f"stepped with already. {_PLACE}"
             )
         alone = self._ranks.size == 1  # another rank may have items
-        if alone and not window and self._probe_batch is None and not self._guard.paused:
+        if alone and not (window or self._fixed_window or self._guard.paused):
             raise UsageError(
                 "monitor.step() must know the batch, got none. Pass it as step(batch), call "
                 "observe(batch) for each micro-batch, or give the monitor a probe_batch."
@@ -316,7 +318,7 @@ class Monitor:
         return self._guard.seconds <= self._max_overhead * rest
 
     def _probe(self, window: Sequence[Any], grad_scale: float) -> Probed | None:
-        own = [self._probe_batch] if self._probe_batch is not None else window
+        own = self._fixed_window or window
         if not own and self._ranks.size == 1:
             self._guard.tell(
                 "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), "

@@ -243,9 +243,7 @@ def sharded(rank: int, optimizer_name: str) -> Any:
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])
-def test_sharded_parameters_are_measured_as_whole_ones(
-    tmp_path: Path, optimizer_name: str
-) -> None:
+def test_sharded_parameters_are_measured_as_whole_ones(tmp_path: Path, optimizer_name: str) -> None:
     ranks = run(sharded, tmp_path, optimizer_name)
     model = net(nn.LayerNorm(16))
     optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.01)
