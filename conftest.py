@@ -1,9 +1,11 @@
 """What all tests share: one thread, fixed seeds, no network, real data where it is installed."""
 
 import importlib.util
+import logging
 import os
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,17 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_and_trackers() -> Iterator[None]:
+    """Undo what a host's logging set-up or the tracker of another test has left in the process."""
+    log = logging.getLogger("geomwatch")
+    log.disabled, log.propagate = False, True
+    log.setLevel(logging.NOTSET)
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()  # it reads WANDB_DIR once
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ class Ranks:
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if isinstance(model, nn.parallel.DistributedDataParallel):
             return cls(model.process_group, model.device)
-        for p in model.parameters():
+        for p in model.parameters() if isinstance(model, nn.Module) else ():
             mesh = getattr(p, "device_mesh", None)
             if mesh is not None:
                 group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD

@@ -45,7 +45,8 @@ class Replay:
         self._model, self._loss_fn = model, loss_fn
         used = [also] if isinstance(also, nn.Module) else also
         self._others = [*used, *captured_by(loss_fn)]
-        self._weigh: Callable[[Any], float] = getattr(loss_fn, "weight", batches.items)
+        weigh = getattr(loss_fn, "weight", None)  # of a torch loss, class weights or None
+        self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
         self.ranks = ranks or Ranks()
         self.kept: Callable[[Tensor], Tensor] | None = None
         self.total = 0.0  # weight of the window, on all ranks

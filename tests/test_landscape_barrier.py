@@ -176,6 +176,41 @@ def test_the_weights_of_the_model_play_no_part_and_are_left_alone():
     assert np.array_equal(first.losses, second.losses)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_large_frozen_weights_are_interpolated_and_put_back(interrupted):
+    """Those are not in a probe's snapshot, which has no need to move them."""
+    model = nn.Sequential(nn.Linear(64, 16_000), nn.ReLU(), nn.Linear(16_000, 10))
+    a = copy.deepcopy(model.state_dict())
+    b = {k: t + 0.01 * torch.randn_like(t) for k, t in a.items()}
+    model[0].requires_grad_(False)
+    assert model[0].weight.numel() > 1_000_000
+    calls = itertools.count(1)
+
+    def loss_fn(m, batch):
+        if interrupted and next(calls) == 6:
+            raise KeyboardInterrupt
+        return cross_entropy(m, batch)
+
+    before = everything(model)
+    try:
+        found = landscape.barrier(model, a, b, loss_fn, [digits(16)], points=3)
+    except KeyboardInterrupt:
+        assert interrupted
+    else:
+        free = nn.Sequential(nn.Linear(64, 16_000), nn.ReLU(), nn.Linear(16_000, 10))
+        same = landscape.barrier(free, a, b, cross_entropy, [digits(16)], points=3)
+        assert np.array_equal(found.losses, same.losses)
+    assert_same(before, everything(model))
+
+
+def test_a_model_that_is_frozen_altogether_has_barriers():
+    a, b = trained(small_mlp, 1, steps=20), trained(small_mlp, 2, steps=20)
+    frozen = small_mlp().requires_grad_(False)
+    found = landscape.barrier(frozen, a, b, cross_entropy, [digits(64)], points=5)
+    free = landscape.barrier(small_mlp(), a, b, cross_entropy, [digits(64)], points=5)
+    assert np.array_equal(found.losses, free.losses)
+
+
 @pytest.mark.parametrize("after", [1, 4, 9, 16])
 def test_an_interrupted_barrier_leaves_no_trace(after):
     model = convnet()

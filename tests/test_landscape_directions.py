@@ -115,7 +115,10 @@ def test_the_curvature_of_a_slice_along_an_eigenvector_is_its_eigenvalue():
         (torch.ones(3), r"shape \(1210,\), .* got \(3,\)\. Is it of this model"),
         (torch.zeros(1210), "finite and not zero, got norm 0"),
         (torch.full((1210,), math.nan), "finite and not zero, got norm nan"),
-        (Direction(torch.ones(2), ("other",), "v", {}), "name parameters of the model, got other"),
+        (
+            Direction(torch.ones(2), ("other",), "v", {}),
+            "name trainable parameters of the model, got other",
+        ),
     ],
 )
 def test_a_direction_that_does_not_fit_is_refused(given, message):
@@ -141,6 +144,14 @@ def test_other_things_are_no_directions():
         landscape.plane(model, cross_entropy, [digits(8)], [v, part])
     with pytest.raises(UsageError, match="needs weights that are not all zero in two or more dim"):
         landscape.random_direction(Quadratic(torch.eye(3)))
+
+
+def test_a_direction_in_parameters_that_are_frozen_now_is_refused():
+    model = mlp(64, 16, 10)
+    v = landscape.random_direction(model)
+    model[2].requires_grad_(False)
+    with pytest.raises(UsageError, match=r"trainable parameters of the model, got 2\.weight"):
+        landscape.slice_1d(model, cross_entropy, [digits(8)], v)
 
 
 # --- trajectories ------------------------------------------------------------------------------

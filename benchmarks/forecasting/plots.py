@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from forecasting.detectors import DETECTORS, Alarm, above, geomwatch, geomwatch_geometry
 from forecasting.halves import Halves, Stories
@@ -34,7 +35,7 @@ _FAMILIES = ((False, "SGD with momentum"), (True, "Adam, AdamW"))
 
 def roc(halves: Halves, path: Path) -> None:
     """Draw recall on ramps against false alarms, held-back half; geomwatch is a point."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), sharey=True, layout="constrained")
     for axis, (adaptive, title) in zip(axes, _FAMILIES, strict=True):
         held = halves.only(adaptive=adaptive, scenarios=WELL).held
         well, ill = healthy(held), failed(held, "ramp")
@@ -47,14 +48,14 @@ def roc(halves: Halves, path: Path) -> None:
         _frame(axis, f"{title}: {len(well)} healthy, {len(ill)} failing runs")
         axis.set(xlabel="healthy runs with an alarm", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes[0].set_ylabel("failing ramps announced before the blow-up")
-    axes[1].legend(fontsize=8, loc="lower right")
+    _legend(figure, axes[1])
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def leads(halves: Halves, path: Path) -> None:
     """Draw the share of failing ramps announced at least so many steps early."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), sharey=True, layout="constrained")
     for axis, (adaptive, title) in zip(axes, _FAMILIES, strict=True):
         some = halves.only(adaptive=adaptive, scenarios=WELL)
         ill = failed(some.held, "ramp")
@@ -66,7 +67,7 @@ def leads(halves: Halves, path: Path) -> None:
         axis.set(xlabel="steps before the blow-up", xscale="log", xlim=(1, 1500))
         axis.set_ylim(-0.02, 1.02)
     axes[0].set_ylabel("announced at least so early")
-    axes[1].legend(fontsize=8)
+    _legend(figure, axes[1])
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -93,6 +94,12 @@ def _survival(
     steps = np.arange(1, 1501)
     share = [(found >= k).mean() if len(found) else 0.0 for k in steps]
     axis.plot(steps, share, style, color=colour, label=name, linewidth=width)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Write the legend under both panels, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def _frame(axis: Axes, title: str) -> None:

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,10 @@ class Store:
         # The settings come first in the file: no need to parse megabytes to compare them.
         return text if text.startswith(f'{{"settings": "{fingerprint(run, policy)}"') else None
 
-    def missing(self, runs: Iterable[Run], policies: Iterable[str]) -> list[tuple[Run, str]]:
+    def missing(self, runs: Sequence[Run], policies: Iterable[str]) -> list[tuple[Run, str]]:
         """List what has not been done."""
-        return [(run, p) for p in policies for run in runs if not self.has(run, p)]
+        wanted = [(run, p) for p in policies for run in runs if POLICIES[p].concerns(run)]
+        return [(run, p) for run, p in wanted if not self.has(run, p)]
 
 
 def fingerprint(run: Run, policy: str) -> str:

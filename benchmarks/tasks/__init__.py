@@ -53,7 +53,7 @@ TASKS = {
             600,
             batch=16,
         ),
-        Task("minilm-verses", "attention", nets.MiniLM, Items(data.verses), 2, 120, batch=16),
+        Task("minilm-verses", "attention", nets.MiniLM, Items(data.verses), 2, 100, batch=16),
         # Full-batch gradient descent at the edge of stability (D = 2,410 and 25,450).
         Task(
             "gd-digits",

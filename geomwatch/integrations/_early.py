@@ -12,9 +12,13 @@ from geomwatch.errors import UsageTypeError
 from geomwatch.monitor import Monitor
 from geomwatch.options import Options
 
+_LATER = ("params", "probe_batch")
+
 
 def check_early(callback: str, options: Mapping[str, Any], loss_fn: Any = None) -> None:
-    """Raise now what Monitor would raise at the start of training, except about `params`.
+    """Raise now what Monitor would raise at the start of training.
+
+    Except about `params`, which need a model, and `probe_batch`, which may be a DataLoader to read.
 
     Raises:
         UsageError: an option is unknown or can't work.
@@ -27,7 +31,7 @@ def check_early(callback: str, options: Mapping[str, Any], loss_fn: Any = None) 
         )
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(1))
-    known: Any = {name: value for name, value in options.items() if name != "params"}
+    known: Any = {name: value for name, value in options.items() if name not in _LATER}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     Monitor(model, _no_loss if loss_fn is None else loss_fn, optimizer, **known)
 

@@ -86,7 +86,7 @@ def bezier(
     facts = {"state_a": digest_of(a), "state_b": digest_of(b), "mode": mode}
     how = provenance(model, loss_fn, facts)
     with evaluating(
-        model, loss_fn, batches, layout=layout, mode=mode, also=also, precision=precision
+        model, loss_fn, batches, mode=mode, also=also, precision=precision
     ) as evaluator:
         training = _Training(evaluator, a, b, layout.names, bending)
         losses = []
@@ -111,6 +111,8 @@ class _Training:
             for name, like in self._tensors.items()
         }
         self._bent = [self.control[name] for name in names]
+        leaves = dict(zip(evaluator.layout.names, evaluator.layout.params, strict=True))
+        self._leaves = [leaves[name] for name in names]
         make = bending.optimizer or (lambda params: torch.optim.Adam(params, lr=bending.lr))
         self._optimizer = make(self._bent)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -121,8 +123,7 @@ class _Training:
         t = self._rng.uniform()
         place_on(self._tensors, (self._a, self.control, self._b), t)
         loss = self._evaluator.differentiable(batch)
-        params = self._evaluator.layout.params
-        found = torch.autograd.grad(loss, params, allow_unused=True)
+        found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         for theta, g in zip(self._bent, found, strict=True):
             theta.grad = None if g is None else g.mul(2 * t * (1 - t)).to(theta)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):

@@ -192,11 +192,11 @@ def as_direction(model: nn.Module, given: object) -> Direction:
 
 def layout_of(model: nn.Module, names: Sequence[str]) -> Layout:
     """Return the layout of named parameters."""
-    params = dict(model.named_parameters())
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     missing = [n for n in names if n not in params]
     if missing:
         raise UsageError(
-            f"direction must name parameters of the model, got {', '.join(missing[:5])}. "
-            "Make it from this model."
+            f"direction must name trainable parameters of the model, got {', '.join(missing[:5])}. "
+            "Make it from this model, with the same parameters frozen."
         )
     return Layout(tuple(names), tuple(params[n] for n in names))

@@ -169,13 +169,17 @@ def evaluating(
 
     The world is that of a probe (see `isolation`), also when it is left by a KeyboardInterrupt.
     Holds one copy of weights and buffers, another one at `precision` "float32" of narrower weights.
+    `layout` are the trainable parameters that will be moved; without it all of them are, and the
+    frozen ones too.
     """
     check_options(loss_fn, mode=mode, hvp="auto", precision=precision)
-    layout = layout or Layout.of(model)
     given = Batches(data)
     used = [also] if isinstance(also, nn.Module) else also
     others = [*used, *captured_by(loss_fn), *given.generators]
     with contextlib.ExitStack() as stack:
+        if layout is None:
+            layout = _everything(model)
+            stack.callback(_put_back, _copies_of_frozen(model))
         autocast = precision == "training"
         snapshot = stack.enter_context(
             isolated(model, layout.params, others=others, mode=mode, autocast=autocast)
@@ -189,6 +193,24 @@ def evaluating(
         evaluator = Evaluator(model, loss_fn, given, layout, snapshot, cast)
         yield evaluator
         evaluator.warn_of_changes()
+
+
+def _everything(model: nn.Module) -> Layout:
+    named = dict(model.named_parameters())
+    if not named:
+        raise UsageError(f"model must have parameters, got {type(model).__name__} without any.")
+    return Layout(tuple(named), tuple(named.values()))
+
+
+def _copies_of_frozen(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copy what a snapshot leaves out where it is large: a probe never moves frozen parameters."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return [(p, p.detach().clone()) for p in frozen]
+
+
+def _put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for tensor, values in copies:
+        tensor.data.copy_(values)
 
 
 def same(
