@@ -178,3 +178,12 @@ def test_layout_vectors_are_the_same_for_one_seed():
     assert torch.equal(layout.normal(generator(3)), layout.normal(generator(3)))
     signs = layout.rademacher(generator(3))
     assert set(signs.tolist()) == {-1.0, 1.0}
+
+
+def test_an_exhausted_krylov_space_has_no_false_zeros():
+    start = torch.zeros(6, dtype=torch.float64)
+    start[0] = 1.0
+    found = lanczos(lambda v: 3.0 * v, start, max_hvps=5)
+    assert found.values == (3.0,)
+    assert found.residuals == (0.0,)
+    assert found.hvps == 1

@@ -68,6 +68,8 @@ def lanczos(
         length = w.norm()
         alphas.append(inside[-1])
         betas.append(length)
+        if float(length) == 0:  # the space is exhausted to the last bit: all of it is known
+            break
         w = w / length.clamp_min(tiny)
         # Where little is left over, it is orthogonal to little more than rounding: a second pass
         # mends that ("twice is enough", Kahan), and in an exhausted Krylov space makes of what is

@@ -113,9 +113,7 @@ def _first(
     found = lanczos(operator, start, max_hvps=steps, top=max(outliers, 1))
     values, residuals = np.array(found.values), np.array(found.residuals)
     width = default_sigma(values, steps) if sigma is None else sigma
-    # In a Krylov space that ends exactly, as that of the identity, what comes after it is zero.
-    real = found.vectors.norm(dim=1).cpu().numpy() > 0.5
-    good = (residuals[: len(real)] <= _CONVERGED * width) & real
+    good = residuals[: len(found.vectors)] <= _CONVERGED * width
     count = int(np.argmin([*good[:outliers], False]))  # down to the first that has not converged
     weights = np.array(found.weights)[count:]
     share = 1 - count / start.numel()
