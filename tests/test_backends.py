@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import cross_entropy, dense_hessian, digits, mlp
+from silent import OnceDifferentiable, RawContext
 from torch import Tensor, nn
 
 import geomwatch
@@ -15,28 +16,6 @@ from geomwatch.errors import NoCurvatureError
 from geomwatch.finite_difference import FiniteDifference, NotSmoothError
 from geomwatch.objective import Objective
 from geomwatch.recast import recast
-
-
-class RawContext(torch.autograd.Function):
-    """tanh whose backward uses a tensor kept on ctx: autograd takes it for a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.y = torch.tanh(x)
-        return ctx.y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.y.detach() ** 2)
-
-
-class OnceDifferentiable(RawContext):
-    """The same, but it says so."""
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.y**2)
 
 
 class Custom(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import Quadratic, cross_entropy, dense_hessian, digits, mlp, quadratic_loss, wishart
 from scipy import stats
-from test_isolation import assert_same, everything
+from states import assert_same, everything
 
 from geomwatch import landscape
 from geomwatch.errors import UsageError

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import Quadratic, cross_entropy, digits, mlp, quadratic_loss, wishart
-from test_isolation import assert_same, everything
+from states import assert_same, everything
 from torch import Tensor, nn
 
 from geomwatch import landscape

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_isolation import assert_same, everything, seed
+from states import assert_same, everything, seed
 from torch import nn
 from zoo import ZOO
 from zoo_case import Case, trainable

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from problems import cross_entropy, digits
+from silent import OnceDifferentiable, RawContext
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from zoo_case import Case
 from zoo_torch import LanguageModel, sentences
 
@@ -19,28 +19,6 @@ FRAMES, CLASSES, LABELS = 6, 4, 2
 DIFFERENCES: dict[str, Any] = {"backend": "finite_difference", "float32": 2e-3, "float64": 1e-8}
 SILENT: dict[str, Any] = {"silent": True, "validation": "double backward is off by"}
 MARKED: dict[str, Any] = {"validation": "OnceDifferentiable in the loss has no second derivative"}
-
-
-class RawContext(torch.autograd.Function):
-    """tanh whose backward uses a tensor kept on ctx: autograd takes it for a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.y = torch.tanh(x)
-        return ctx.y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.y.detach() ** 2)
-
-
-class OnceDifferentiable(RawContext):
-    """The same, but it says so."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.y**2)
 
 
 class Custom(nn.Module):

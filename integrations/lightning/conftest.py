@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import csv
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
 from problems import digits
+from states import rng_states, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -157,19 +156,6 @@ def fit(make_trainer: Callable[..., Any], load: Callable[..., DataLoader]) -> Ca
     return fit
 
 
-def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of nested containers of tensors, arrays and scalars."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
 def everything(trainer: Any, module: Any) -> dict[str, Any]:
     """All that a probe could disturb, after a fit()."""
     metrics = trainer.callback_metrics | trainer.progress_bar_metrics
@@ -178,7 +164,7 @@ def everything(trainer: Any, module: Any) -> dict[str, Any]:
         "gradients": [p.grad for p in module.parameters()],
         "modes": [m.training for m in module.modules()],
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "random": [torch.get_rng_state(), list(np.random.get_state()), random.getstate()],
+        "random": rng_states(),
         "metrics": {k: v for k, v in metrics.items() if not k.startswith("geom/")},
         "logged": logged(trainer),
         "losses": module.losses,

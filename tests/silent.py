@@ -1,0 +1,31 @@
+"""Functions whose second derivative autograd gets wrong without a word, or is told not to take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class RawContext(torch.autograd.Function):
+    """tanh whose backward uses a tensor kept on ctx: autograd takes it for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = torch.tanh(x)
+        return ctx.y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (1 - ctx.y.detach() ** 2)
+
+
+class OnceDifferentiable(RawContext):
+    """The same, but it says so."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (1 - ctx.y**2)
