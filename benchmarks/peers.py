@@ -506,7 +506,7 @@ def attempt(call: Callable[[], Any]) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return call()
-    except Exception as error:
+    except Exception as error:  # what a library fails with is the result
         words = re.sub(r"(?<!\w)/\S+", "...", str(error)).replace("|", "/").split()
         said = " ".join(words[:9]) + (" ..." if len(words) > 9 else "")
         return f"{type(error).__name__}: {said}".replace("`", "").replace("<", "\\<")

@@ -48,7 +48,7 @@ def validate(objective: Callable[[], Objective], kept: Tensor | None = None) -> 
     try:
         with objective() as tested:
             return _judged(_Comparison(tested, kept))
-    except Exception as failure:
+    except Exception as failure:  # whatever a loss raises at a precision or size it is not made for
         return Validation(None, reason=f"it could not be run: {type(failure).__name__}: {failure}")
 
 

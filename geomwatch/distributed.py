@@ -99,7 +99,7 @@ class Ranks:
             return
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # passed on once all ranks know
             if error is not self._known:
                 self._known = error
                 self.all(False)

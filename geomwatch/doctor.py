@@ -151,7 +151,7 @@ def _limit(optimizer: Any, layout: Layout, gradient: Tensor, invariant: frozense
         return "none, no optimizer"
     try:
         return stability_of(optimizer, layout, gradient=gradient, exclude=invariant).reason
-    except Exception as error:
+    except Exception as error:  # of an optimizer that we do not know
         return f"none, {type(error).__name__}: {error}"
 
 

@@ -44,7 +44,7 @@ class Guard:
                 window, step, same_data=same_data, grad_scale=grad_scale
             )
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
-            if isinstance(error, UsageError) and self.prober.probes == 0:
+            if isinstance(error, UsageError) and self.prober.plan.probes == 0:
                 raise
             self._report(step, error)
             return None
@@ -98,7 +98,7 @@ class Guard:
         try:
             with ranks.together():
                 return self.prober.probe(window, step, **known)
-        except Exception as error:
+        except Exception as error:  # all but a lack of memory is passed on
             if not ranks.any(isinstance(error, torch.OutOfMemoryError)):
                 raise
             smaller = self.prober.cut_batches(window)

@@ -85,7 +85,7 @@ class Judge:
         """Call a part; a full disk or a bug in a callback must not stop a training run."""
         try:
             return part(*arguments)
-        except Exception as error:
+        except Exception as error:  # of the user's own code, say
             if id(part) not in self._broken:
                 self._broken.add(id(part))
                 logger.warning(

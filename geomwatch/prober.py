@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +17,15 @@ from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.locate import operation_in
 from geomwatch.objective import LossFn, Objective
-from geomwatch.probe import Budget, Probe, WarmStart
-from geomwatch.quantities import (
-    LIGHT,
-    SLOW,
-    WITHOUT_HVPS,
-    evaluate,
-    evaluate_layers,
-    ritz_indices,
-)
+from geomwatch.plan import Plan
+from geomwatch.probe import Probe, WarmStart
+from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
 from geomwatch.vectors import Layout, generator
 
-_SLOW = 10  # probes between two measurements of what is costly and moves slowly
-_WARM = Budget(lanczos=5, samples=1, tol=1e-2)
-_COLD = Budget(lanczos=12, samples=6, tol=1e-3)  # nothing to start from yet, or all to measure
 _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
     None, status="failed", reason="the gradient that the step would use is not finite"
@@ -56,8 +47,7 @@ class Probed:
 class Prober:
     """Measures at a training step; keeps warm starts, the running trace and held values.
 
-    With `every` it may leave out quantities between steps that are that far apart; None measures
-    all of them at each probe.
+    With `every` it may leave out quantities at some probes (see `plan`).
     """
 
     def __init__(
@@ -94,7 +84,7 @@ class Prober:
             "micro_batch": micro_batch,
             "ranks": ranks,
         }
-        self._every = every
+        self.plan = Plan(names, every=every, per_layer=per_layer)
         self._per_layer = per_layer
         self._rng = generator(seed)
         self._warm = WarmStart()
@@ -102,11 +92,8 @@ class Prober:
         self._trace = RunningTrace()
         self._held = Held()
         self._fingerprint: tuple[float, ...] | None = None
-        self._last_full = 0
         self._compared = False  # the training gradient with the probe's own
-        self._resumed_lambda: float | None = None
         self._obstacle = ""  # why this model has no HVPs
-        self.probes = 0
         self.surprises: list[str] = []  # things to tell the user once
 
     def probe(
@@ -131,9 +118,9 @@ class Prober:
                 _refuse_scaled(gradient, objective.gradient())
                 self._compared = True
             probe = self._shared(objective, gradient)
-            names = self._due_names(probe, step)
+            names = self._choose(probe, step)
             fresh = evaluate(probe, names)
-            if finite and self._per_layer and self._is_slow:
+            if finite and self._per_layer and self.plan.is_whole:
                 fresh |= evaluate_layers(probe)
             if objective.obstacle:
                 fresh |= self._without_hvps(probe, names)
@@ -148,7 +135,7 @@ class Prober:
                 for name in objective.changed_objects
             ]
         deterministic = self._sees_the_same_data(same_data)
-        self.probes += 1
+        self.plan.probes += 1
         record = Record(
             step=step,
             loss=loss,
@@ -175,9 +162,8 @@ class Prober:
         self._options["micro_batch"] = self._validation = None
 
     def lambda_max(self) -> float | None:
-        """Return the last known lambda_max of the Hessian, also from before a resume."""
-        known = self._held.value("lambda_max")
-        return self._resumed_lambda if known is None else known
+        """Return the last known lambda_max of the Hessian."""
+        return self._held.value("lambda_max")
 
     def _objective(self, window: Sequence[Any]) -> Objective:
         options = self._options
@@ -207,39 +193,12 @@ class Prober:
             last_lambda=self.lambda_max(),
         )
 
-    @property
-    def _is_slow(self) -> bool:
-        """Whether this probe measures what is costly as well."""
-        return self.probes % _SLOW == 0
-
-    def _due_names(self, probe: Probe, step: int) -> list[str]:
-        """Choose what to measure, and what that may cost.
-
-        Where the user left the choice to us: everything at every 10th probe; else without what is
-        costly and slow to move, and without HVPs of another operator than the margin's; and while
-        probes are dense, little more than the margin.
-        """
-        names = self._affordable(probe, step)
+    def _choose(self, probe: Probe, step: int) -> list[str]:
+        """Choose what to measure, and set what that may cost."""
+        names = self.plan.names(step, separate=probe.costs_separate_hessian)
         cold = self._warm.hessian is None and self._warm.margin is None
-        # What is not pooled over probes needs an error bar from the samples of one.
-        single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
-        probe.budget = _COLD if cold or (self._is_slow and self._every is not None) else _WARM
-        if single:
-            probe.budget = replace(probe.budget, samples=_COLD.samples)
+        probe.budget = self.plan.budget(names, cold=cold)
         probe.until = ritz_indices(names)
-        return names
-
-    def _affordable(self, probe: Probe, step: int) -> list[str]:
-        names = list(self._names)
-        if self._every is None or self._is_slow:
-            self._last_full = step
-            return names
-        names = [n for n in names if n not in SLOW]
-        if probe.costs_separate_hessian:
-            names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
-        if step - self._last_full < min(self._every, self._last_full):
-            return [n for n in names if n in LIGHT]
-        self._last_full = step
         return names
 
     def _without_hvps(self, probe: Probe, names: Sequence[str]) -> dict[str, Estimate]:
@@ -293,21 +252,21 @@ class Prober:
     def state_dict(self) -> dict[str, Any]:
         """Return what spans probes, except the warm starts (as large as the model)."""
         return {
-            "probes": self.probes,
-            "last_full": self._last_full,
+            "probes": self.plan.probes,
+            "last_full": self.plan.last_full,
             "rng": self._rng.get_state(),
             "invariance": self._invariance.state_dict(),
             "trace": self._trace.state_dict(),
-            "lambda_max": self.lambda_max(),
+            "held": self._held.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what spans probes; the next probe starts cold."""
-        self.probes, self._last_full = state["probes"], state["last_full"]
+        self.plan.probes, self.plan.last_full = state["probes"], state["last_full"]
         self._rng.set_state(state["rng"])
         self._invariance.load_state_dict(state["invariance"])
         self._trace.load_state_dict(state["trace"])
-        self._resumed_lambda = state["lambda_max"]
+        self._held.load_state_dict(state["held"])
         self._warm = WarmStart()
 
 

@@ -26,14 +26,19 @@ from geomwatch.probe import Probe
 from geomwatch.records import Estimate
 
 LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
-SLOW = ("spectral_gap", "effective_rank", "roughness", "normalized_sharpness")  # dear, slow to move
+SLOW = (  # dear, or slow to move
+    "stochastic_margin",
+    "spectral_gap",
+    "effective_rank",
+    "roughness",
+    "normalized_sharpness",
+)
 WITHOUT_HVPS = ("loss", "grad_norm", "batch_sharpness", "critical_lr", "difficulty")
 DEFAULT = (
     "loss",
     "grad_norm",
     "lambda_max",
     "stability_margin",
-    "stochastic_margin",
     "batch_sharpness",
     "trace",
     "trace_per_param",

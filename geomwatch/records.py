@@ -87,12 +87,16 @@ class Record:
     def scalars(self, prefix: str = "geom/") -> dict[str, float]:
         """Return a flat dict for a tracker: every finite value, its error under `<name>_error`.
 
+        Without values held from an earlier probe: a tracker would take them for measured now.
+
         What is a module's own, "trace/<module>", becomes "trace.<module>": MLflow keeps a metric as
         a file, and refuses one that lies inside another.
         """
         flat: dict[str, float] = {}
         for name, estimate in self.estimates.items():
             if estimate.value is None or not math.isfinite(estimate.value):
+                continue
+            if estimate.status == "held":
                 continue
             key = prefix + name.replace("/", ".")
             flat[key] = estimate.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from geomwatch.estimators.hutchinson import Samples, mean_with_stderr
@@ -108,3 +108,11 @@ class Held:
     def value(self, name: str) -> float | None:
         """Return the last good value of a quantity."""
         return self._last[name][1].value if name in self._last else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step and the fields of each."""
+        return {name: [step, asdict(estimate)] for name, (step, estimate) in self._last.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over."""
+        self._last = {name: (step, Estimate(**fields)) for name, (step, fields) in state.items()}

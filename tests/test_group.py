@@ -64,7 +64,7 @@ def test_a_gan_trains_bit_identically_with_both_nets_watched(tmp_path, caplog):
     assert group is not None
     assert all(torch.equal(a, b) for a, b in zip(bare, watched, strict=True))
     flat = group.scalars()
-    assert flat["geom/generator/lambda_max"] > 0
+    assert flat["geom/generator/stability_margin"] > 0
     assert flat["geom/discriminator/stability_margin"] > 0
     assert "generator: step 3" in caplog.text
     group.close()

@@ -39,7 +39,7 @@ def test_a_monitor_measures_layers_at_every_tenth_probe_and_holds_them():
         optimizer.step()
     ages = [record["lambda_max/0"].age for record in monitor.history]
     assert ages == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    keys = set(monitor.history[-1].scalars())
+    keys = set(monitor.history[10].scalars())
     assert "geom/trace.2" in keys
     # where a tracker keeps a metric as a file, no key may be the folder of another
     assert not any(key.startswith(f"{other}/") for key in keys for other in keys)

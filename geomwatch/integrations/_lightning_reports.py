@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from geomwatch.integrations._critical import is_worth_saving, tell_of_stop
 from geomwatch.integrations._lightning_host import steps_taken, steps_to_come
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 
 
 def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
-    """Send a record to all loggers at the present step, and to callbacks and progress bar.
-
-    Without held values: a tracker would take them for measured at this step.
-    """
-    fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
-    metrics = replace(record, estimates=fresh).scalars(prefix)
+    """Send a record to all loggers at the present step, and to callbacks and progress bar."""
+    metrics = record.scalars(prefix)
     for tracker in trainer.loggers:
         try:
             tracker.log_metrics(metrics, step=steps_taken(trainer))
@@ -50,14 +46,8 @@ def react(trainer: Any, on_critical: str, rules: Collection[str]) -> None:
     step = steps_taken(trainer)
     if on_critical == "stop":
         trainer.should_stop = True
-        logger.warning("step %d: training stops, as on_critical asks.", step)
-    elif "non_finite" in rules:
-        logger.warning(
-            "step %d: no checkpoint is saved, although on_critical asks for it: what a loss or "
-            "gradient that is not finite leaves behind is not worth it.",
-            step,
-        )
-    else:
+        tell_of_stop(step)
+    elif is_worth_saving(rules, step):
         path = _checkpoint_folder(trainer) / f"geomwatch-step={step + 1}.ckpt"
         trainer.save_checkpoint(path)
         logger.warning("step %d: saved %s, as on_critical asks.", step, path)

@@ -79,7 +79,7 @@ class Watch:
                 self.monitor.load_state_dict(state)
             except UsageError:
                 raise
-            except Exception as error:
+            except Exception as error:  # of another version, say
                 logger.warning(
                     "geomwatch's part of the checkpoint can't be read (%s: %s); it starts afresh.",
                     type(error).__name__,

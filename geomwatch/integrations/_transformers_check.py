@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
-from geomwatch.checks import check_loss
 from geomwatch.errors import UsageError
+from geomwatch.integrations._replay import replay, turned
 from geomwatch.integrations._transformers_loss import TrainerLoss, Window
-from geomwatch.isolation import isolated
 from geomwatch.vectors import Layout
 
 _LOSS_TOLERANCE = 1e-3  # relative; a forward pass may move a spectral norm's vectors a little
@@ -53,27 +50,27 @@ def check_reproduced(
     Raises:
         UsageError: they differ.
     """
-    layout = Layout.of(model)
-    loss, gradient = _replay(model, loss_fn, window, layout)
+    params = Layout.of(model).params
+    loss, gradient = _replayed(model, loss_fn, window, params)
     trained = float(window.loss)
     if _differ(loss, trained):
         raise UsageError(
             f"{trainer}.training_step must train on the loss that compute_loss returns, got "
             f"{trained:.6g} in training and {loss:.6g} from compute_loss, {_SAME}. {_REMEDY}"
         )
-    turned = _turned(gradient, layout)
-    narrow = any(p.dtype.itemsize < 4 for p in layout.params)
-    if turned > (_NARROW_TOLERANCE if narrow else _GRADIENT_TOLERANCE):
+    angle = turned(gradient, params)
+    narrow = any(p.dtype.itemsize < 4 for p in params)
+    if angle > (_NARROW_TOLERANCE if narrow else _GRADIENT_TOLERANCE):
         raise UsageError(
             f"{trainer}.training_step must train on the loss that compute_loss returns, got "
-            f"gradients that lie {turned:.0%} apart, {_SAME}: it trains on something else as well. "
+            f"gradients that lie {angle:.0%} apart, {_SAME}: it trains on something else as well. "
             f"{_REMEDY}"
         )
 
 
 def difference_to_training(model: nn.Module, loss_fn: TrainerLoss, window: Window) -> str:
     """Say how a loss_fn of the user's differs from what is trained on; "" if it does not."""
-    loss, _ = _replay(model, loss_fn, window, None)
+    loss, _ = _replayed(model, loss_fn, window, Layout.of(model).params)
     trained = float(window.loss)
     if not _differ(loss, trained):
         return ""
@@ -83,56 +80,14 @@ def difference_to_training(model: nn.Module, loss_fn: TrainerLoss, window: Windo
     )
 
 
-def _replay(
-    model: nn.Module, loss_fn: TrainerLoss, window: Window, layout: Layout | None
-) -> tuple[float, Tensor | None]:
-    """Return the loss of a window in training's own precision, and with a layout its gradient."""
+def _replayed(
+    model: nn.Module, loss_fn: TrainerLoss, window: Window, params: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
     pieces = window.micro_batches()
     total = sum(loss_fn.weight(piece) for piece in pieces)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    loss, gradient = 0.0, None if layout is None else layout.zeros()
-    with isolated(
-        model,
-        trainable,
-        others=loss_fn.isolates(),
-        mode="train",
-        autocast=True,
-        second_order=False,
-    ) as snapshot:
-        snapshot.restore()
-        for piece in pieces:
-            part = check_loss(loss_fn(model, batches.fresh_copy(piece)))
-            part = part * (loss_fn.weight(piece) / total)
-            loss += float(part.detach())
-            if layout is not None and gradient is not None:
-                found = torch.autograd.grad(part, layout.params, allow_unused=True)
-                gradient.add_(layout.flatten(_filled(found, layout)))
-    return loss, gradient
+    shares = [(loss_fn.weight(piece) / total, piece) for piece in pieces]
+    return replay(model, loss_fn, shares, params=params, isolates=loss_fn.isolates())
 
 
 def _differ(loss: float, trained: float) -> bool:
     return math.isfinite(trained) and abs(loss - trained) > _LOSS_TOLERANCE * abs(trained) + 1e-6
-
-
-def _turned(gradient: Tensor | None, layout: Layout) -> float:
-    """Return the distance between the directions of `gradient` and of training's own.
-
-    Clipping has changed the length of that one. Hooks on parameters bend it, and the first steps
-    under a GradScaler make it infinite: then there is nothing to compare, and it is 0.
-    """
-    if gradient is None or any(_has_hooks(p) for p in layout.params):
-        return 0.0
-    trained = layout.flatten(_filled([p.grad for p in layout.params], layout))
-    norms = float(trained.norm()), float(gradient.norm())
-    if not all(0 < norm < math.inf for norm in norms):
-        return 0.0
-    return float((trained / norms[0] - gradient / norms[1]).norm())
-
-
-def _filled(tensors: Sequence[Tensor | None], layout: Layout) -> list[Tensor]:
-    pairs = zip(tensors, layout.params, strict=True)
-    return [torch.zeros_like(p) if t is None else t.detach() for t, p in pairs]
-
-
-def _has_hooks(p: Tensor) -> bool:
-    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from geomwatch.errors import UsageError
+from geomwatch.integrations._critical import is_worth_saving, tell_of_stop
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 
@@ -62,13 +62,9 @@ def refuse_processes(trainer: Any) -> None:
 
 
 def publish(log: Callable[[Any, Any], None], trainer: Any, record: Record, prefix: str) -> None:
-    """Log a record as the Trainer logs its losses, to `log_history` and all trackers.
-
-    Without held values: a tracker would take them for measured at this step.
-    """
-    fresh = {name: e for name, e in record.estimates.items() if e.status != "held"}
+    """Log a record as the Trainer logs its losses, to `log_history` and all trackers."""
     try:
-        log(trainer, replace(record, estimates=fresh).scalars(prefix))
+        log(trainer, record.scalars(prefix))
     except Exception as error:  # a tracker that is out of reach, say
         logger.warning(
             "the record of step %d did not reach all trackers: %s: %s",
@@ -85,14 +81,8 @@ def ask_for(action: str | None, alerts: Sequence[Alert], step: int, control: Any
         return
     if action == "stop":
         control.should_training_stop = True
-        logger.warning("step %d: training stops, as on_critical asks.", step)
-    elif "non_finite" in rules:
-        logger.warning(
-            "step %d: no checkpoint is saved, although on_critical asks for it: what a loss or "
-            "gradient that is not finite leaves behind is not worth it.",
-            step,
-        )
-    else:
+        tell_of_stop(step)
+    elif is_worth_saving(rules, step):
         control.should_save = True
 
 

@@ -96,7 +96,7 @@ class Evaluator:
         """Return the loss of one batch, with a graph where grad is enabled."""
         try:
             loss = self._loss_fn(self.model, batches.fresh_copy(batch, self._cast))
-        except Exception as error:
+        except Exception as error:  # explained where it can be, and passed on
             self._data.explain(error)
             if isinstance(error, RuntimeError):
                 explain_device(error, batch, self.layout.device)

@@ -54,7 +54,7 @@ def permutable_units(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
             from torch import fx
 
             graph = fx.Tracer().trace(model)
-    except Exception as error:
+    except Exception as error:  # whatever tracing meets in a forward
         raise UsageError(
             f"align must be able to trace the forward of {type(model).__name__}, got "
             f"{type(error).__name__}: {error}. {_ADVICE}"

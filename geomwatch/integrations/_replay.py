@@ -1,0 +1,65 @@
+"""The loss of a window, evaluated once more with training's own kernels and random state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geomwatch import batches
+from geomwatch.checks import check_loss
+from geomwatch.isolation import isolated
+from geomwatch.objective import LossFn
+from geomwatch.vectors import whole
+
+
+def replay(
+    model: nn.Module,
+    loss_fn: LossFn,
+    window: Iterable[tuple[float, Any]],
+    *,
+    params: Sequence[Tensor],
+    isolates: Sequence[object],
+) -> tuple[float, list[Tensor]]:
+    """Return the loss of a window of (share, micro-batch) pairs, and its gradient by `params`.
+
+    In the precision of training, and not twice differentiable: what comes out must be what training
+    itself has computed.
+    """
+    loss = 0.0
+    gradient = [torch.zeros_like(p) for p in params]
+    with isolated(
+        model, params, others=isolates, mode="train", autocast=True, second_order=False
+    ) as snapshot:
+        snapshot.restore()
+        for share, micro in window:
+            part = share * check_loss(loss_fn(model, batches.fresh_copy(micro)))
+            loss += float(part.detach())
+            found = torch.autograd.grad(part, list(params), allow_unused=True)
+            for total, g in zip(gradient, found, strict=True):
+                if g is not None:
+                    total.add_(g)
+    return loss, gradient
+
+
+def turned(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> float:
+    """Return the distance between the directions of `gradient` and of the one that is stepped with.
+
+    Clipping has changed the length of the latter. Hooks on parameters bend it, and the first steps
+    under a GradScaler make it infinite: then there is nothing to compare, and it is 0.
+    """
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params):
+        return 0.0
+    own = _flat(gradient)
+    stepped = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+    norms = float(own.norm()), float(stepped.norm())
+    if not all(0 < norm < math.inf for norm in norms):
+        return 0.0
+    return float((own / norms[0] - stepped / norms[1]).norm())
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([whole(t).detach().reshape(-1).float() for t in tensors])
