@@ -116,7 +116,6 @@ def draw_surface(ax: Any, plane: Plane) -> None:
     from matplotlib import colormaps
 
     colours = colormaps[MAP](norm(losses.filled(np.nan)))
-    colours[..., 3] = np.where(losses.mask, 0.0, 1.0)
     ax.contour(
         a,
         b,
@@ -128,20 +127,33 @@ def draw_surface(ax: Any, plane: Plane) -> None:
         cmap=MAP,
         linewidths=0.7,
     )
-    ax.plot_surface(
-        a,
-        b,
-        heights.filled(np.nan),
-        facecolors=colours,
-        rstride=1,
-        cstride=1,
-        linewidth=0.15,
-        edgecolor=(1, 1, 1, 0.35),
-        antialiased=True,
-        shade=False,
-    )
+    _draw_cells(ax, np.stack([a, b, heights.filled(np.nan)], -1), colours)
+    ax.set_xlim(plane.alphas[0], plane.alphas[-1])
+    ax.set_ylim(plane.betas[0], plane.betas[-1])
     ax.set_zlim(floor, low + height)
     _label_axes(ax, plane, logarithmic=logarithmic)
+
+
+def _draw_cells(ax: Any, points: Floats, colours: Floats) -> None:
+    """Draw the cells of a grid whose four corners are all there, each in the colour of its first.
+
+    Not by plot_surface: it keeps the corners that are left of a broken cell, and projects what
+    happens to be in memory for the missing ones.
+    """  # (n, m, 3), (n, m, 4)
+    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+    corners = points[:-1, :-1], points[1:, :-1], points[1:, 1:], points[:-1, 1:]
+    cells = np.stack(corners, -2).reshape(-1, 4, 3)
+    whole = np.isfinite(cells).all((1, 2))
+    ax.add_collection3d(
+        Poly3DCollection(
+            cells[whole],
+            facecolors=colours[:-1, :-1].reshape(-1, 4)[whole],
+            linewidths=0.15,
+            edgecolors=(1, 1, 1, 0.35),
+            antialiased=True,
+        )
+    )
 
 
 def _label_axes(ax: Any, plane: Plane, *, logarithmic: bool) -> None:
