@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.checks import check_count, check_options
 from geomwatch.distributed import Ranks
-from geomwatch.double_backward import gradients
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.locate import module_of
 from geomwatch.padding import padding_mask
@@ -84,11 +83,7 @@ class Objective:
 
     def _reset(self, *, is_part: bool = False) -> None:
         self.hvps = 0
-        self._loss: float | None = None
-        self._gradient: Tensor | None = None
-        self._products = Products(
-            self._replay, self.gradient, self._gradient_at, **self._kind, is_part=is_part
-        )
+        self._products = Products(self._replay, **self._kind, is_part=is_part)
 
     def __enter__(self) -> Objective:
         self._reset()
@@ -160,10 +155,7 @@ class Objective:
 
     def loss(self) -> float:
         """Return L(w). Costs a forward and a backward pass, shared with `gradient`."""
-        if self._loss is None:
-            self.gradient()
-        assert self._loss is not None
-        return self._loss
+        return float(self._products.loss_and_gradient()[0])
 
     def gradient(self) -> Tensor:
         """Return the gradient of L.
@@ -171,12 +163,7 @@ class Objective:
         Raises:
             UsageError: the loss is no scalar tensor that depends on the parameters.
         """  # (D,)
-        if self._gradient is None:
-            loss, self._gradient = self._replay.mean(
-                self._products.first_gradient, self.layout.number(), self.layout.zeros()
-            )
-            self._loss = float(loss)
-        return self._gradient
+        return self._products.loss_and_gradient()[1]
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v, H the Hessian of L, or G v. One HVP.
@@ -203,18 +190,7 @@ class Objective:
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)
-        return self._gradient_at(displacement).to(displacement)
-
-    def _gradient_at(self, displacement: Tensor) -> Tensor:
-        """Return it in the precision it is computed in: differences need all of it."""
-        leaves = self._replay.leaves
-
-        def of(batch: Any) -> tuple[Tensor]:
-            loss = self._replay.evaluate(batch)
-            return (leaves.flatten(gradients(loss, leaves, create_graph=False)),)
-
-        with self._replay.displaced(displacement):
-            return self._replay.mean(of, torch.zeros_like(displacement, dtype=leaves.dtype))[0]
+        return self._products.gradient_at(displacement).to(displacement)
 
     def part(self, share: int) -> Objective | None:
         """Return the same loss on the first 1/`share` of the items, for use inside this block.

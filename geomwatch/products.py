@@ -18,7 +18,7 @@ Product = Callable[[Tensor], Tensor]  # (D,) -> (D,)
 
 
 class Products:
-    """H v or G v of the loss that a Replay evaluates.
+    """The gradient of the loss that a Replay evaluates, and H v or G v.
 
     Double backward first; where an operation has no second derivative, differences of gradients at
     the precision of the leaves, and where those find kinks in float64.
@@ -27,17 +27,15 @@ class Products:
     def __init__(
         self,
         replay: Replay,
-        gradient: Callable[[], Tensor],
-        gradient_at: Callable[[Tensor], Tensor],
         *,
         operator: str,
         hvp: str,
         is_part: bool,
     ) -> None:
         self._replay = replay
-        self._gradient, self._gradient_at = gradient, gradient_at
         self._operator, self._hvp = operator, hvp
         self._is_part = is_part  # of a loss whose model is not its own to recast
+        self._first: tuple[Tensor, Tensor] | None = None  # loss and gradient
         self._difference: FiniteDifference | None = None
         self._graphless = False  # the gradient could not be had with its graph
         self.fallback = ""  # why it is not double backward
@@ -50,7 +48,28 @@ class Products:
             return "none"
         return "double_backward" if self._difference is None else "finite_difference"
 
-    def first_gradient(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return both, of the whole window."""  # (), (D,)
+        if self._first is None:
+            layout = self._replay.layout
+            loss, gradient = self._replay.mean(
+                self._of_batch, layout.number(), layout.zeros()
+            )
+            self._first = loss, gradient
+        return self._first
+
+    def gradient_at(self, displacement: Tensor) -> Tensor:
+        """Return it in the precision it is computed in: differences need all of it."""
+        leaves = self._replay.leaves
+
+        def of(batch: Any) -> tuple[Tensor]:
+            loss = self._replay.evaluate(batch)
+            return (leaves.flatten(gradients(loss, leaves, create_graph=False)),)
+
+        with self._replay.displaced(displacement):
+            return self._replay.mean(of, torch.zeros_like(displacement, dtype=leaves.dtype))[0]
+
+    def _of_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return loss and gradient of a batch; the graph is kept if a product can use it.
 
         Lacking a graph is for a product to report.
@@ -125,8 +144,8 @@ class Products:
                 f'({reason}). Use operator="hessian".'
             )
         self.fallback = reason
-        norm = float(self._gradient().norm())
-        self._difference = FiniteDifference(self._gradient_at, norm, self._replay.leaves.dtype)
+        norm = float(self.loss_and_gradient()[1].norm())
+        self._difference = FiniteDifference(self.gradient_at, norm, self._replay.leaves.dtype)
         self._replay.kept = None
 
     def _by_differences(self, v: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Replay:
         ranks: Ranks | None = None,
     ) -> None:
         self.window = list(window)
-        self.leaves = self._layout = layout
+        self.leaves = self.layout = layout
         self._model, self._loss_fn = model, loss_fn
         used = [also] if isinstance(also, nn.Module) else also
         self._others = [*used, *captured_by(loss_fn)]
@@ -60,21 +60,21 @@ class Replay:
     @contextlib.contextmanager
     def opened(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Iterator[Snapshot]:
         """Isolate the model; yields what is put back."""
-        self.leaves, self._cast = self._layout, None
+        self.leaves, self._cast = self.layout, None
         self._weigh_window()
-        if is_sharded(self._layout.params):
+        if is_sharded(self.layout.params):
             reshard(list(self._model.modules()))
         with contextlib.ExitStack() as self._stack:
             self._snapshot = self._stack.enter_context(
                 isolated(
                     self._model,
-                    self._layout.params,
+                    self.layout.params,
                     others=self._others,
                     mode=mode,
                     autocast=autocast,
                 )
             )
-            if is_sharded(self._layout.params):
+            if is_sharded(self.layout.params):
                 self._unshard()
             if dtype is not None and any(p.dtype != dtype for p in self.leaves.params):
                 self.recast(dtype)
@@ -102,14 +102,14 @@ class Replay:
         # of the present leaves: they may be stand-ins already, at float32 for bfloat16
         params = tuple(stand_in(p) for p in self.leaves.params)
         self._before = self._snapshot, self.leaves, self._cast
-        self.leaves, self._cast = Layout(self._layout.names, params), dtype
+        self.leaves, self._cast = Layout(self.layout.names, params), dtype
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
         self._snapshot = Snapshot([self._model, *self._others])
 
     def _unshard(self) -> None:
         assert self._snapshot is not None
         stand_in = self._stack.enter_context(unsharded(self._snapshot.modules))
-        self.leaves = Layout(self._layout.names, tuple(map(stand_in, self._layout.params)))
+        self.leaves = Layout(self.layout.names, tuple(map(stand_in, self.layout.params)))
         self._snapshot = Snapshot([self._model, *self._others])
 
     def undo_recast(self) -> None:
@@ -128,7 +128,7 @@ class Replay:
 
     def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch, for use while this one is opened."""
-        other = Replay(self._model, self._loss_fn, [batch], layout=self._layout, ranks=ranks)
+        other = Replay(self._model, self._loss_fn, [batch], layout=self.layout, ranks=ranks)
         other._snapshot, other.leaves, other._cast = self._snapshot, self.leaves, self._cast
         other._weigh_window()
         self.kept = None
@@ -186,7 +186,7 @@ class Replay:
         try:
             loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
         except RuntimeError as error:
-            explain_device(error, batch, self._layout.device)
+            explain_device(error, batch, self.layout.device)
             raise
         return check_loss(loss)
 
