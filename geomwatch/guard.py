@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from geomwatch.distributed import RankError
 from geomwatch.errors import UsageError
 from geomwatch.prober import Probed, Prober
 from geomwatch.records import Estimate
@@ -131,6 +132,7 @@ class Guard:
                 type(error).__name__,
                 error,
                 exc_info=error,
+                extra={"each_rank": not isinstance(error, RankError)},
             )
         if self._failures == _PATIENCE:
             self.paused = True

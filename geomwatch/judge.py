@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
-
+from geomwatch.distributed import is_first_rank
 from geomwatch.errors import UsageError
 from geomwatch.records import Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
@@ -44,7 +43,7 @@ class Judge:
         for alert in alerts:
             self.alerts.append(alert)
             self.emit(alert_line(alert))
-            if self._on_alert is not None and _is_rank_zero():
+            if self._on_alert is not None and is_first_rank():
                 self._safely(self._on_alert, alert)
         return record
 
@@ -52,7 +51,7 @@ class Judge:
         """Send a line to the log and the sinks."""
         if self.name:
             line = {**line, "monitor": self.name}
-        if _is_rank_zero():
+        if is_first_rank():
             for sink in self._sinks:
                 self._safely(sink, line)
 
@@ -97,12 +96,3 @@ class Judge:
                     exc_info=error,
                 )
             return None
-
-
-def _is_rank_zero() -> bool:
-    distributed = torch.distributed
-    return (
-        not distributed.is_available()
-        or not distributed.is_initialized()
-        or distributed.get_rank() == 0
-    )

@@ -276,6 +276,7 @@ class Monitor:
                 "monitor.step() must come before optimizer.step(), got a gradient that it has "
                 f"stepped with already. {_PLACE}"
             )
+        self._ranks.refuse_join()
         alone = self._ranks.size == 1  # another rank may have items
         if alone and not (window or self._fixed_window or self._guard.paused):
             raise UsageError(
@@ -319,7 +320,7 @@ class Monitor:
 
     def _probe(self, window: Sequence[Any], grad_scale: float) -> Probed | None:
         own = self._fixed_window or window
-        if not own and self._ranks.size == 1:
+        if not self._ranks.any(bool(own)):
             self._guard.tell(
                 "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), "
                 "or call observe(batch) for each micro-batch."

@@ -14,9 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from geomwatch.distributed import is_first_rank
 from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record
 
 logger = logging.getLogger("geomwatch")
+logger.addFilter(lambda said: is_first_rank() or getattr(said, "each_rank", False))
 
 Line: TypeAlias = dict[str, Any]
 Sink: TypeAlias = Callable[[Line], None]

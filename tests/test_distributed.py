@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from problems import cross_entropy, digits, mlp
+from ranks import run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,27 +20,6 @@ from geomwatch.progress import StepScalars
 
 Batch = tuple[Tensor, Tensor]
 NAMES = ["loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"]
-
-
-def run(scene: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """Play a scene on two ranks over gloo; return what each returned."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (scene, port, str(folder), arguments), nprocs=2, join=True)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def _rank(
-    rank: int, scene: Callable[..., Any], port: int, folder: str, arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(scene(rank, *arguments), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
 
 
 def shard(rank: int, cut: int = 70) -> Batch:
