@@ -1,99 +1,150 @@
 """How much memory a probe needs beside a training step, whole and in micro-batches.
 
-Each row is a process of its own that trains a GPT-2-like net with AdamW, with or without a
-monitor, and reports the growth of its peak resident memory over what it held before the first
-step. Writes docs/benchmarks/memory.md. About a minute.
+Trains a GPT-2-like net with AdamW and counts the bytes of live tensors from torch's own record of
+allocations, above what is held between steps (weights, their gradients and the optimizer's state).
+Resident memory would count what the allocator keeps, which says nothing. Writes
+docs/benchmarks/memory.md. A few minutes; `--quick` in seconds, which prints only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import geomwatch
 
 OUT = Path("docs/benchmarks/memory.md")
-BATCH, LENGTH, VOCABULARY = 16, 128, 1000
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "training alone": None,
-    "probes of the whole batch": {},
-    "probes with micro_batch = b/4": {"micro_batch": BATCH // 4},
-    "probes with micro_batch = b/8": {"micro_batch": BATCH // 8},
-}
+PROBES = 2  # the first, which also checks the model, and a recurring one
 
 
-def train(options: dict[str, Any] | None, steps: int = 2) -> float:
-    """Train for a few steps, probing at each; return the growth of the peak in MiB."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=128, n_layer=4, n_head=4)
-    model = GPT2LMHeadModel(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
-    batch = {"input_ids": tokens, "labels": tokens}
-    monitor = None
-    if options is not None:
-        monitor = geomwatch.Monitor(
-            model, geomwatch.model_loss, optimizer, every=1, schedule="fixed", **options
+@dataclass(frozen=True)
+class Size:
+    """A GPT-2-like net and its batch."""
+
+    layers: int
+    width: int
+    batch: int
+    length: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        return f"{self.layers} layers, {self.width} wide, {self.batch} x {self.length} tokens"
+
+
+QUICK = Size(layers=2, width=32, batch=16, length=64, vocabulary=128)
+SIZES = (
+    Size(layers=2, width=128, batch=16, length=128, vocabulary=1000),
+    Size(layers=4, width=128, batch=16, length=128, vocabulary=1000),
+    Size(layers=6, width=192, batch=16, length=128, vocabulary=1000),
+)
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Run something; return the most bytes that tensors allocated meanwhile took at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    kineto = seen.profiler.kineto_results
+    changes = [event for event in kineto.events() if event.name() == "[memory]"]
+    held = most = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        most = max(most, held)
+    return most
+
+
+class Training:
+    """A GPT-2-like net that takes AdamW steps on random tokens."""
+
+    def __init__(self, size: Size) -> None:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=size.vocabulary,
+            n_positions=size.length,
+            n_embd=size.width,
+            n_layer=size.layers,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=None,
         )
-    before = peak()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        geomwatch.model_loss(model, batch).backward()
-        if monitor is not None and monitor.step(batch) is None:
-            raise SystemExit("a probe failed")
-        optimizer.step()
-    return peak() - before
+        self.model = GPT2LMHeadModel(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        tokens = torch.randint(0, size.vocabulary, (size.batch, size.length))
+        self.batch = {"input_ids": tokens, "labels": tokens}
+        self.backward()
+        self.optimizer.step()  # its state is there from here on
+
+    def backward(self) -> None:
+        """Compute the gradients."""
+        self.optimizer.zero_grad(set_to_none=False)
+        geomwatch.model_loss(self.model, self.batch).backward()
 
 
-def peak() -> float:
-    """The peak of the resident memory so far, in MiB (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step_peak(size: Size) -> int:
+    """Peak of a training step."""
+    training = Training(size)
+    return max(peak(training.backward), peak(training.optimizer.step))
 
 
-def measure(name: str) -> float:
-    """Run one variant in a process of its own."""
-    command = [sys.executable, __file__, "--only", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
+def probe_peaks(size: Size, micro_batch: int | None) -> list[int]:
+    """Peaks of the probes: all default quantities, the slow ones included."""
+    training = Training(size)
+    monitor = geomwatch.Monitor(
+        training.model,
+        geomwatch.model_loss,
+        training.optimizer,
+        every=1,
+        schedule="fixed",
+        micro_batch=micro_batch,
+    )
+    found = []
+    for _ in range(PROBES):
+        training.backward()
+        found.append(peak(lambda: monitor.step(training.batch)))
+        training.optimizer.step()
+    return found
+
+
+def table_of(size: Size) -> list[str]:
+    """Rows of one net, as they are measured."""
+    step = step_peak(size)
+    rows = [f"| {size} | training step | {step / 2**20:.0f} | 1.00 |"]
+    pieces = {"whole batch": None, "b/4": size.batch // 4, "b/8": size.batch // 8}
+    for name, micro_batch in pieces.items():
+        first, later = probe_peaks(size, micro_batch)
+        for kind, found in (("first", first), ("recurring", later)):
+            rows.append(f"| | {kind} probe, {name} | {found / 2**20:.0f} | {found / step:.2f} |")
+    print("\n".join(rows), flush=True)
+    return rows
 
 
 def main() -> None:
-    """Measure every variant and write the table."""
+    """Measure every net and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=VARIANTS, help="measure one variant in this process")
-    only = parser.parse_args().only
-    if only is not None:
-        print(json.dumps(train(VARIANTS[only])))
-        return
-    found = {name: measure(name) for name in VARIANTS}
-    step = found["training alone"]
-    rows = [f"| {name} | {mib:.0f} | {(mib - step) / step:.2f} |" for name, mib in found.items()]
-    table = "\n".join(
-        [
-            "# Memory of a probe",
-            "",
-            "Written by `python benchmarks/memory.py`. A GPT-2-like net (2 layers, 128 wide, "
-            f"{BATCH} x {LENGTH} tokens, AdamW) on a CPU; peak resident memory above that before "
-            "the first step, and how far it lies above the peak of training alone, in units of "
-            "that. All default quantities, the slow ones included.",
-            "",
-            "| | peak, MiB | above training, in training steps |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-    OUT.write_text(table)
-    print(table)
+    parser.add_argument("--quick", action="store_true", help="one tiny net; write nothing")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    rows = [row for size in ((QUICK,) if quick else SIZES) for row in table_of(size)]
+    table: list[Any] = [
+        "# Memory of a probe",
+        "",
+        "Written by `python benchmarks/memory.py`. GPT-2-like nets with AdamW on a CPU; the most "
+        "bytes of tensors alive at once, above what is held between steps (weights, gradients, "
+        "optimizer state), and in units of a training step's. All default quantities.",
+        "",
+        "| net | what | peak, MiB | in training steps |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    if not quick:
+        OUT.write_text("\n".join(table))
 
 
 if __name__ == "__main__":

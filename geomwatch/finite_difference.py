@@ -25,10 +25,7 @@ class FiniteDifference:
     are extrapolated to h = 0 (Richardson). Costs four gradients, or more while it looks for h.
     """
 
-    def __init__(
-        self, gradient_at: Callable[[Tensor], Tensor], gradient_norm: float, dtype: torch.dtype
-    ) -> None:
-        self._gradient_at = gradient_at
+    def __init__(self, gradient_norm: float, dtype: torch.dtype) -> None:
         self._norm = max(gradient_norm, torch.finfo(dtype).tiny)
         # In float64 a step can be so small that it crosses no kink: 1e-6 of the gradient.
         self._share = 1e-2 if dtype == torch.float32 else 1e-6
@@ -37,8 +34,8 @@ class FiniteDifference:
         self._guess = 1e-2 if dtype == torch.float32 else 1e-6
         self.error = 0.0  # the largest relative disagreement so far
 
-    def __call__(self, v: Tensor) -> Tensor:
-        """Return H v.
+    def __call__(self, gradient_at: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        """Return H v from gradients at displacements of the weights.
 
         Raises:
             NotSmoothError: no two steps agree to 0.2 %.
@@ -47,11 +44,11 @@ class FiniteDifference:
         if length == 0:
             return torch.zeros_like(v)
         unit = v / length
-        base = self._fitting(self._difference(unit, self._guess))
+        base = self._fitting(_difference(gradient_at, unit, self._guess))
         disagreement = float("inf")
         for factor in _FACTORS:
             step = base * factor
-            coarse, fine = self._difference(unit, step), self._difference(unit, step / 2)
+            coarse, fine = (_difference(gradient_at, unit, h) for h in (step, step / 2))
             size = float(fine.norm())
             disagreement = float((coarse - fine).norm()) / size if size > 0 else 0.0
             if disagreement <= _AGREEMENT or size <= self._noise(step):
@@ -63,10 +60,6 @@ class FiniteDifference:
             f"kinks (ReLU, max-pooling) or too little precision for them in {v.dtype}"
         )
 
-    def _difference(self, unit: Tensor, step: float) -> Tensor:
-        ahead, behind = self._gradient_at(step * unit), self._gradient_at(-step * unit)
-        return (ahead - behind) / (2 * step)
-
     def _fitting(self, difference: Tensor) -> float:
         """Return the step at which the gradient changes by its share."""
         size = float(difference.norm())
@@ -76,3 +69,8 @@ class FiniteDifference:
     def _noise(self, step: float) -> float:
         """Return the size of a difference that is all rounding."""
         return 10 * self._eps * self._norm / step
+
+
+def _difference(gradient_at: Callable[[Tensor], Tensor], unit: Tensor, step: float) -> Tensor:
+    ahead, behind = gradient_at(step * unit), gradient_at(-step * unit)
+    return (ahead - behind) / (2 * step)

@@ -81,9 +81,9 @@ class Objective:
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._reset()
 
-    def _reset(self, *, is_part: bool = False) -> None:
+    def _reset(self, **part: bool) -> None:
         self.hvps = 0
-        self._products = Products(self._replay, **self._kind, is_part=is_part)
+        self._products = Products(self._replay, **self._kind, **part)
 
     def __enter__(self) -> Objective:
         self._reset()
@@ -207,7 +207,8 @@ class Objective:
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
-        For how they spread, inside this block and on this rank.
+        For how they spread, inside this block and on this rank: a gradient or a product of each,
+        without keeping its graph.
 
         Raises:
             WithheldError: there are not two items for each, or pieces of a batch would be
@@ -215,7 +216,7 @@ class Objective:
         """
         window = self._replay.window
         if len(window) > 1:
-            return [self._on(batch) for batch in window]
+            return [self._on(batch, once=True) for batch in window]
         if self.items < 2 * count:
             raise WithheldError(
                 f"{self.items} items can't be cut into {count} micro-batches of two; accumulate "
@@ -226,12 +227,12 @@ class Objective:
                 "a BatchNorm in train mode would give pieces of the batch statistics of their own; "
                 "accumulate the gradient over micro-batches, or measure with mode='eval'"
             )
-        return [self._on(piece) for piece in batches.cut(window[0], count, rng)]
+        return [self._on(piece, once=True) for piece in batches.cut(window[0], count, rng)]
 
-    def _on(self, batch: Any, ranks: Ranks | None = None) -> Objective:
+    def _on(self, batch: Any, ranks: Ranks | None = None, *, once: bool = False) -> Objective:
         part = copy.copy(self)
         part._replay, part.items = self._replay.on(batch, ranks), batches.items(batch)
-        part._reset(is_part=True)
+        part._reset(is_part=True, once=once)
         part.forgo_hvps(self.obstacle)
         return part
 

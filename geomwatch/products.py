@@ -30,11 +30,13 @@ class Products:
         *,
         operator: str,
         hvp: str,
-        is_part: bool,
+        is_part: bool = False,
+        once: bool = False,
     ) -> None:
         self._replay = replay
         self._operator, self._hvp = operator, hvp
         self._is_part = is_part  # of a loss whose model is not its own to recast
+        self._once = once  # one gradient or product is wanted: no graph is worth its memory
         self._first: tuple[Tensor, Tensor] | None = None  # loss and gradient
         self._difference: FiniteDifference | None = None
         self._graphless = False  # the gradient could not be had with its graph
@@ -52,9 +54,7 @@ class Products:
         """Return both, of the whole window."""  # (), (D,)
         if self._first is None:
             layout = self._replay.layout
-            loss, gradient = self._replay.mean(
-                self._of_batch, layout.number(), layout.zeros()
-            )
+            loss, gradient = self._replay.mean(self._of_batch, layout.number(), layout.zeros())
             self._first = loss, gradient
         return self._first
 
@@ -109,7 +109,7 @@ class Products:
 
     @property
     def _keeps_graph(self) -> bool:
-        wanted = self._hvp != "finite_difference" and not self._graphless
+        wanted = self._hvp != "finite_difference" and not (self._graphless or self._once)
         return len(self._replay.window) == 1 and wanted
 
     def _double_backward(self, v: Tensor) -> Tensor:
@@ -145,13 +145,13 @@ class Products:
             )
         self.fallback = reason
         norm = float(self.loss_and_gradient()[1].norm())
-        self._difference = FiniteDifference(self.gradient_at, norm, self._replay.leaves.dtype)
+        self._difference = FiniteDifference(norm, self._replay.leaves.dtype)
         self._replay.kept = None
 
     def _by_differences(self, v: Tensor) -> Tensor:
         assert self._difference is not None
         try:
-            return self._difference(v.to(self._replay.leaves.dtype)).to(v)
+            return self._difference(self.gradient_at, v.to(self._replay.leaves.dtype)).to(v)
         except NotSmoothError as error:
             # A part leaves the model to the objective it belongs to.
             if self._replay.is_recast or self._is_part:
@@ -163,7 +163,7 @@ class Products:
             with self._replay.ranks.together():
                 self._replay.recast(torch.float64)
             self._use_differences(self.fallback)
-            return self._difference(v.to(torch.float64)).to(v)
+            return self._difference(self.gradient_at, v.to(torch.float64)).to(v)
         except Exception as error:  # whatever a model says that is made for one precision
             self._replay.undo_recast()
             self._give_up(f"{self.fallback}; {kinks}; in float64: {error}", error)

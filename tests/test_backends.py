@@ -128,9 +128,9 @@ def test_differences_across_kinks_are_refused_in_float32():
     model, batch = mlp(64, 64, 32, 10), digits(128)
     with Objective(model, cross_entropy, [batch]) as objective:
         norm = float(objective.gradient().norm())
-        difference = FiniteDifference(objective.gradient_at, norm, torch.float32)
+        difference = FiniteDifference(norm, torch.float32)
         with pytest.raises(NotSmoothError, match="the loss has kinks"):
-            difference(objective.gradient())
+            difference(objective.gradient_at, objective.gradient())
 
 
 def test_bfloat16_parameters_go_on_to_float64_where_differences_cross_kinks():
@@ -163,11 +163,9 @@ def test_a_part_does_not_recast_the_model_of_its_whole():
 
 def test_a_noisy_gradient_is_refused():
     rng = torch.Generator().manual_seed(0)
-    difference = FiniteDifference(
-        lambda d: d + 0.1 * torch.randn(d.shape, generator=rng), 1.0, torch.float32
-    )
+    difference = FiniteDifference(1.0, torch.float32)
     with pytest.raises(NotSmoothError, match="two steps differ"):
-        difference(torch.ones(20))
+        difference(lambda d: d + 0.1 * torch.randn(d.shape, generator=rng), torch.ones(20))
 
 
 def test_the_weights_are_bit_identical_after_differences():
