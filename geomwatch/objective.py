@@ -81,9 +81,9 @@ class Objective:
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._reset()
 
-    def _reset(self, **part: bool) -> None:
+    def _reset(self, *, is_part: bool = False, once: bool = False) -> None:
         self.hvps = 0
-        self._products = Products(self._replay, **self._kind, **part)
+        self._products = Products(self._replay, **self._kind, is_part=is_part, once=once)
 
     def __enter__(self) -> Objective:
         self._reset()

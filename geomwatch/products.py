@@ -30,8 +30,8 @@ class Products:
         *,
         operator: str,
         hvp: str,
-        is_part: bool = False,
-        once: bool = False,
+        is_part: bool,
+        once: bool,
     ) -> None:
         self._replay = replay
         self._operator, self._hvp = operator, hvp
