@@ -15,7 +15,10 @@ class Observation:
     """One optimizer step as the rules see it, before the step is taken.
 
     `margin` is the stability margin at this step's learning rate: measured now when `fresh`,
-    otherwise the last one re-scaled. `settled` is what became known of the step before.
+    otherwise the last one re-scaled; `gradient_margin`, measured more often, is the small-batch
+    margin along the coming preconditioned step d = S^2 g, noise_ratio * d'(H + W)d / g'd (see
+    `stability`): eta BS / (2 (1-mu)) for SGD with momentum, negative where the loss is concave.
+    `settled` is what became known of the step before.
     """
 
     step: int
@@ -23,6 +26,10 @@ class Observation:
     optimizer: str = "the optimizer"
     margin: Estimate | None = None
     fresh: bool = False
+    gradient_margin: Estimate | None = None
+    gradient_fresh: bool = False
+    cold_start: float = 1.0  # factor of Adam's first steps that both margins leave out
+    peak: tuple[float, ...] = ()  # the highest rate each group is known to be headed for
     deterministic: bool = False  # every step sees the same data, as in full-batch training
     estimates: Mapping[str, Estimate] | None = None  # of a probe at this step
     loss: float | None = None  # of a probe at this step
