@@ -102,9 +102,18 @@ class Ranks:
         with self.together():
             parts = compute()
         for part in parts:
-            if not self._reduce(part):
-                raise RankError("the other ranks can't be reached any more")
+            self.add_up(part)
         return parts
+
+    def add_up(self, part: Tensor) -> Tensor:
+        """Sum a tensor over all ranks in place, without asking whether all have got there.
+
+        Raises:
+            RankError: a rank can't be reached.
+        """
+        if self.size > 1 and not self._reduce(part):
+            raise RankError("the other ranks can't be reached any more")
+        return part
 
     def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return the means over all ranks of tensors that each has, in one collective.
@@ -132,6 +141,18 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set on some rank that can be reached."""
         return flag if self.size == 1 else self.total(float(flag)) > 0
+
+    def each(self, number: float) -> list[float]:
+        """Return the number that each rank has.
+
+        Raises:
+            RankError: a rank can't be reached.
+        """
+        if self.size == 1:
+            return [number]
+        numbers = torch.zeros(self.size, dtype=torch.float64, device=self._device)
+        numbers[dist.get_rank(self._group)] = number
+        return [float(n) for n in self.add_up(numbers)]
 
     def sum_and_count(self, value: Tensor | float | None) -> Tensor:
         """Return the sum of a number over the ranks that have one, and their number, on device."""

@@ -36,7 +36,7 @@ class ScaleInvariance:
         for name, w, g in zip(layout.names, layout.params, layout.unflatten(gradient), strict=True):
             if w.dim() < 2 or name in self._failed:
                 continue
-            cosine = _cosine(whole(w).detach(), g)
+            cosine = _cosine(whole(w).detach(), whole(g))
             if cosine is not None:
                 (passed if cosine < _LARGEST_COSINE else self._failed).add(name)
         return frozenset(passed)

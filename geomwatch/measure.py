@@ -16,6 +16,7 @@ from geomwatch.objective import LossFn, Objective
 from geomwatch.probe import Budget, Probe
 from geomwatch.quantities import evaluate, evaluate_layers, resolve, ritz_indices
 from geomwatch.records import Record
+from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
 from geomwatch.vectors import Layout, generator
@@ -63,7 +64,8 @@ def measure(
         check_optimizer(optimizer)
     names = resolve(quantities, has_optimizer=optimizer is not None)
     ranks, model = Ranks.of(model), unwrapped(model)
-    layout = Layout.of(model, params)
+    choice = choose_shards(model, Layout.of(model, params), ranks, hvp=hvp, operator=operator)
+    layout = choice.layout
     start = time.perf_counter()
     options: dict[str, Any] = {
         "layout": layout,
@@ -74,7 +76,7 @@ def measure(
         "micro_batch": micro_batch,
         "ranks": ranks,
     }
-    backend, facts = choose_backend(model, loss_fn, batch, hvp, options)
+    backend, facts = choose_backend(model, loss_fn, batch, choice.hvp, options)
     with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:
         stability = None
         if optimizer is not None:
@@ -92,7 +94,7 @@ def measure(
         estimates = evaluate(probe, names)
         if per_layer:
             estimates |= evaluate_layers(probe)
-        how = objective.how | facts | {"hvps": objective.hvps}
+        how = objective.how | facts | choice.facts | {"hvps": objective.hvps}
         loss = objective.loss()
     return Record(
         step=0,

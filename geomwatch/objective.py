@@ -21,7 +21,7 @@ from geomwatch.padding import padding_mask
 from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay
-from geomwatch.vectors import Layout
+from geomwatch.vectors import Layout, generator
 
 _SMALLEST_PART = 16  # items
 
@@ -73,7 +73,8 @@ class Objective:
             window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
         if (ranks is None or ranks.size == 1) and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
-        self._replay = Replay(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
+        kind = _replay_on(self.layout)
+        self._replay = kind(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
         self._mode, self._precision = mode, precision
         self._kind = {"operator": operator, "hvp": hvp}
         self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
@@ -91,6 +92,8 @@ class Objective:
         opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
         modules = self._stack.enter_context(opened).modules
         self._still = padding_mask(modules, self._replay.leaves)
+        if self._replay.obstacle:
+            self.forgo_hvps(self._replay.obstacle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -126,6 +129,11 @@ class Objective:
     def obstacle(self) -> str:
         """Why there are no HVPs; "" while none has failed."""
         return self._products.obstacle
+
+    @property
+    def too_coarse(self) -> str:
+        """Why differences of its losses have no meaning; "" where they have one."""
+        return self._replay.obstacle
 
     def forgo_hvps(self, obstacle: str) -> None:
         """Spend nothing on trying again what is known to fail."""
@@ -207,16 +215,26 @@ class Objective:
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
-        For how they spread, inside this block and on this rank: a gradient or a product of each,
-        without keeping its graph.
+        For how they spread, inside this block: a gradient or a product of each, without keeping its
+        graph. Those of this rank, or on local shards each joined over the ranks.
 
         Raises:
             WithheldError: there are not two items for each, or pieces of a batch would be
                 normalised by other statistics than the batch.
         """
+        # A generator of its own: how much it draws depends on the items, which differ by rank.
+        own = generator(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
+        ranks = self._replay.ranks_of_a_piece
+        with ranks.together():
+            cuts = self._micro_batches(count, own)
+        if len(set(ranks.each(len(cuts)))) > 1:
+            raise WithheldError("ranks differ in how many micro-batches they have")
+        return [self._on(batch, ranks, once=True) for batch in cuts]
+
+    def _micro_batches(self, count: int, rng: torch.Generator) -> list[Any]:
         window = self._replay.window
         if len(window) > 1:
-            return [self._on(batch, once=True) for batch in window]
+            return window
         if self.items < 2 * count:
             raise WithheldError(
                 f"{self.items} items can't be cut into {count} micro-batches of two; accumulate "
@@ -227,7 +245,7 @@ class Objective:
                 "a BatchNorm in train mode would give pieces of the batch statistics of their own; "
                 "accumulate the gradient over micro-batches, or measure with mode='eval'"
             )
-        return [self._on(piece, once=True) for piece in batches.cut(window[0], count, rng)]
+        return batches.cut(window[0], count, rng)
 
     def _on(self, batch: Any, ranks: Ranks | None = None, *, once: bool = False) -> Objective:
         part = copy.copy(self)
@@ -240,3 +258,11 @@ class Objective:
         """Tell whether loss and gradient are finite, so that curvature has a meaning."""
         # NaN and Inf reach the norm, which is 20 times faster than to ask each element.
         return math.isfinite(self.loss()) and math.isfinite(float(self.gradient().norm()))
+
+
+def _replay_on(layout: Layout) -> type[Replay]:
+    if not layout.is_cut:
+        return Replay
+    from geomwatch.shard_replay import ShardReplay  # imports DTensor, which takes a while
+
+    return ShardReplay

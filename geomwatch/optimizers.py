@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.recursion import Recursion
-from geomwatch.vectors import whole
+from geomwatch.vectors import entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +221,4 @@ def _average_of_squares(c: Coming, key: str, decay: float) -> Tensor:
 def _read(c: Coming, key: str) -> Tensor:
     """A state tensor as a vector in the gradient's dtype; zeros before the first step."""
     value = c.state.get(key)
-    return (
-        torch.zeros_like(c.gradient) if value is None else whole(value).reshape(-1).to(c.gradient)
-    )
+    return torch.zeros_like(c.gradient) if value is None else entries(value, c.gradient)

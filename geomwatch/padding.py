@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from geomwatch.vectors import Layout
@@ -23,10 +22,8 @@ def padding_mask(modules: Sequence[nn.Module], layout: Layout) -> Tensor | None:
     }
     if not any(id(p) in rows for p in layout.params):
         return None
-    parts = []
-    for p in layout.params:
-        part = torch.ones_like(p, dtype=layout.dtype)
+    mask = layout.spread([1.0] * len(layout.params))
+    for p, filters in zip(layout.params, layout.filters(mask), strict=True):
         if id(p) in rows:
-            part[rows[id(p)]] = 0
-        parts.append(part)
-    return layout.flatten(parts)
+            filters[layout.rows(rows[id(p)], p)] = 0
+    return mask

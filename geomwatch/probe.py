@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -145,11 +146,15 @@ class Probe:
         with ranks.together():
             pieces = self.objective.pieces(_PIECES, self.rng)
             local = spread_of([(piece.weight, of(piece)) for piece in pieces])
-        return local if ranks.size == 1 else pooled(local, ranks.total)
+        if ranks.size == 1 or pieces[0].ranks.size > 1:  # of all ranks already
+            return local
+        return pooled(local, ranks.total)
 
     @cached_property
     def readout(self) -> Readout:
         """How exactly differences of losses can be read here."""
+        if self.objective.too_coarse:
+            return Readout(self.objective.loss(), math.inf, self.objective.too_coarse)
         return read_out(self.objective.loss_at, self.objective.layout, rng=self.rng)
 
     @cached_property

@@ -22,6 +22,7 @@ from geomwatch.probe import Probe, WarmStart
 from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
+from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
 from geomwatch.vectors import Layout, generator
@@ -73,6 +74,7 @@ class Prober:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
         self._hvp = hvp
         self._validation: dict[str, str | int | float | bool] | None = None
+        self._sharding: dict[str, str] | None = None
         self._names = tuple(names)
         self._layout = layout
         self._options: dict[str, Any] = {
@@ -109,6 +111,7 @@ class Prober:
         Gradients are still to be divided by `grad_scale`.
         """
         start = time.perf_counter()
+        self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
         gradient = self._training_gradient(grad_scale)
         with self._objective(window) as objective:
@@ -128,6 +131,7 @@ class Prober:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
+            how |= self._sharding or {}
             loss = objective.loss()
             self.surprises += [
                 f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
@@ -164,6 +168,16 @@ class Prober:
     def lambda_max(self) -> float | None:
         """Return the last known lambda_max of the Hessian."""
         return self._held.value("lambda_max")
+
+    def _choose_shards(self) -> None:
+        """Settle, once, where vectors are held; warm starts are held there too."""
+        if self._sharding is None:
+            operator = self._options["operator"]
+            choice = choose_shards(
+                self._model, self._layout, self.ranks, hvp=self._hvp, operator=operator
+            )
+            self._layout = self._options["layout"] = choice.layout
+            self._hvp, self._sharding = choice.hvp, choice.facts
 
     def _objective(self, window: Sequence[Any]) -> Objective:
         options = self._options

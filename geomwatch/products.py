@@ -60,14 +60,13 @@ class Products:
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return it in the precision it is computed in: differences need all of it."""
-        leaves = self._replay.leaves
 
         def of(batch: Any) -> tuple[Tensor]:
-            loss = self._replay.evaluate(batch)
-            return (leaves.flatten(gradients(loss, leaves, create_graph=False)),)
+            return (self._replay.gradient(self._replay.evaluate(batch)),)
 
         with self._replay.displaced(displacement):
-            return self._replay.mean(of, torch.zeros_like(displacement, dtype=leaves.dtype))[0]
+            total = torch.zeros_like(displacement, dtype=self._replay.leaves.dtype)
+            return self._replay.mean(of, total)[0]
 
     def _of_batch(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return loss and gradient of a batch; the graph is kept if a product can use it.
@@ -82,8 +81,8 @@ class Products:
                 if not lacks_second_derivative(error):
                     raise
                 self._graphless = True
-        loss, leaves = self._replay.evaluate(batch), self._replay.leaves
-        return loss, leaves.flatten(gradients(loss, leaves, create_graph=False))
+        loss = self._replay.evaluate(batch)
+        return loss, self._replay.gradient(loss)
 
     def __call__(self, v: Tensor) -> Tensor:
         """Return H v or G v.
@@ -95,7 +94,7 @@ class Products:
         if self.obstacle:
             raise NoCurvatureError(self.obstacle)
         if self._difference is None and self._hvp == "finite_difference":
-            self._use_differences("asked for")
+            self._use_differences(self._replay.why_differences)
         if self._difference is None:
             try:
                 return self._double_backward(v)
@@ -154,7 +153,7 @@ class Products:
             return self._difference(self.gradient_at, v.to(self._replay.leaves.dtype)).to(v)
         except NotSmoothError as error:
             # A part leaves the model to the objective it belongs to.
-            if self._replay.is_recast or self._is_part:
+            if self._is_part or not self._replay.can_recast:
                 self._give_up(f"{self.fallback}; {error}", error)
             kinks = str(error)
         # A step of 1e-6 of the gradient crosses no kink, and float64 can resolve it.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.checks import check_loss, explain_device
 from geomwatch.distributed import Ranks
+from geomwatch.double_backward import gradients
 from geomwatch.errors import UsageError
 from geomwatch.isolation import captured_by, isolated
 from geomwatch.recast import recast
@@ -29,6 +30,10 @@ class Replay:
     another precision. `kept` is what the last evaluation has built on buffers and weights that the
     next one may change, and is dropped by it.
     """
+
+    second_order = True  # what has no second derivative is switched to what has one
+    obstacle = ""  # why differences have no meaning, and so no products
+    why_differences = "asked for"  # where hvp="finite_difference"
 
     def __init__(
         self,
@@ -72,16 +77,26 @@ class Replay:
                     others=self._others,
                     mode=mode,
                     autocast=autocast,
+                    second_order=self.second_order,
                 )
             )
-            if is_sharded(self.layout.params):
-                self._unshard()
-            if dtype is not None and any(p.dtype != dtype for p in self.leaves.params):
-                self.recast(dtype)
+            self._prepare(dtype)
             try:
                 yield self._snapshot
             finally:
                 self._snapshot = self.kept = None
+
+    def _prepare(self, dtype: torch.dtype | None) -> None:
+        """Make the leaves such as can be differentiated twice, at a precision."""
+        if is_sharded(self.layout.params):
+            self._unshard()
+        if dtype is not None and any(p.dtype != dtype for p in self.leaves.params):
+            self.recast(dtype)
+
+    @property
+    def ranks_of_a_piece(self) -> Ranks:
+        """The ranks that evaluate a micro-batch: this one alone."""
+        return Ranks()
 
     @property
     def model(self) -> nn.Module:
@@ -89,9 +104,9 @@ class Replay:
         return self._model
 
     @property
-    def is_recast(self) -> bool:
-        """Whether the leaves are stand-ins in float64."""
-        return self._cast == torch.float64
+    def can_recast(self) -> bool:
+        """Whether there is a higher precision to go over to."""
+        return self._cast != torch.float64
 
     def recast(self, dtype: torch.dtype) -> None:
         """Go on at another precision."""
@@ -128,7 +143,7 @@ class Replay:
 
     def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch, for use while this one is opened."""
-        other = Replay(self._model, self._loss_fn, [batch], layout=self.layout, ranks=ranks)
+        other = type(self)(self._model, self._loss_fn, [batch], layout=self.layout, ranks=ranks)
         other._snapshot, other.leaves, other._cast = self._snapshot, self.leaves, self._cast
         other._weigh_window()
         self.kept = None
@@ -189,6 +204,10 @@ class Replay:
             explain_device(error, batch, self.layout.device)
             raise
         return check_loss(loss)
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """Return the gradient of a loss that `evaluate` has returned."""  # (D,)
+        return self.leaves.flatten(gradients(loss, self.leaves, create_graph=False))
 
     @contextlib.contextmanager
     def displaced(self, displacement: Tensor) -> Iterator[None]:

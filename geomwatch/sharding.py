@@ -50,9 +50,14 @@ def unsharded(modules: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tenso
 def reshard(modules: Sequence[nn.Module]) -> None:
     """Have every module hold its shards: a forward pass without backward leaves the root whole."""
     for module in modules:
-        if any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__):
+        if is_fully_sharded(module):
             wrapped: Any = module
             wrapped.reshard()
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Tell whether fully_shard has made a module its own."""
+    return any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__)
 
 
 def _replica(parameter: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from geomwatch.optimizers import (
 )
 from geomwatch.optimizers import unwrap as unwrap
 from geomwatch.recursion import Recursion
-from geomwatch.vectors import Layout, whole
+from geomwatch.vectors import Layout, entries
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,19 +158,19 @@ def _coming(
         decay, keep = float(group.get("weight_decay", 0.0)) if known else 0.0, 1.0
         if group.get("decoupled_weight_decay", name == "AdamW"):
             decay, keep = 0.0, 1 - lr * decay
-        g = sign * g if decay == 0 else sign * g + decay * whole(p).reshape(-1).to(g)
+        g = sign * g if decay == 0 else sign * g + decay * entries(p, g)
         coming.append(Coming(group, state, lr, g, done + 1, sign, decay, keep, cold_start))
     return coming
 
 
 def _gradients(layout: Layout, gradient: Tensor | None) -> Sequence[Tensor | None]:
     if gradient is not None:
-        if gradient.shape != (layout.dim,):
+        if gradient.shape != (sum(layout.sizes),):
             raise ValueError(
                 f"gradient must have shape ({layout.dim},), got {tuple(gradient.shape)}. "
                 "layout.flatten makes it from one tensor per parameter."
             )
-        return torch.split(gradient.detach().to(layout.device, layout.dtype), _sizes(layout))
+        return torch.split(gradient.detach().to(layout.device, layout.dtype), layout.sizes)
     if all(p.grad is None for p in layout.params):
         raise ValueError(
             f"gradient must be there before the step, got none on {len(layout.params)} parameters. "
@@ -227,31 +227,18 @@ def _damped(steps: Sequence[Step | None], coming: Sequence[Coming | None]) -> li
 def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
     factors = [s.recursion.rate / s.recursion.threshold if s else 0.0 for s in steps]
     decays = [s.decay if s else 0.0 for s in steps]
-    inverse = _spread(layout, [1.0 if s else 0.0 for s in steps])
-    for part, s in zip(torch.split(inverse, _sizes(layout)), steps, strict=True):
+    inverse = layout.spread([1.0 if s else 0.0 for s in steps])
+    for part, s in zip(torch.split(inverse, layout.sizes), steps, strict=True):
         if s and s.preconditioner is not None:
             part.copy_(torch.where(s.preconditioner == 0, 0.0, 1 / s.preconditioner))
     same = len(set(factors)) == 1 and all(s and s.preconditioner is None for s in steps)
     return Stability(
-        scale=(_spread(layout, factors) * inverse).sqrt(),
+        scale=(layout.spread(factors) * inverse).sqrt(),
         inverse_preconditioner=inverse,
-        decay=_spread(layout, decays) if any(decays) else None,
+        decay=layout.spread(decays) if any(decays) else None,
         uniform=math.sqrt(factors[0]) if same and factors[0] > 0 else None,
         recursions=tuple({replace(s.recursion, rate=s.recursion.threshold) for s in steps if s}),
     )
-
-
-def _spread(layout: Layout, values: Sequence[float]) -> Tensor:
-    """One number for each parameter, on all its coordinates."""  # (D,)
-    if len(set(values)) == 1:
-        return torch.full((layout.dim,), values[0], dtype=layout.dtype, device=layout.device)
-    numbers = torch.tensor(values, dtype=layout.dtype, device=layout.device)
-    sizes = torch.tensor(_sizes(layout), device=layout.device)
-    return numbers.repeat_interleave(sizes, output_size=layout.dim)
-
-
-def _sizes(layout: Layout) -> list[int]:
-    return [p.numel() for p in layout.params]
 
 
 def _check_options(layout: Layout, exclude: Collection[str], damping: str) -> None:

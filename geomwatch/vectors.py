@@ -10,11 +10,13 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.shard_vector import ShardVector
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Layout:
 
     names: tuple[str, ...]
     params: tuple[Tensor, ...]
+    is_cut: ClassVar[bool] = False  # vectors are, over ranks
 
     @classmethod
     def of(cls, model: nn.Module, patterns: str | Sequence[str] | None = None) -> Layout:
@@ -70,6 +73,11 @@ class Layout:
         return sum(p.numel() for p in self.params)
 
     @property
+    def sizes(self) -> list[int]:
+        """How many of a vector's entries here belong to each parameter."""
+        return [p.numel() for p in self.params]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The vectors' dtype: float64 for float64 parameters, float32 for all narrower ones."""
         wide = any(p.dtype == torch.float64 for p in self.params)
@@ -83,17 +91,24 @@ class Layout:
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Join one tensor per parameter into one vector."""  # (D,)
         device, dtype = self.device, self.dtype
-        return torch.cat([whole(t).detach().reshape(-1).to(device, dtype) for t in tensors])
+        parts = [self._entries(t).detach().reshape(-1).to(device, dtype) for t in tensors]
+        return self._vector(torch.cat(parts))
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Cut a vector into one tensor per parameter, in its shape, dtype and device."""
-        if vector.numel() != self.dim:
+        if vector.numel() != sum(self.sizes):
             raise ValueError(f"vector has {vector.numel()} elements, the parameters {self.dim}")
-        pieces = vector.split(self._sizes())
-        return [
-            piece.view(p.shape).to(device=p.device, dtype=p.dtype)
-            for piece, p in zip(pieces, self.params, strict=True)
-        ]
+        pieces = vector.split(self.sizes)
+        return [self._shaped(piece, p) for piece, p in zip(pieces, self.params, strict=True)]
+
+    def filters(self, vector: Tensor) -> list[Tensor]:
+        """Cut a vector into the filters of each parameter, its slices along dimension 0."""
+        pairs = zip(vector.split(self.sizes), self.params, strict=True)
+        return [piece.view(p.shape[0] if p.dim() else 1, -1) for piece, p in pairs]
+
+    def rows(self, index: int, parameter: Tensor) -> slice:
+        """Return where slice `index` of a parameter is among its filters; empty if elsewhere."""
+        return slice(index, index + 1)
 
     def values(self) -> Tensor:
         """Return the parameters' present values as a vector."""
@@ -101,7 +116,8 @@ class Layout:
 
     def zeros(self) -> Tensor:
         """Return a zero vector."""
-        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        entries = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
+        return self._vector(entries)
 
     def number(self) -> Tensor:
         """Return a zero to sum scalars into, as precise as the device allows."""
@@ -126,15 +142,27 @@ class Layout:
     def mask(self, names: Iterable[str]) -> Tensor:
         """Return a vector that is 0 on the named parameters and 1 elsewhere."""
         out = set(names)
-        parts = [
-            torch.full((p.numel(),), 0.0 if n in out else 1.0, dtype=self.dtype, device=self.device)
-            for n, p in zip(self.names, self.params, strict=True)
-        ]
-        return torch.cat(parts)
+        return self.spread([0.0 if name in out else 1.0 for name in self.names])
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """Return a vector with one number for each parameter, on all its entries."""
+        sizes = self.sizes
+        if len(set(values)) == 1:
+            entries = torch.full((sum(sizes),), values[0], dtype=self.dtype, device=self.device)
+        else:
+            numbers = torch.tensor(values, dtype=self.dtype, device=self.device)
+            repeats = torch.tensor(sizes, device=self.device)
+            entries = numbers.repeat_interleave(repeats, output_size=sum(sizes))
+        return self._vector(entries)
+
+    def dots(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner product of two vectors over each parameter, (P,)."""
+        pairs = zip(a.split(self.sizes), b.split(self.sizes), strict=True)
+        return torch.stack([x @ y for x, y in pairs])
 
     def mass_by_module(self, vector: Tensor) -> dict[str, float]:
         """Return the share of a vector's squared norm in each module, largest first."""
-        squares = torch.stack([t.square().sum() for t in vector.split(self._sizes())])
+        squares = self.dots(vector, vector)
         shares = (squares / squares.sum().clamp_min(torch.finfo(vector.dtype).tiny)).tolist()
         mass: dict[str, float] = {}
         for name, share in zip(self.names, shares, strict=True):
@@ -142,8 +170,16 @@ class Layout:
             mass[module] = mass.get(module, 0.0) + share
         return dict(sorted(mass.items(), key=lambda item: -item[1]))
 
-    def _sizes(self) -> list[int]:
-        return [p.numel() for p in self.params]
+    def _entries(self, tensor: Tensor) -> Tensor:
+        """The entries of a parameter, or of what is shaped like it, that a vector has."""
+        return whole(tensor)
+
+    def _vector(self, entries: Tensor) -> Tensor:
+        return entries
+
+    def _shaped(self, piece: Tensor, parameter: Tensor) -> Tensor:
+        shaped = piece.view(parameter.shape)
+        return shaped.to(device=parameter.device, dtype=parameter.dtype)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -158,7 +194,7 @@ class Basis:
     """Up to `capacity` orthonormal vectors as the rows of one matrix."""
 
     def __init__(self, capacity: int, like: Tensor) -> None:
-        self._rows = torch.empty(capacity, like.numel(), dtype=like.dtype, device=like.device)
+        self._rows = like.new_empty(capacity, like.numel())
         self.size = 0
 
     def append(self, vector: Tensor) -> None:
@@ -185,3 +221,11 @@ def whole(tensor: Tensor) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         return tensor.full_tensor()  # type: ignore[no-any-return]
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def entries(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the entries of a tensor as a vector like another, which may be a part of one."""
+    if not isinstance(like, ShardVector):
+        return whole(tensor).reshape(-1).to(like)
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return ShardVector(part.reshape(-1).to(like), like.holders)

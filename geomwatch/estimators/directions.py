@@ -15,18 +15,10 @@ def filter_normalised(layout: Layout, rng: torch.Generator) -> Tensor:
     normalisation scales) are left where they are (Li et al. 2018, "Visualizing the loss landscape
     of neural nets").
     """  # (D,)
-    noise = layout.normal(rng)
+    tiny = torch.finfo(layout.dtype).tiny
+    drawn, weights = layout.filters(layout.normal(rng)), layout.filters(layout.values())
     pieces = []
-    for p, piece in zip(
-        layout.params, noise.split([p.numel() for p in layout.params]), strict=True
-    ):
-        if p.dim() < 2:
-            pieces.append(torch.zeros_like(piece))
-            continue
-        drawn = piece.view(p.shape[0], -1)
-        lengths = p.detach().reshape(p.shape[0], -1).to(drawn).norm(dim=1, keepdim=True)
-        tiny = torch.finfo(drawn.dtype).tiny
-        pieces.append(
-            (drawn * (lengths / drawn.norm(dim=1, keepdim=True).clamp_min(tiny))).view(-1)
-        )
-    return torch.cat(pieces)
+    for p, noise, w in zip(layout.params, drawn, weights, strict=True):
+        lengths = w.norm(dim=1, keepdim=True) * (p.dim() > 1)
+        pieces.append(noise * (lengths / noise.norm(dim=1, keepdim=True).clamp_min(tiny)))
+    return layout.flatten(pieces)

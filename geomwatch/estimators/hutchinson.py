@@ -35,13 +35,11 @@ def hutchinson(hvp: Operator, layout: Layout, *, samples: int, rng: torch.Genera
     For z with independent +-1 entries E[z'Hz] = tr(H) and E[||Hz||^2] = tr(H^2), whatever H is
     (Hutchinson 1989); the variance of z'Hz is 2 sum_{i != j} H_ij^2. One HVP per sample.
     """
-    sizes = [p.numel() for p in layout.params]
     rows = []
     for _ in range(samples):
         z = layout.rademacher(rng)
         hz = hvp(z)
-        own = [a @ b for a, b in zip(z.split(sizes), hz.split(sizes), strict=True)]
-        rows.append(torch.stack([z @ hz, hz @ hz, *own]))
+        rows.append(torch.cat([torch.stack([z @ hz, hz @ hz]), layout.dots(z, hz)]))
     # One transfer for all: a sync per sample would stall a GPU.
     table = torch.stack(rows).tolist()
     quadratic, squared = tuple(row[0] for row in table), tuple(row[1] for row in table)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from geomwatch.shard_vector import dimension
 from geomwatch.vectors import Basis
 
 _CANCELLATION = 0.1
@@ -55,7 +56,7 @@ def lanczos(
     Stops early when the residuals of the Ritz values `until` (indices, largest first) are below
     `tol` times their size.
     """
-    capacity = min(max_hvps, start.numel())
+    capacity = min(max_hvps, dimension(start))
     basis = Basis(capacity, start)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
@@ -108,7 +109,7 @@ def warm_start(
     if vectors is None:
         return noise
     falling = torch.tensor(weights[: len(vectors)], dtype=vectors.dtype, device=vectors.device)
-    memory = falling @ vectors[: len(falling)]
+    memory = vectors[: len(falling)].T @ falling
     length = float(memory.norm())
     if not 0 < length < float("inf"):  # of a run that has overflowed
         return noise

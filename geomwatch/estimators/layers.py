@@ -55,7 +55,7 @@ class _Block:
 
     def __init__(self, layout: Layout, indices: list[int]) -> None:
         self._indices = indices
-        self._sizes = [p.numel() for p in layout.params]
+        self._sizes = layout.sizes
 
     def cut(self, vector: Tensor) -> Tensor:
         """Return the module's part of a vector, (D,) -> (n,)."""
@@ -66,7 +66,7 @@ class _Block:
         """Return x -> the module's part of H x, x zero elsewhere, (n,) -> (n,)."""
 
         def apply(x: Tensor) -> Tensor:
-            whole = torch.zeros(sum(self._sizes), dtype=x.dtype, device=x.device)
+            whole = x.new_zeros(sum(self._sizes))
             places = whole.split(self._sizes)
             for i, piece in zip(
                 self._indices, x.split([self._sizes[i] for i in self._indices]), strict=True

@@ -121,7 +121,7 @@ def _radius(layout: Layout, eps: float) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def _pieces(layout: Layout, vector: Tensor) -> tuple[Tensor, ...]:
-    pieces: tuple[Tensor, ...] = vector.split([p.numel() for p in layout.params])
+    pieces: tuple[Tensor, ...] = vector.split(layout.sizes)
     return pieces
 
 

@@ -40,7 +40,7 @@ def read_out(loss_at: LossAt, layout: Layout, *, rng: torch.Generator) -> Readou
     float32. Losses at w itself that differ by more than a few roundings come from a loss that draws
     random numbers no probe can replay, or reads other data each time. Seven forward passes.
     """
-    origin = torch.zeros(layout.dim, dtype=layout.dtype, device=layout.device)
+    origin = layout.zeros()
     loss, again = loss_at(origin), loss_at(origin)
     eps = max(torch.finfo(p.dtype).eps for p in layout.params)
     rounding, spread = abs(loss) * eps, abs(again - loss)
