@@ -192,13 +192,16 @@ class Ranks:
         Raises:
             UsageError: as the block does, on this rank or on another.
         """
-        refused: UsageError | None = None
+        failure: Exception | None = None
         try:
             yield
-        except UsageError as error:
-            refused = error
-        if self.any(refused is not None):
-            raise refused or UsageError("another rank can't be watched; its own error says why.")
+        except Exception as error:  # passed on, or replaced by that of another rank
+            failure = error
+        refused = isinstance(failure, UsageError)
+        if self.any(refused) and not refused:
+            raise UsageError("another rank can't be watched; its own error says why.")
+        if failure is not None:
+            raise failure
 
     def _reduce(self, part: Tensor) -> bool:
         """Sum a tensor over the ranks in place; tell whether they could be reached."""

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 _LONGEST = 120.0  # seconds before what still runs is killed, and the test fails
+_GRACE = 3.0  # seconds that the others have once a rank has failed
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,7 @@ def play(
     ranks = [context.Process(target=_rank, args=(rank, *part)) for rank in range(size)]
     for process in ranks:
         process.start()
-    end = time.monotonic() + _LONGEST
-    for process in ranks:
-        process.join(max(0.0, end - time.monotonic()))
-    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    hung = _hung(ranks)
     for process in ranks:
         process.kill()
         process.join()
@@ -76,6 +74,20 @@ _wanted = ["pytest", "geomwatch", "problems", "torch._inductor.config", "torch.d
 def preload(*modules: str) -> None:
     """Have modules imported once for all scenes; call it where a test module is imported."""
     _wanted.extend(modules)
+
+
+def _hung(ranks: Sequence[Any]) -> list[int]:
+    """Wait until all have ended, or until one has failed, as torchrun does; return who has not."""
+    end = time.monotonic() + _LONGEST
+    while any(process.is_alive() for process in ranks):
+        if time.monotonic() > end:
+            return [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        if any(process.exitcode == 1 for process in ranks):
+            for process in ranks:
+                process.join(_GRACE)
+            return []
+        time.sleep(0.05)
+    return []
 
 
 @functools.cache
@@ -133,7 +145,9 @@ def _rank(
     except BaseException:
         outcome = Outcome(error=traceback.format_exc(), seconds=time.monotonic() - began)
     torch.save(outcome, folder / f"{rank}.pt")
-    os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
+    os._exit(
+        1 if outcome.error else 0
+    )  # gloo's threads may abort a process that ends in the ordinary way
 
 
 def _scene(file: str, name: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._accelerate_ties import Ties
+from geomwatch.integrations._parallelism import check_parallelism
 from geomwatch.sinks import logger
 from geomwatch.stability import unwrap
 
@@ -19,7 +20,6 @@ _PREPARE = (
     "Call watch() after `model, optimizer, ... = accelerator.prepare(model, optimizer, ...)`, with "
     "what it returned."
 )
-_TAKE_THE_STEP = ("DEEPSPEED", "MEGATRON_LM")
 
 
 def check_prepared(accelerator: Any, model: Any, loss_fn: Any, optimizer: Any) -> None:
@@ -36,17 +36,7 @@ def check_prepared(accelerator: Any, model: Any, loss_fn: Any, optimizer: Any) -
         raise UsageTypeError(
             f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
         )
-    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in _TAKE_THE_STEP:
-        raise UsageError(
-            f"accelerator must leave the optimizer step to the loop, got {kind}, which takes it "
-            "inside accelerator.backward(): there is no moment to probe at."
-        )
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"accelerator must run one process, got {accelerator.num_processes}: each would "
-            "measure the curvature of its own part of the batch."
-        )
+    check_parallelism(accelerator, model, "watch()")
     if not hasattr(optimizer, "step_was_skipped"):
         raise UsageTypeError(
             f"optimizer must be prepared, got {type(optimizer).__name__}. {_PREPARE}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._replay import replay, turned
@@ -17,22 +18,33 @@ _SAME = "on the same batch, weights and random state"
 
 
 def difference_to_training(
-    module: nn.Module, loss_fn: StepLoss, window: Sequence[MicroBatch], params: Sequence[Tensor]
+    module: nn.Module,
+    loss_fn: StepLoss,
+    window: Sequence[MicroBatch],
+    params: Sequence[Tensor],
+    ranks: Ranks,
 ) -> tuple[str, str]:
     """Evaluate a window again as in training; say how its loss, and its gradient, differ.
 
     With the same kernels, random state and precision they agree to rounding. Both are "" if they
     do; the second also where the gradient says nothing (see `turned`). `params` hold the gradient
-    as it is before clipping. Costs a forward and a backward pass for each micro-batch.
+    as it is before clipping. All ranks come to the same verdict. Costs a forward and a backward
+    pass for each micro-batch.
 
     Raises:
-        UsageError: the loss steps an optimizer, or is none.
+        UsageError: the loss steps an optimizer, exchanges tensors between ranks, or is none.
     """
     shares = [(1 / len(window), micro) for micro in window]
-    loss, gradient = replay(module, loss_fn, shares, params=params, isolates=loss_fn.isolates())
+    loss, gradient = replay(
+        module, loss_fn, shares, params=params, isolates=loss_fn.isolates(), ranks=ranks
+    )
     trained = _mean_loss(window)
-    if math.isfinite(trained) and abs(loss - trained) > _LOSS_TOLERANCE * abs(trained) + 1e-6:
-        return f"{loss:.6g} where {trained:.6g} is trained on, {_SAME}", ""
+    differs = math.isfinite(trained) and (
+        abs(loss - trained) > _LOSS_TOLERANCE * abs(trained) + 1e-6
+    )
+    if ranks.any(differs):
+        where = "" if differs else "here, but not on another rank, "
+        return f"{loss:.6g} where {trained:.6g} is trained on, {where}{_SAME}", ""
     angle = turned(gradient, params)
     if angle > _ANGLE_TOLERANCE:
         return "", f"{angle:.0%} apart from that of the loss, {_SAME}"

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 
 
@@ -40,19 +41,27 @@ def refuse_unknown_gradients(trainer: Any) -> None:
     """Refuse strategies that leave less than the whole gradient of the step in `p.grad`.
 
     Raises:
-        UsageError: several processes, or a strategy that accumulates by itself (DeepSpeed).
+        UsageError: a strategy that accumulates by itself (DeepSpeed), or does not average over
+            processes as DistributedDataParallel and fully_shard do.
     """
     name = type(trainer.strategy).__name__
-    if trainer.world_size > 1:
-        raise UsageError(
-            f"GeomwatchCallback must run in one process, got {trainer.world_size} ({name}): each "
-            "would measure the curvature of its own part of the batch. Pass Trainer(devices=1)."
-        )
+    ranks = Ranks.of(trained_model(trainer))
     if trainer.strategy.handles_gradient_accumulation:
         raise UsageError(
             f"GeomwatchCallback must find gradients in p.grad, got {name}, which keeps them to "
             "itself. Use another strategy."
         )
+    if ranks.size != trainer.world_size:
+        raise UsageError(
+            "GeomwatchCallback must find gradients that are averaged over all processes, got "
+            f"{name} with {trainer.world_size}. Use DDPStrategy, or ModelParallelStrategy with "
+            "fully_shard (FSDP2) in configure_model()."
+        )
+
+
+def trained_model(trainer: Any) -> Any:
+    """Return the module as its strategy has wrapped it, where there are several processes."""
+    return trainer.strategy.model
 
 
 def refuse_own_fetching(module: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from geomwatch import batches
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._lightning_names import dummy_logger, host_of
 from geomwatch.integrations._lightning_tap import StepCall
+from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation import captured_by
 from geomwatch.objective import LossFn
 
@@ -67,16 +69,18 @@ class StepLoss:
         self._dtype = _dtype(module)
         self._rest = _rest_of(step)
 
-    def weight(self, micro: MicroBatch) -> float:
+    def weight(self, micro: MicroBatch | Unknown) -> float:
         """Return what a micro-batch, or a piece of one, counts for in the mean over a window."""
         return micro.share
 
-    def __call__(self, module: nn.Module, micro: MicroBatch) -> Tensor:
+    def __call__(self, module: nn.Module, micro: MicroBatch | Unknown) -> Tensor:
         """Return the loss of a micro-batch or of a piece of it.
 
         Raises:
             UsageError: evaluating it steps an optimizer, calls manual_backward or gives no loss.
         """
+        if isinstance(micro, Unknown):
+            micro.evaluate()
         call = micro.call
         if call is not None and micro.share == 1:
             call.random.restore()
@@ -102,7 +106,7 @@ class StepLoss:
 
 @contextlib.contextmanager
 def quiet(trainer: Any, module: nn.Module) -> Iterator[None]:
-    """Keep logs and prints of the module's from reaching anyone, and refuse to step."""
+    """Keep logs, prints and metrics of the module's to this rank, and refuse to step."""
     with contextlib.ExitStack() as stack:
         kind = host_of(trainer).LightningModule
         for part in module.modules():
@@ -114,6 +118,9 @@ def quiet(trainer: Any, module: nn.Module) -> Iterator[None]:
                 stack.enter_context(_replaced(part, name, state.clone()))
         for stepper in _steppers(trainer, module):
             stack.enter_context(_replaced(stepper, "step", _refuse_step))
+        if trainer.world_size > 1:
+            gather = functools.partial(_as_if_alike, trainer.world_size)
+            stack.enter_context(_replaced(trainer.strategy, "all_gather", gather))
         loggers = trainer.loggers
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         stack.callback(setattr, trainer, "loggers", loggers)
@@ -150,6 +157,15 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _as_if_alike(ranks: int, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Gather without asking anybody, as if each rank had what this one has.
+
+    Metrics do no worse for it. A loss that needs it comes out otherwise than in training, which is
+    found out before the first probe.
+    """
+    return torch.stack([tensor] * ranks)
 
 
 def _refuse_step(*args: Any, **kwargs: Any) -> NoReturn:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from geomwatch.integrations._critical import is_worth_saving, tell_of_stop
 from geomwatch.integrations._lightning_host import steps_taken, steps_to_come
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 
 
 def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
-    """Send a record to all loggers at the present step, and to callbacks and progress bar."""
+    """Send a record to all loggers at the present step, and to callbacks and progress bar.
+
+    To the loggers on rank zero, to the rest on every rank: callbacks decide on all of them.
+    """
     metrics = record.scalars(prefix)
-    for tracker in trainer.loggers:
+    for tracker in trainer.loggers if trainer.is_global_zero else ():
         try:
             tracker.log_metrics(metrics, step=steps_taken(trainer))
         except Exception as error:  # out of reach, say
@@ -41,13 +42,12 @@ def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
         )
 
 
-def react(trainer: Any, on_critical: str, rules: Collection[str]) -> None:
-    """Do what `on_critical` asks for, after critical alerts of these rules."""
+def react(trainer: Any, wanted: str | None) -> None:
+    """Stop, or save a checkpoint, on all ranks."""
     step = steps_taken(trainer)
-    if on_critical == "stop":
+    if wanted == "stop":
         trainer.should_stop = True
-        tell_of_stop(step)
-    elif is_worth_saving(rules, step):
+    elif wanted == "save":
         path = _checkpoint_folder(trainer) / f"geomwatch-step={step + 1}.ckpt"
         trainer.save_checkpoint(path)
         logger.warning("step %d: saved %s, as on_critical asks.", step, path)

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.group import Group
 from geomwatch.integrations._lightning_check import difference_to_training, refuse
-from geomwatch.integrations._lightning_host import steps_taken
+from geomwatch.integrations._lightning_host import steps_taken, trained_model
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall, Tap
 from geomwatch.integrations._lightning_watch import Watch
@@ -39,6 +40,7 @@ class Run:
         states: Mapping[str, Any],
     ) -> None:
         self._trainer, self._module, self._options = trainer, module, options
+        self.ranks = Ranks.of(trained_model(trainer))
         self._automatic = bool(module.automatic_optimization)
         self._users_own = any(given is not None for given in losses.values())
         self._checked = not self._automatic  # else the loss of a step is not known
@@ -116,12 +118,17 @@ class Run:
             UsageError: it would measure another one.
         """
         watch = self._watch_of(optimizer)
-        if self._checked or watch is None or not watch.params or not _is_finite(watch.window):
+        if self._checked or watch is None or not watch.params:
+            return
+        if not self.ranks.all(_is_finite(watch.window)):
             return
         self._checked = True
         window = [MicroBatch.of(call) for call in watch.window]
         try:
-            loss, gradient = difference_to_training(self._module, watch.loss, window, watch.params)
+            with self.ranks.refused_together():
+                loss, gradient = difference_to_training(
+                    self._module, watch.loss, window, watch.params, self.ranks
+                )
         except UsageError:
             raise
         except Exception as error:  # a probe will say more, and training goes on
@@ -143,9 +150,8 @@ class Run:
             window = [self._tap.present]  # a second step on the same batch, or a plain backward()
         if not window or not watch.params:  # training_step has left the step out
             return
-        if not self._tap.settle(window):
-            window = []
-        record = watch.step(window, norm)
+        known = self._tap.settle(window)
+        record = watch.step(window, norm, known=known)
         if record is not None:
             self._records.append((watch.name, record))
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.errors import UsageError
+from geomwatch.integrations._lightning_host import trained_model
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall
+from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitor import Monitor
 from geomwatch.options import Options
 from geomwatch.records import Alert, Record
@@ -57,7 +59,7 @@ class Watch:
             )
         elif self.name:
             complete["params"] = own
-        self.monitor = Monitor(self._module, self.loss, self.optimizer, **complete)
+        self.monitor = Monitor(trained_model(self._trainer), self.loss, self.optimizer, **complete)
 
     def restart(self, options: Options) -> None:
         """Make another monitor that goes on counting, where other parameters are to be measured."""
@@ -112,15 +114,22 @@ class Watch:
         self._announced += 1
         return True
 
-    def step(self, window: Sequence[StepCall], norm: Tensor | None) -> Record | None:
-        """Watch the coming step, whose gradient had this norm before clipping."""
-        for call in window:
+    def step(
+        self, window: Sequence[StepCall], norm: Tensor | None, *, known: bool
+    ) -> Record | None:
+        """Watch the coming step, whose gradient had this norm before clipping.
+
+        A window that is not `known` can't be evaluated any more.
+        """
+        for call in window if known else ():
             self.monitor.observe(MicroBatch.of(call))
+        if not known and self._trainer.world_size > 1:
+            self.monitor.observe(Unknown("training_step has changed this batch in place"))
         losses = [call.loss for call in window if call.loss is not None]
-        known = len(losses) == len(window) > 0
+        complete = len(losses) == len(window) > 0
         scale = self._scale()
         return self.monitor.step(
-            loss=sum(losses[1:], losses[0]) / len(losses) if known else None,
+            loss=sum(losses[1:], losses[0]) / len(losses) if complete else None,
             grad_norm=None if norm is None else norm / scale,
             grad_scale=scale,
         )

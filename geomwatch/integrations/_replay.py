@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from geomwatch import batches
 from geomwatch.checks import check_loss
+from geomwatch.distributed import Ranks
+from geomwatch.errors import UsageError
 from geomwatch.isolation import isolated
 from geomwatch.objective import LossFn
+from geomwatch.sharding import is_sharded, reshard
 from geomwatch.vectors import whole
+
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def replay(
@@ -23,26 +30,39 @@ def replay(
     *,
     params: Sequence[Tensor],
     isolates: Sequence[object],
+    ranks: Ranks,
 ) -> tuple[float, list[Tensor]]:
     """Return the loss of a window of (share, micro-batch) pairs, and its gradient by `params`.
 
     In the precision of training, and not twice differentiable: what comes out must be what training
-    itself has computed.
+    itself has computed. The loss is this rank's own, the gradient the mean over ranks, as that in
+    `p.grad` is. All ranks call it at the same moment.
+
+    Raises:
+        UsageError: the loss is no scalar, or exchanges tensors with other ranks.
+        RankError: it failed on another rank.
     """
     loss = 0.0
     gradient = [torch.zeros_like(p) for p in params]
-    with isolated(
-        model, params, others=isolates, mode="train", autocast=True, second_order=False
-    ) as snapshot:
+    sharded = is_sharded(params)
+    if sharded:
+        reshard(list(model.modules()))
+    with (
+        ranks.together(),
+        isolated(
+            model, params, others=isolates, mode="train", autocast=True, second_order=False
+        ) as snapshot,
+        _alone(model, ranks),
+    ):
         snapshot.restore()
         for share, micro in window:
             part = share * check_loss(loss_fn(model, batches.fresh_copy(micro)))
             loss += float(part.detach())
-            found = torch.autograd.grad(part, list(params), allow_unused=True)
+            found = _through_hosts(part, params) if sharded else _directly(part, params)
             for total, g in zip(gradient, found, strict=True):
                 if g is not None:
                     total.add_(g)
-    return loss, gradient
+    return loss, gradient if sharded else ranks.mean(gradient)
 
 
 def turned(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> float:
@@ -59,6 +79,59 @@ def turned(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> float:
     if not all(0 < norm < math.inf for norm in norms):
         return 0.0
     return float((own / norms[0] - stepped / norms[1]).norm())
+
+
+def _directly(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, list(params), allow_unused=True)
+
+
+def _through_hosts(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Differentiate by a backward pass, which averages over ranks and shards, as FSDP2 needs it.
+
+    `isolated` has set the training's own gradients aside.
+    """
+    loss.backward()
+    found = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    return found
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """Refuse a loss that needs other ranks: a probe evaluates it as often as this rank needs it.
+
+    Raises:
+        UsageError: it does.
+    """
+    allowed = is_sharded(list(model.parameters())) or any(
+        isinstance(module, nn.SyncBatchNorm) for module in model.modules()
+    )
+    if ranks.size == 1 or allowed:
+        yield
+        return
+    with _Collectives() as seen:
+        yield
+    if seen.names:
+        raise UsageError(
+            "the loss must be that of this rank's own batch, got one that exchanges tensors with "
+            f"other ranks ({', '.join(sorted(seen.names))}). Pass a loss_fn= without that."
+        )
+
+
+class _Collectives(TorchDispatchMode):
+    """Notes the collectives of torch.distributed that are called meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in _COLLECTIVES:
+            self.names.add(func.__name__.partition(".")[0].strip("_"))
+        return func(*args, **(kwargs or {}))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._replay import replay, turned
 from geomwatch.integrations._transformers_loss import TrainerLoss, Window
@@ -40,7 +41,7 @@ def check_seen(window: Window, trainer: str) -> None:
 
 
 def check_reproduced(
-    model: nn.Module, loss_fn: TrainerLoss, window: Window, *, trainer: str
+    model: nn.Module, loss_fn: TrainerLoss, window: Window, *, trainer: str, ranks: Ranks
 ) -> None:
     """Compute loss and gradient again as in training, and compare them with training's own.
 
@@ -48,12 +49,12 @@ def check_reproduced(
     backward pass for each micro-batch, and two vectors of the model's size.
 
     Raises:
-        UsageError: they differ.
+        UsageError: they differ, on this rank or on another.
     """
     params = Layout.of(model).params
-    loss, gradient = _replayed(model, loss_fn, window, params)
+    loss, gradient = _replayed(model, loss_fn, window, params, ranks)
     trained = float(window.loss)
-    if _differ(loss, trained):
+    if ranks.any(_differ(loss, trained)):
         raise UsageError(
             f"{trainer}.training_step must train on the loss that compute_loss returns, got "
             f"{trained:.6g} in training and {loss:.6g} from compute_loss, {_SAME}. {_REMEDY}"
@@ -68,11 +69,13 @@ def check_reproduced(
         )
 
 
-def difference_to_training(model: nn.Module, loss_fn: TrainerLoss, window: Window) -> str:
+def difference_to_training(
+    model: nn.Module, loss_fn: TrainerLoss, window: Window, ranks: Ranks
+) -> str:
     """Say how a loss_fn of the user's differs from what is trained on; "" if it does not."""
-    loss, _ = _replayed(model, loss_fn, window, Layout.of(model).params)
+    loss, _ = _replayed(model, loss_fn, window, Layout.of(model).params, ranks)
     trained = float(window.loss)
-    if not _differ(loss, trained):
+    if not ranks.any(_differ(loss, trained)):
         return ""
     return (
         f"loss_fn gives {loss:.6g} where the Trainer trains on {trained:.6g}, {_SAME}. Curvature "
@@ -81,12 +84,17 @@ def difference_to_training(model: nn.Module, loss_fn: TrainerLoss, window: Windo
 
 
 def _replayed(
-    model: nn.Module, loss_fn: TrainerLoss, window: Window, params: Sequence[Tensor]
+    model: nn.Module,
+    loss_fn: TrainerLoss,
+    window: Window,
+    params: Sequence[Tensor],
+    ranks: Ranks,
 ) -> tuple[float, list[Tensor]]:
     pieces = window.micro_batches()
     total = sum(loss_fn.weight(piece) for piece in pieces)
     shares = [(loss_fn.weight(piece) / total, piece) for piece in pieces]
-    return replay(model, loss_fn, shares, params=params, isolates=loss_fn.isolates())
+    isolates = loss_fn.isolates()
+    return replay(model, loss_fn, shares, params=params, isolates=isolates, ranks=ranks)
 
 
 def _differ(loss: float, trained: float) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.integrations._transformers_tap import LossCall, TrainingStep
+from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation import captured_by
 from geomwatch.objective import LossFn
 
@@ -86,11 +89,14 @@ class TrainerLoss:
         self._trainer, self._compute_loss, self._loss_fn = trainer, compute_loss, loss_fn
 
     def weight(self, batch: Any) -> float:
-        """Return what a batch counts for in the mean over a window.
+        """Return what a batch counts for in the mean over a window, and over ranks.
 
-        Each micro-batch the same, as a Trainer sums over them; by its items, or by what it says
-        itself, for a loss_fn of the user's.
+        Each micro-batch the same, as a Trainer sums over them and averages over ranks (where it
+        counts tokens across devices, each rank's loss is its share of their sum already); by its
+        items, or by what it says itself, for a loss_fn of the user's.
         """
+        if isinstance(batch, Unknown):
+            return batch.share
         if self._loss_fn is not None:
             weigh: Any = getattr(self._loss_fn, "weight", batches.items)
             return float(weigh(batch.inputs if isinstance(batch, MicroBatch) else batch))
@@ -98,6 +104,8 @@ class TrainerLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a micro-batch, of a piece of one, or of plain inputs."""
+        if isinstance(batch, Unknown):
+            batch.evaluate()
         if not isinstance(batch, MicroBatch):
             return self._evaluate(model, batch, {})
         share, step = batch.share, batch.step
@@ -135,16 +143,45 @@ class TrainerLoss:
 
 @contextlib.contextmanager
 def _mute(trainer: Any) -> Iterator[None]:
-    """Let nothing that the loss logs through its Trainer be logged again."""
+    """Let nothing that the loss logs through its Trainer be logged again, or ask other ranks.
+
+    Metrics are gathered as if each rank had what this one has. A loss that needs to gather comes
+    out otherwise than in training, which is found out before the first probe.
+    """
+    accelerator, ranks = trainer.accelerator, trainer.accelerator.num_processes
+    asks_nobody: dict[str, Any] = {"log": _silence}
+    if ranks > 1:
+        gather = functools.partial(_gather_from_alike, ranks)
+        asks_nobody |= {"gather": gather, "gather_for_metrics": gather}
+        asks_nobody["reduce"] = functools.partial(_reduce_over_alike, ranks)
     with contextlib.ExitStack() as stack:
-        for owner in (trainer, trainer.accelerator):
-            own = vars(owner)
-            if "log" in own:
-                stack.callback(setattr, owner, "log", own["log"])
-            else:
-                stack.callback(delattr, owner, "log")
-            owner.log = _silence
+        for owner, methods in ((trainer, {"log": _silence}), (accelerator, asks_nobody)):
+            for name, method in methods.items():
+                own = vars(owner)
+                if name in own:
+                    stack.callback(setattr, owner, name, own[name])
+                else:
+                    stack.callback(delattr, owner, name)
+                setattr(owner, name, method)
         yield
+
+
+def _gather_from_alike(ranks: int, data: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(data, Tensor):
+        return torch.cat([data.reshape(1) if data.ndim == 0 else data] * ranks)
+    if isinstance(data, Mapping):
+        return {key: _gather_from_alike(ranks, value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(_gather_from_alike(ranks, value) for value in data)
+    return data
+
+
+def _reduce_over_alike(ranks: int, data: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    if isinstance(data, Tensor):
+        return scale * data * {"sum": ranks, "mean": 1, "none": 1}[reduction]
+    if isinstance(data, Mapping):
+        return {k: _reduce_over_alike(ranks, v, reduction, scale) for k, v in data.items()}
+    return type(data)(_reduce_over_alike(ranks, v, reduction, scale) for v in data)
 
 
 def _silence(*args: Any, **kwargs: Any) -> None:

@@ -1,14 +1,14 @@
-"""The Trainer that a callback is in: found, as events don't name it; refused; asked to stop."""
+"""The Trainer that a callback is in: found, as events don't name it; refused; logged to."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from geomwatch.errors import UsageError
-from geomwatch.integrations._critical import is_worth_saving, tell_of_stop
-from geomwatch.records import Alert, Record
+from geomwatch.integrations._parallelism import check_parallelism
+from geomwatch.records import Record
 from geomwatch.sinks import logger
 
 
@@ -45,20 +45,23 @@ def refuse_several(trainer: Any, kind: type[Any]) -> None:
         )
 
 
-def refuse_processes(trainer: Any) -> None:
-    """Refuse what is not one process that holds the whole model on one device.
+def trained_model(trainer: Any) -> Any:
+    """Return the model, as it is wrapped where there are several processes."""
+    return trainer.model_wrapped if trainer.accelerator.num_processes > 1 else trainer.model
+
+
+def refuse_unknown_gradients(trainer: Any) -> None:
+    """Refuse what leaves less in `p.grad` than the gradient that is averaged over all processes.
 
     Raises:
         UsageError: curvature would be that of a part of the batch or of the model.
     """
-    processes, devices = trainer.accelerator.num_processes, trainer.args.n_gpu
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", "NO"))
-    if processes > 1 or devices > 1 or kind != "NO":
+    if trainer.args.n_gpu > 1:
         raise UsageError(
-            "GeomwatchCallback must run in one process on one device, got "
-            f"{processes} processes with {max(devices, 1)} devices each, distributed type {kind}. "
-            "Start Python without torchrun, and hide all GPUs but one with CUDA_VISIBLE_DEVICES."
+            f"GeomwatchCallback must have one device in a process, got {trainer.args.n_gpu}. Start "
+            "one process for each with torchrun, or hide all but one with CUDA_VISIBLE_DEVICES."
         )
+    check_parallelism(trainer.accelerator, trained_model(trainer), "GeomwatchCallback")
 
 
 def publish(log: Callable[[Any, Any], None], trainer: Any, record: Record, prefix: str) -> None:
@@ -72,18 +75,6 @@ def publish(log: Callable[[Any, Any], None], trainer: Any, record: Record, prefi
             type(error).__name__,
             error,
         )
-
-
-def ask_for(action: str | None, alerts: Sequence[Alert], step: int, control: Any) -> None:
-    """Set a Trainer's control flags after critical alerts: "save", "stop" or None."""
-    rules = {alert.rule for alert in alerts if alert.severity == "critical"}
-    if not rules or action is None:
-        return
-    if action == "stop":
-        control.should_training_stop = True
-        tell_of_stop(step)
-    elif is_worth_saving(rules, step):
-        control.should_save = True
 
 
 def _callbacks(trainer: Any) -> list[Any]:

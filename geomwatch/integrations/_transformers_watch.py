@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json
 from geomwatch.integrations._transformers_check import (
@@ -15,6 +16,8 @@ from geomwatch.integrations._transformers_check import (
 )
 from geomwatch.integrations._transformers_loss import TrainerLoss, Window
 from geomwatch.integrations._transformers_tap import Tap
+from geomwatch.integrations._transformers_trainer import trained_model
+from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitor import Monitor
 from geomwatch.objective import LossFn
 from geomwatch.options import Options
@@ -34,7 +37,9 @@ class Watch:
         self._loss_fn = TrainerLoss(trainer, trainer.compute_loss, loss_fn)
         isolated: Options = {**options}
         isolated["also"] = (*options.get("also", ()), *self._loss_fn.isolates())
-        self.monitor = Monitor(self._model, self._loss_fn, optimizer, **isolated)
+        trained = trained_model(trainer)
+        self.ranks = Ranks.of(trained)
+        self.monitor = Monitor(trained, self._loss_fn, optimizer, **isolated)
         self._tap: Tap | None = Tap(trainer, keeps_random=self._user_loss)
         self._checked = False
         self._told = False
@@ -96,6 +101,8 @@ class Watch:
         if self._knows(window):
             for batch in window.micro_batches():
                 self.monitor.observe(batch)
+        elif self.ranks.size > 1:
+            self.monitor.observe(Unknown("training_step got its loss in another way"))
         return self.monitor.step(loss=_scalar(window.loss), grad_norm=grad_norm)
 
     def new_alerts(self) -> list[Alert]:
@@ -116,14 +123,13 @@ class Watch:
 
     def _knows(self, window: Window) -> bool:
         """Tell whether the window's loss can be computed; raise at the first step if not."""
+        if not self._checked:
+            self._check(window)
+            return True
         try:
             if not self._user_loss:
                 check_seen(window, self._name)
-            if not self._checked:
-                self._check(window)
         except UsageError as error:
-            if not self._checked:
-                raise
             if not self._told:
                 self._told = True
                 logger.warning("%s This step is not measured; this is said once.", error)
@@ -132,10 +138,8 @@ class Watch:
 
     def _check(self, window: Window) -> None:
         try:
-            if not self._user_loss:
-                check_reproduced(self._model, self._loss_fn, window, trainer=self._name)
-            elif said := difference_to_training(self._model, self._loss_fn, window):
-                logger.warning("%s", said)
+            with self.ranks.refused_together():
+                self._compare(window)
         except UsageError:
             raise
         except Exception as error:  # the probe will say more, and training goes on
@@ -145,6 +149,16 @@ class Watch:
                 error,
             )
         self._checked = True
+
+    def _compare(self, window: Window) -> None:
+        if self._user_loss:
+            said = difference_to_training(self._model, self._loss_fn, window, self.ranks)
+            if said:
+                logger.warning("%s", said)
+            return
+        with self.ranks.together():
+            check_seen(window, self._name)
+        check_reproduced(self._model, self._loss_fn, window, trainer=self._name, ranks=self.ranks)
 
 
 def _scalar(loss: Tensor | float) -> Tensor | float:

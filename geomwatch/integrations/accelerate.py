@@ -53,13 +53,14 @@ def watch(
         loss_fn: (model, batch) -> the loss of a micro-batch, as `accelerator.backward` gets it.
         optimizer: as `prepare` returned it.
         prefix: in front of each metric's name in the trackers.
-        log: called with each Record instead of
+        log: called with each Record, on the main process, instead of
             `accelerator.log(record.scalars(prefix), step=record.step)`.
         options: those of `geomwatch.Monitor`.
 
     Raises:
         UsageError: (a ValueError) model or optimizer are not prepared, don't belong together, are
-            watched already or can't be; or an option can't work.
+            watched already or can't be; the processes share the model otherwise than by
+            DistributedDataParallel or FSDP2; or an option can't work.
     """
     check_prepared(accelerator, model, loss_fn, optimizer)
     return AcceleratedMonitor(accelerator, model, loss_fn, optimizer, prefix, log, **options)
@@ -86,7 +87,9 @@ class AcceleratedMonitor(Monitor):
         used = [also] if isinstance(also, nn.Module) else also
         options["also"] = [*used, *captured_by(loss_fn)]
         self._each = EachAlike(loss_fn)
-        super().__init__(bare(accelerator, model), self._each, unwrap(optimizer), **options)
+        alone = accelerator.num_processes == 1
+        trained = bare(accelerator, model) if alone else model
+        super().__init__(trained, self._each, unwrap(optimizer), **options)
         self._accelerator = accelerator
         self._prefix, self._log = prefix, log
         self._losses: list[Tensor | float | None] = []  # of the window so far
@@ -207,7 +210,8 @@ class AcceleratedMonitor(Monitor):
     def _track(self, record: Record) -> None:
         try:
             if self._log is not None:
-                self._log(record)
+                if self._accelerator.is_main_process:
+                    self._log(record)
                 return
             prefix = f"{self._prefix}{self.name}/" if self.name else self._prefix
             self._accelerator.log(record.scalars(prefix), step=record.step)

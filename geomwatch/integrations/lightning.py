@@ -10,6 +10,7 @@ from typing_extensions import Self, Unpack
 
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.group import Group
+from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
 from geomwatch.integrations._lightning_host import (
     losses_by_name,
@@ -173,9 +174,8 @@ class GeomwatchCallback:
             return
         for name, record in run.batch_ends():
             publish(trainer, pl_module, f"{self._prefix}{name}/" if name else self._prefix, record)
-        rules = {alert.rule for alert in run.new_alerts() if alert.severity == "critical"}
-        if rules and self._on_critical is not None:
-            react(trainer, self._on_critical, rules)
+        alerts, step = run.new_alerts(), steps_taken(trainer)
+        react(trainer, wanted(self._on_critical, alerts, run.ranks, step))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave module and Trainer as they were."""

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from typing_extensions import Unpack
 
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
 from geomwatch.integrations._json_state import is_json
 from geomwatch.integrations._transformers_trainer import (
-    ask_for,
     find_trainer,
     holds,
     publish,
-    refuse_processes,
     refuse_several,
+    refuse_unknown_gradients,
 )
 from geomwatch.integrations._transformers_watch import Watch
 from geomwatch.integrations.extras import missing
@@ -141,9 +141,12 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save or stop after a critical alert."""
-        if self._watching is not None:
-            alerts = self._watching.new_alerts()
-            ask_for(self._on_critical, alerts, state.global_step, control)
+        if self._watching is None:
+            return
+        alerts, ranks = self._watching.new_alerts(), self._watching.ranks
+        action = wanted(self._on_critical, alerts, ranks, state.global_step)
+        control.should_save |= action == "save"
+        control.should_training_stop |= action == "stop"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the Trainer as it was."""
@@ -194,7 +197,7 @@ class GeomwatchCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if is_disabled():
             return
-        refuse_processes(trainer)
+        refuse_unknown_gradients(trainer)
         self._watch = Watch(trainer, optimizer, self._options, self._loss_fn)
         self._watch.start(state, saved)
 

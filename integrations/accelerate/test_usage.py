@@ -68,14 +68,14 @@ def test_an_optimizer_is_watched_once(accelerator):
 def test_a_host_that_steps_by_itself_is_refused(accelerator):
     model, optimizer = prepared(accelerator)
     deepspeed = SimpleNamespace(sync_gradients=True, distributed_type="DEEPSPEED")
-    with pytest.raises(UsageError, match=r"leave the optimizer step to the loop, got DEEPSPEED"):
+    with pytest.raises(UsageError, match=r"before a step that the loop takes, got DEEPSPEED"):
         watch(deepspeed, model, cross_entropy, optimizer)
 
 
-def test_several_processes_are_refused(accelerator):
+def test_processes_that_do_not_average_their_gradients_are_refused(accelerator):
     model, optimizer = prepared(accelerator)
     ranks = SimpleNamespace(sync_gradients=True, distributed_type="MULTI_CPU", num_processes=2)
-    with pytest.raises(UsageError, match=r"accelerator must run one process, got 2: each would"):
+    with pytest.raises(UsageError, match=r"averaged over 2 processes, got MULTI_CPU with Sequent"):
         watch(ranks, model, cross_entropy, optimizer)
 
 

@@ -93,9 +93,11 @@ def test_every_larger_than_the_run_is_told_of(Net, fit, caplog):
     assert told(caplog, "steps of this run") == 0
 
 
-def test_several_processes_are_refused(Net, make_trainer, load, monkeypatch):
+def test_processes_that_do_not_average_their_gradients_are_refused(
+    Net, make_trainer, load, monkeypatch
+):
     callback = GeomwatchCallback()
     trainer = make_trainer(callbacks=[callback])
     monkeypatch.setattr(type(trainer), "world_size", 2)
-    with pytest.raises(UsageError, match="must run in one process, got 2"):
+    with pytest.raises(UsageError, match="averaged over all processes, got SingleDeviceStrategy"):
         callback.on_fit_start(trainer, Net())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from trainers import loss_only, make, sentences
+from trainers import causal, loss_only, make, sentences
 
 from geomwatch import UsageError
+from geomwatch.integrations._parallelism import check_parallelism
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 # Where it is put
@@ -114,10 +116,28 @@ def test_a_run_shorter_than_every_is_told_of_when_it_begins(tmp_path, caplog):
     )
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("NO", {"num_processes": 2}, "averaged over 2 processes, got NO with GPT2LMHeadModel"),
+        ("DEEPSPEED", {}, "gradients in p.grad before a step that the loop takes, got DEEPSPEED"),
+        (
+            "MULTI_CPU",
+            {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=1, sp_size=None)},
+            "a model and a batch whole on each rank, got tp_size=2",
+        ),
+    ],
+)
+def test_processes_that_do_not_share_a_mean_gradient_are_refused(kind, options, message):
+    accelerator = SimpleNamespace(distributed_type=kind, **options)
+    with pytest.raises(UsageError, match=message):
+        check_parallelism(accelerator, causal(), "GeomwatchCallback")
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
     trainer = make(tmp_path, loss_only())
-    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    with pytest.raises(UsageError, match="must run in one process on one device, got 2 processes"):
+    monkeypatch.setattr(trainer.args, "_n_gpu", 2)
+    with pytest.raises(UsageError, match="must have one device in a process, got 2"):
         trainer.train()
 
 
