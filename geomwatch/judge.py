@@ -1,4 +1,4 @@
-"""Rules applied to each step, and what they say sent to whom it concerns."""
+"""Rules and controllers applied to each step; what they say sent to whom it concerns."""
 
 from __future__ import annotations
 
@@ -6,38 +6,51 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from geomwatch.controllers.control import Control
 from geomwatch.distributed import is_first_rank
 from geomwatch.errors import UsageError
-from geomwatch.records import Alert, Record
+from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
-from geomwatch.sinks import Line, Log, Sink, alert_line, logger, record_line
+from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
 
 T = TypeVar("T")
 
 
 class Judge:
-    """Observation -> alerts -> log, sinks and callback; the latter three on rank zero only."""
+    """Observation -> alerts, adjustments -> log, sinks, callback; these three on rank zero only.
+
+    An adjustment is logged before it is applied.
+    """
 
     def __init__(
         self,
         rules: Sequence[Rule] | None,
         sinks: Sequence[Sink],
         on_alert: Callable[[Alert], None] | None,
+        control: Control,
     ) -> None:
         self._rules = list(default_rules() if rules is None else rules)
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
+        self._control = control
         self._broken: set[int] = set()  # ids of what has raised and was reported
         self.name = ""  # of the monitor, in a group
         self.history: list[Record] = []
         self.alerts: list[Alert] = []
+        self.adjustments: list[Adjustment] = []
 
     def __call__(self, seen: Observation, record: Record | None) -> Record | None:
-        """Judge one step; return its record, if any, with the alerts it raised."""
+        """Judge one step; return its record, if any, with what it led to."""
         verdicts = [self._safely(rule, seen) for rule in self._rules]
         alerts = [alert for alert in verdicts if alert is not None]
+        adjustments = self._control(seen, alerts)
         if record is not None:
-            record = replace(record, alerts=tuple(alerts))
+            record = replace(
+                record,
+                alerts=tuple(alerts),
+                adjustments=tuple(adjustments),
+                knobs=self._control.values(seen.lr),
+            )
             self.history.append(record)
             self.emit(record_line(record))
         for alert in alerts:
@@ -45,6 +58,10 @@ class Judge:
             self.emit(alert_line(alert))
             if self._on_alert is not None and is_first_rank():
                 self._safely(self._on_alert, alert)
+        for adjustment in adjustments:
+            self.adjustments.append(adjustment)
+            self.emit(adjustment_line(adjustment))
+        self._control.apply(seen.lr)
         return record
 
     def emit(self, line: Line) -> None:

@@ -1,4 +1,4 @@
-"""The monitor of a training run: due? -> measure -> rules -> sinks."""
+"""The monitor of a training run: due? -> measure -> rules -> controllers -> sinks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geomwatch.actuators import Actuator
 from geomwatch.checks import check_optimizer, check_options
+from geomwatch.controllers import Control, Controller
 from geomwatch.distributed import Ranks, unwrapped
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
@@ -21,7 +23,7 @@ from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities import resolve
-from geomwatch.records import Alert, Record
+from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
 from geomwatch.schedule import make_schedule
@@ -61,6 +63,9 @@ class Monitor:
         params: shell-style patterns of the parameter names to measure; all by default.
         also: other modules the loss uses (a teacher, a discriminator) that probes must isolate.
         rules: the rules to judge by; `default_rules()` by default.
+        controllers: what may adjust the training, for example `LearningRateCap()`; nothing by
+            default.
+        dry_run: log what controllers would do, and do nothing.
         on_alert: called with each Alert; on rank zero.
         sinks: called with each line of the run's log, for example `JsonLines("run.jsonl")`.
         seed: of the probes' own random vectors; the global generators are never touched.
@@ -89,6 +94,8 @@ class Monitor:
         params: str | Sequence[str] | None = None,
         also: Sequence[object] = (),
         rules: Sequence[Rule] | None = None,
+        controllers: Sequence[Controller] = (),
+        dry_run: bool = False,
         on_alert: Callable[[Alert], None] | None = None,
         sinks: Sequence[Sink] = (),
         seed: int = 0,
@@ -120,14 +127,15 @@ class Monitor:
                 ranks=self._ranks,
             )
         )
-        self._judge = Judge(rules, sinks, on_alert)
+        self._disabled = is_disabled()
+        self._control = Control(() if self._disabled else controllers, optimizer, dry_run=dry_run)
+        self._judge = Judge(rules, sinks, on_alert, self._control)
         self._difficulty = Difficulty() if "difficulty" in names else None
         self._optimizer = optimizer
         self._optimizer_name = _describe(optimizer)
         self._params = layout.params
         self._fixed_window = fixed_window(probe_batch)
         self._max_overhead = max_overhead
-        self._disabled = is_disabled()
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars = StepScalars(self._ranks)
         self._window: list[Any] = []
@@ -145,6 +153,8 @@ class Monitor:
             "mode": mode,
             "operator": operator,
             "seed": seed,
+            "controllers": [type(c).__name__ for c in controllers],
+            "dry_run": dry_run,
         }
 
     @property
@@ -165,6 +175,11 @@ class Monitor:
     def alerts(self) -> list[Alert]:
         """All alerts so far."""
         return self._judge.alerts
+
+    @property
+    def adjustments(self) -> list[Adjustment]:
+        """All adjustments so far, with those that a dry run or advice only speaks of."""
+        return self._judge.adjustments
 
     @property
     def probe_seconds(self) -> float:
@@ -208,9 +223,14 @@ class Monitor:
         window, self._window = self._window, []
         if not self._called:
             self._check_place(window)
+        self._control.lift()
         settled = self._exchange(loss, grad_norm, grad_scale)
         probed = self._probe(window, grad_scale) if self._is_due() else None
         return self._conclude(settled, probed)
+
+    def equip(self, *actuators: Actuator) -> None:
+        """Take what turns the knobs of this loop's host, for controllers to use."""
+        self._control.equip(*actuators)
 
     def pause(self) -> None:
         """Stop probing; loss and gradient are still watched."""
@@ -227,6 +247,7 @@ class Monitor:
             self._conclude(settled, None)
         self._tell_of_a_short_run()
         self._counter.close()
+        self._control.close()
         self._judge.close()
 
     def __enter__(self) -> Monitor:
@@ -247,6 +268,7 @@ class Monitor:
             "schedule": self._schedule.state_dict(),
             "prober": self._guard.prober.state_dict(),
             "rules": self._judge.state_dict(),
+            "control": self._control.state_dict(),
             "difficulty": self._difficulty.state_dict() if self._difficulty else {},
         }
 
@@ -254,9 +276,10 @@ class Monitor:
         """Go on where another monitor of the same run stopped.
 
         Raises:
-            UsageError: it was saved with other rules.
+            UsageError: it was saved with other rules or controllers.
         """
         self._judge.load_state_dict(state["rules"])
+        self._control.load_state_dict(state["control"])
         self._lr = tuple(state["lr"])
         uncounted = not self._counter.is_automatic and bool(self._lr)
         self._counter.steps = state["step"] - uncounted

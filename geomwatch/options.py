@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
+from geomwatch.controllers import Controller
 from geomwatch.records import Alert
 from geomwatch.rules import Rule
 from geomwatch.sinks import Sink
@@ -28,6 +29,8 @@ class Options(TypedDict, total=False):
     params: str | Sequence[str] | None
     also: Sequence[object]
     rules: Sequence[Rule] | None
+    controllers: Sequence[Controller]
+    dry_run: bool
     on_alert: Callable[[Alert], None] | None
     sinks: Sequence[Sink]
     seed: int

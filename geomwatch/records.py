@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Severity = Literal["info", "warning", "critical"]
+Effect = Literal["applied", "dry run", "advice"]
 ErrorKind = Literal["residual", "stderr", "none"]
 
 SCHEMA = 1
@@ -47,12 +48,19 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Adjustment:
-    """A controller turned a knob of the training loop."""
+    """A controller turned a knob of the training loop before step `step`, or would have.
+
+    knob "lr_scale": the factor between the rate a step takes and the user's; "batch_scale": items
+    in a step over those of the loop as written; "clip_norm": the gradient norm clipped at, infinite
+    for none. `effect` is "advice" where this loop can't turn it, or where only the user should.
+    """
 
     knob: str
     before: float
     after: float
     reason: str
+    step: int = 0
+    effect: Effect = "applied"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,7 @@ class Record:
     alerts: tuple[Alert, ...] = ()
     adjustments: tuple[Adjustment, ...] = ()
     how: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    knobs: Mapping[str, float] = field(default_factory=dict)  # as controllers have set them
 
     def __getitem__(self, name: str) -> Estimate:
         if name not in self.estimates:
@@ -102,5 +111,6 @@ class Record:
             flat[key] = estimate.value
             if estimate.error is not None and math.isfinite(estimate.error):
                 flat[f"{key}_error"] = estimate.error
+        flat |= {prefix + knob: value for knob, value in self.knobs.items() if math.isfinite(value)}
         flat[f"{prefix}probe_seconds"] = self.seconds
         return flat

@@ -58,6 +58,9 @@ class Log:
         elif line["kind"] == "alert":
             where = f"{name}step {line['step']}: "
             logger.log(_LEVELS[line["severity"]], "%s%s", where, line["message"])
+        elif line["kind"] == "adjustment":
+            level = logging.WARNING if line["effect"] == "advice" else logging.INFO
+            logger.log(level, "%sstep %d: %s", name, line["step"], _turn(line))
 
 
 def run_line(facts: Mapping[str, Any]) -> Line:
@@ -76,6 +79,7 @@ def record_line(record: Record) -> Line:
         "seconds": record.seconds,
         "estimates": {name: asdict(e) for name, e in record.estimates.items()},
         "how": dict(record.how),
+        "knobs": dict(record.knobs),
     }
 
 
@@ -124,6 +128,12 @@ def _sentence(line: Line) -> str:
             age = f" (at step {line['step'] - found['age']})" if found["age"] else ""
             parts.append(f"{label} {format_estimate(Estimate(**found))}{age}")
     return "  ".join(parts)
+
+
+def _turn(line: Line) -> str:
+    verb = {"applied": "", "dry run": "would be ", "advice": "advice, not applied: "}
+    turned = f"{line['knob']} {line['before']:.3g} -> {line['after']:.3g}"
+    return f"{verb[line['effect']]}{turned}: {line['reason']}"
 
 
 def _plain(value: Any) -> Any:

@@ -139,15 +139,17 @@ def test_an_alert_line_holds_the_alert_in_full(tmp_path):
 
 def test_an_adjustment_line_holds_the_adjustment_in_full(tmp_path):
     sink = JsonLines(tmp_path / "run.jsonl")
-    sink(adjustment_line(Adjustment("lr", 0.1, 0.05, "the margin")))
+    sink(adjustment_line(Adjustment("lr_scale", 1.0, 0.5, "the margin", 7, "dry run")))
     assert lines_of(sink.path) == [
         {
             "kind": "adjustment",
             "schema": SCHEMA,
-            "knob": "lr",
-            "before": 0.1,
-            "after": 0.05,
+            "knob": "lr_scale",
+            "before": 1.0,
+            "after": 0.5,
             "reason": "the margin",
+            "step": 7,
+            "effect": "dry run",
         }
     ]
 

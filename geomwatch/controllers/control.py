@@ -1,0 +1,202 @@
+"""The conductor of controllers: observation and alerts -> adjustments -> actuators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from geomwatch.actuators import KNOBS, LR, NOT_LIVE, Actuator, LearningRate, Memory
+from geomwatch.controllers.controller import Controller, Knobs, Move
+from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.records import Adjustment, Alert, Effect
+from geomwatch.rules import Observation
+from geomwatch.sinks import logger
+from geomwatch.stability import unwrap
+
+_SAME = 1e-6  # relative: a knob that moves by less has not moved
+
+
+class Control:
+    """Asks each controller before each step, and turns the knobs once it is logged that they will.
+
+    The learning rate comes first, then the batch, then clipping, each with one controller and at
+    most one move a step. With `dry_run` no hook is set and nothing is turned. A knob that the loop
+    can't turn while it runs becomes advice, given once. Without controllers it does nothing at all.
+
+    Raises:
+        UsageTypeError: a controller is none.
+        UsageError: two controllers want the same knob, or one wants a knob that there is not.
+    """
+
+    def __init__(
+        self, controllers: Sequence[Controller], optimizer: Any, *, dry_run: bool = False
+    ) -> None:
+        _check(controllers)
+        self._controllers = sorted(controllers, key=lambda c: KNOBS.index(c.knob))
+        self._dry_run = dry_run
+        self._rate: LearningRate | None = None
+        self._actuators: dict[str, Actuator] = {
+            c.knob: self._own_actuator(c, unwrap(optimizer)) for c in self._controllers
+        }
+        self._values: dict[str, float] = {}  # of the knobs at the last step, as trackers see them
+        self._settings: dict[str, float] = {}  # as they were last asked for
+        self._pending: list[Move] = []
+        self._advised: set[str] = set()
+        self._broken: set[str] = set()
+
+    def equip(self, *actuators: Actuator) -> None:
+        """Take the actuators of a host, for knobs that nothing else turns."""
+        for actuator in actuators:
+            present = self._actuators.get(actuator.knob)
+            if present is not None and present.obstacle:
+                self._actuators[actuator.knob] = actuator
+                if actuator.knob in self._settings and not actuator.obstacle:
+                    actuator.set(self._settings[actuator.knob])
+
+    def lift(self) -> None:
+        """Show the user's own rates while the coming step is looked at."""
+        if self._rate is not None:
+            self._rate.lift()
+
+    def __call__(self, seen: Observation, alerts: Sequence[Alert]) -> list[Adjustment]:
+        """Decide on one step; `apply` then turns the knobs."""
+        self._pending = []
+        adjustments: list[Adjustment] = []
+        before = {knob: a.value(seen.lr) for knob, a in self._actuators.items()} | self._values
+        for controller in self._controllers:
+            moved = frozenset(a.knob for a in adjustments if a.effect != "advice")
+            for move in self._ask(controller, seen, alerts, Knobs(before, moved)):
+                adjustment = self._decided(move, seen, before)
+                if adjustment is not None:
+                    adjustments.append(adjustment)
+        return adjustments
+
+    def apply(self, rates: Sequence[float]) -> None:
+        """Turn the knobs as decided, for a step at the user's learning `rates`."""
+        for move in self._pending:
+            self._settings[move.knob] = move.to
+            self._actuators[move.knob].set(move.to)
+        self._pending = []
+        if self._rate is not None:
+            self._rate.refresh()
+        self._values = {knob: a.value(rates) for knob, a in self._actuators.items()}
+
+    def values(self, rates: Sequence[float]) -> dict[str, float]:
+        """Return the knobs as they will be once the moves decided on are made."""
+        present = {knob: a.value(rates) for knob, a in self._actuators.items()}
+        return present | {m.knob: self._outcome(m, rates) for m in self._pending}
+
+    def close(self) -> None:
+        """Put the loop back as it was."""
+        for actuator in self._actuators.values():
+            actuator.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memories of the controllers and where the knobs are."""
+        return {
+            "controllers": {c.knob: c.state_dict() for c in self._controllers},
+            "settings": {k: v if math.isfinite(v) else None for k, v in self._settings.items()},
+            "values": {k: v if math.isfinite(v) else None for k, v in self._values.items()},
+            "advised": sorted(self._advised),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the memories and turn the knobs to where they were.
+
+        Raises:
+            UsageError: it was saved with other controllers.
+        """
+        own = [c.knob for c in self._controllers]
+        if sorted(state["controllers"]) != sorted(own):
+            raise UsageError(
+                f"state must hold controllers of {own}, got {sorted(state['controllers'])}. Build "
+                "the monitor with the controllers it was saved with."
+            )
+        for controller in self._controllers:
+            controller.load_state_dict(state["controllers"][controller.knob])
+        self._settings = {k: _number(v) for k, v in state["settings"].items()}
+        self._values = {k: _number(v) for k, v in state["values"].items()}
+        self._advised = set(state["advised"])
+        for knob, setting in self._settings.items():
+            self._actuators[knob].set(setting)
+
+    def _own_actuator(self, controller: Controller, optimizer: Any) -> Actuator:
+        """Return what turns a controller's knob in any torch loop."""
+        if controller.knob == LR:
+            self._rate = LearningRate(optimizer, live=not self._dry_run)
+            return self._rate
+        if self._dry_run:
+            return Memory(controller.knob)
+        brought: Actuator | None = getattr(controller, "actuator", None)
+        return brought or Memory(controller.knob, obstacle=NOT_LIVE[controller.knob])
+
+    def _ask(
+        self, controller: Controller, seen: Observation, alerts: Sequence[Alert], knobs: Knobs
+    ) -> Sequence[Move]:
+        """Ask a controller; a bug in one must not stop a training run."""
+        try:
+            return controller(seen, alerts, knobs)
+        except Exception as error:  # whatever it raises
+            if controller.knob not in self._broken:
+                self._broken.add(controller.knob)
+                logger.warning(
+                    "%r failed with %s: %s. It leaves its knob where it is; training goes on, and "
+                    "it will be asked again. This is said once.",
+                    controller,
+                    type(error).__name__,
+                    error,
+                    exc_info=error,
+                )
+            return ()
+
+    def _decided(
+        self, move: Move, seen: Observation, before: dict[str, float]
+    ) -> Adjustment | None:
+        """Note a move to be made; return what to say of it, if anything."""
+        obstacle = self._actuators[move.knob].obstacle
+        after, effect, reason = self._outcome(move, seen.lr), self._effect, move.reason
+        if move.advice or obstacle:
+            key = move.reason if move.advice else move.knob
+            if key in self._advised:
+                return None
+            self._advised.add(key)
+            effect, reason = "advice", f"{reason}. {obstacle}" if obstacle else reason
+        else:
+            self._pending.append(move)
+        if math.isclose(before[move.knob], after, rel_tol=_SAME):
+            return None
+        return Adjustment(move.knob, before[move.knob], after, reason, seen.step, effect)
+
+    @property
+    def _effect(self) -> Effect:
+        return "dry run" if self._dry_run else "applied"
+
+    def _outcome(self, move: Move, rates: Sequence[float]) -> float:
+        if move.knob != LR:
+            return move.to
+        largest = max(rates, default=0.0)
+        return 1.0 if largest <= move.to else move.to / largest
+
+
+def _check(controllers: Sequence[Controller]) -> None:
+    for controller in controllers:
+        if not callable(controller) or not hasattr(controller, "knob"):
+            raise UsageTypeError(
+                f"controllers must hold controllers such as LearningRateCap(), got {controller!r}."
+            )
+        if controller.knob not in KNOBS:
+            raise UsageError(
+                f"a controller's knob must be one of {', '.join(KNOBS)}, got {controller.knob!r}."
+            )
+    knobs = [c.knob for c in controllers]
+    for knob in knobs:
+        if knobs.count(knob) > 1:
+            raise UsageError(
+                f"controllers must hold one for each knob, got {knobs.count(knob)} for {knob!r}: "
+                "they would fight. Leave one of them."
+            )
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value

@@ -1,0 +1,213 @@
+"""Keeps the learning rate below what the curvature along the gradient allows."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from geomwatch.actuators import LR
+from geomwatch.checks import check_count
+from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
+from geomwatch.controllers.margins import SmoothedMargin, growth
+from geomwatch.records import Alert
+from geomwatch.rules import Observation
+
+_LONG = 50  # steps: a longer gap between measurements releases no more than this one
+_WINDOW = 100  # measurements
+_OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high
+_ENOUGH = 30  # measurements to say so from
+_SAME = 1e-9  # relative: caps that differ by less are one
+
+
+class LearningRateCap:
+    """Caps the rate where the small-batch margin along the gradient would exceed `c_bs`.
+
+    With m_s = eta |BS| / (2(1-mu)) for SGD with momentum, eta |BS_P| / 2 for Adam (its bias
+    correction included) and so on, the margin of the user's rate eta,
+
+        eta_applied = max(min_scale eta, min(eta, c_bs eta / mean(m_s))):
+
+    eta |BS| stays at `c_bs` times what is stable when the noise of small batches dominates
+    (Andreyev et al. 2026). The absolute value, because BS is negative early on in nets with
+    BatchNorm. Where every step sees the same data its share of the full-batch limit counts, which
+    momentum makes larger. The mean is exponential, weight `smoothing` on what was known before. A
+    lower cap holds at once (after `patience` steps above it), a higher one is approached by at most
+    `release` in five steps, and not within `cooldown` steps of a lower one.
+
+    Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
+    failed, are not finite, or belong to an optimizer without a stability formula change nothing.
+
+    Args:
+        c_bs: the margin along the gradient to stay below.
+        c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
+        smoothing: weight of the past in the mean of margins.
+        release: largest factor by which the cap rises in five steps.
+        min_scale: the rate is never lowered by more than this factor.
+        patience: optimizer steps that a margin must lie above its limit before the rate goes down.
+        cooldown: optimizer steps after the rate went down before it may rise again.
+
+    Raises:
+        UsageError: a number outside its range.
+    """
+
+    knob = LR
+
+    def __init__(
+        self,
+        *,
+        c_bs: float = 2.0,
+        c_lambda: float | None = None,
+        smoothing: float = 0.8,
+        release: float = 1.25,
+        min_scale: float = 1e-3,
+        patience: int = 0,
+        cooldown: int = 0,
+    ) -> None:
+        check_above("c_bs", c_bs, 0)
+        if c_lambda is not None:
+            check_above("c_lambda", c_lambda, 0)
+        check_share("smoothing", smoothing)
+        check_above("release", release, 1)
+        check_share("min_scale", min_scale)
+        check_count("patience", patience, 0)
+        check_count("cooldown", cooldown, 0)
+        self._c_bs, self._c_lambda = float(c_bs), c_lambda
+        self._release, self._min_scale = release ** (1 / 5), min_scale
+        self._patience, self._cooldown = patience, cooldown
+        self._along = SmoothedMargin(smoothing)
+        self._top = SmoothedMargin(0.0)  # the last one
+        self._factor = math.inf  # the cap, of these rates:
+        self._reference: tuple[float, ...] = ()
+        self._sent = math.inf  # what was last asked for, the floor included
+        self._measured: int | None = None  # the step of the last trusted measurement
+        self._lowered = -math.inf  # the step at which it last went down
+        self._above: int | None = None  # the step since which the target is below the rate
+        self._binds = False
+        self._recent: deque[float] = deque(maxlen=_WINDOW)  # scales at measurements
+        self._advised = False
+
+    def __call__(
+        self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
+    ) -> Sequence[Move]:
+        """Set the cap for one step."""
+        fresh = self._measure(seen)
+        largest = max(seen.lr, default=0.0)
+        if not largest > 0 or not (self._along.known or self._top.known):
+            return ()
+        scale = self._approach(seen, fresh)
+        if fresh:
+            self._recent.append(min(1.0, scale))
+        cap = max(scale, self._min_scale) * largest
+        moves = [self._advice(largest)] if self._is_too_high() else []
+        binds, bound = cap < largest, self._binds
+        self._binds = binds
+        if binds != bound or not math.isclose(cap, self._sent, rel_tol=_SAME):
+            self._sent = cap
+            moves.append(Move(LR, cap, self._reason(seen, largest, binds=binds)))
+        return moves
+
+    def _measure(self, seen: Observation) -> bool:
+        """Take in what was measured at this step; tell whether there is something new."""
+        along = seen.gradient_fresh and self._along.update(seen.gradient_margin, seen.lr)
+        top = self._c_lambda is not None and seen.fresh
+        top = top and self._top.update(seen.margin, seen.lr, with_error=True)
+        return along or top
+
+    def _approach(self, seen: Observation, fresh: bool) -> float:
+        """Return the cap as a factor of the present rates.
+
+        Lowered at once; raised at a measurement, by no more than the steps since the last allow.
+        """
+        step, target = seen.step, self._target(seen)
+        before = self._factor / growth(seen.lr, self._reference) if self._reference else math.inf
+        after = before
+        if target >= 1:
+            self._above = None
+        elif self._above is None:
+            self._above = step
+        if target < before:
+            if self._above is None or step - self._above >= self._patience:
+                after, self._lowered = target, step
+        elif fresh and step - self._lowered >= self._cooldown:
+            gap = 0 if self._measured is None else min(step - self._measured, _LONG)
+            after = min(target, before * self._release**gap)
+        if fresh:
+            self._measured = step
+        if fresh or after != before:
+            self._factor, self._reference = after, seen.lr
+        return after
+
+    def _target(self, seen: Observation) -> float:
+        """Return the factor of the present rates at which all margins are within their limits."""
+        unit = seen.noise_ratio if seen.deterministic else 1.0
+        limits = ((self._along, self._c_bs * unit), (self._top, self._c_lambda))
+        allowed = math.inf
+        for margin, limit in limits:
+            value = margin.at(seen.lr) * seen.cold_start
+            if limit is not None and value > 0:
+                allowed = min(allowed, limit / value)
+        return allowed
+
+    def _is_too_high(self) -> bool:
+        if self._advised or len(self._recent) < _ENOUGH:
+            return False
+        return sum(scale < 1 for scale in self._recent) > _OFTEN * len(self._recent)
+
+    def _advice(self, largest: float) -> Move:
+        self._advised = True
+        lowered = [scale for scale in self._recent if scale < 1]
+        k = math.exp(-math.fsum(map(math.log, lowered)) / len(lowered))
+        reason = (
+            f"your base rate is about {k:.2g} x too high: {len(lowered)} of the last "
+            f"{len(self._recent)} measurements have lowered it"
+        )
+        return Move(LR, largest / k, reason, advice=True)
+
+    def _reason(self, seen: Observation, largest: float, *, binds: bool) -> str:
+        if not binds:
+            return f"the learning rate {largest:.3g} is within what the curvature allows"
+        cold = seen.cold_start
+        along, top = (m.at(seen.lr) * cold for m in (self._along, self._top))
+        if self._c_lambda is not None and top / self._c_lambda > along / self._c_bs:
+            return (
+                f"learning rate {largest:.3g} x λ_max is {top:.3g} times what is stable (to stay "
+                f"below {self._c_lambda:g})"
+            )
+        return (
+            f"learning rate {largest:.3g} x curvature along the gradient is {along:.3g} times what "
+            f"is stable in small batches (to stay below {self._c_bs:g})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the smoothed margins and the cap."""
+        return {
+            "along": self._along.state_dict(),
+            "top": self._top.state_dict(),
+            "factor": _finite(self._factor),
+            "sent": _finite(self._sent),
+            "reference": list(self._reference),
+            "measured": self._measured,
+            "lowered": _finite(self._lowered),
+            "above": self._above,
+            "binds": self._binds,
+            "recent": list(self._recent),
+            "advised": self._advised,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the smoothed margins and the cap."""
+        self._along.load_state_dict(state["along"])
+        self._top.load_state_dict(state["top"])
+        self._factor = math.inf if state["factor"] is None else state["factor"]
+        self._sent = math.inf if state["sent"] is None else state["sent"]
+        self._reference = tuple(state["reference"])
+        self._measured, self._above = state["measured"], state["above"]
+        self._lowered = -math.inf if state["lowered"] is None else state["lowered"]
+        self._binds, self._advised = state["binds"], state["advised"]
+        self._recent = deque(state["recent"], maxlen=_WINDOW)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
