@@ -41,7 +41,8 @@ class Judge:
 
     def __call__(self, seen: Observation, record: Record | None) -> Record | None:
         """Judge one step; return its record, if any, with what it led to."""
-        verdicts = [self._safely(rule, seen) for rule in self._rules]
+        judged = self._control.as_applied(seen)
+        verdicts = [self._safely(rule, judged) for rule in self._rules]
         alerts = [alert for alert in verdicts if alert is not None]
         adjustments = self._control(seen, alerts)
         if record is not None:

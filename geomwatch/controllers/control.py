@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from geomwatch.actuators import KNOBS, LR, NOT_LIVE, Actuator, LearningRate, Memory
 from geomwatch.controllers.controller import Controller, Knobs, Move
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.records import Adjustment, Alert, Effect
+from geomwatch.records import Adjustment, Alert, Effect, Estimate
 from geomwatch.rules import Observation
 from geomwatch.sinks import logger
 from geomwatch.stability import unwrap
@@ -71,6 +72,27 @@ class Control:
                 if adjustment is not None:
                     adjustments.append(adjustment)
         return adjustments
+
+    @property
+    def scale(self) -> float:
+        """The factor between the rates of the last step and the user's."""
+        return 1.0 if self._dry_run else self._values.get(LR, 1.0)
+
+    def as_applied(self, seen: Observation) -> Observation:
+        """Return what the rules should judge: the step as the cap known so far will have it."""
+        if self._rate is None or self._dry_run:
+            return seen
+        scale = self._rate.value(seen.lr)
+        headed = self._rate.value(seen.peak)
+        if scale == 1 and headed == 1:
+            return seen
+        return replace(
+            seen,
+            lr=tuple(scale * rate for rate in seen.lr),
+            peak=tuple(headed * rate for rate in seen.peak),
+            margin=_scaled(seen.margin, scale),
+            gradient_margin=_scaled(seen.gradient_margin, scale),
+        )
 
     def apply(self, rates: Sequence[float]) -> None:
         """Turn the knobs as decided, for a step at the user's learning `rates`."""
@@ -196,6 +218,13 @@ def _check(controllers: Sequence[Controller]) -> None:
                 f"controllers must hold one for each knob, got {knobs.count(knob)} for {knob!r}: "
                 "they would fight. Leave one of them."
             )
+
+
+def _scaled(margin: Estimate | None, factor: float) -> Estimate | None:
+    if margin is None or margin.value is None:
+        return margin
+    error = None if margin.error is None else margin.error * factor
+    return replace(margin, value=margin.value * factor, error=error)
 
 
 def _number(value: float | None) -> float:
