@@ -65,7 +65,7 @@ def check_loss(loss: object) -> Tensor:
             f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}. "
             "Reduce it the way you train on it, for example loss.mean()."
         )
-    if not loss.requires_grad:
+    if not loss.requires_grad and torch.is_grad_enabled():
         raise UsageError(
             "loss_fn must return a loss that depends on the model's parameters, got a tensor "
             "without a graph. Don't detach it or compute it under torch.no_grad()."

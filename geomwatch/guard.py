@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from geomwatch.distributed import RankError
 from geomwatch.errors import UsageError
 from geomwatch.prober import Probed, Prober
-from geomwatch.records import Estimate
+from geomwatch.rescaled import Rescaled
 from geomwatch.sinks import logger
 
 _PATIENCE = 3  # failed probes in a row before probing is paused
@@ -26,14 +25,12 @@ class Guard:
         self.paused = False
         self.seconds = 0.0  # spent in probes so far
         self.last: Probed | None = None
-        self._lr: tuple[float, ...] = ()  # of the last probe
-        self._margin: Estimate | None = None
+        self.margin = Rescaled()
+        self.gradient_margin = Rescaled()
         self._failures = 0
         self._told: set[str] = set()
 
-    def probe(
-        self, window: Sequence[Any], step: int, *, same_data: Sequence[Any], grad_scale: float
-    ) -> Probed | None:
+    def probe(self, window: Sequence[Any], step: int, **known: Any) -> Probed | None:
         """Probe, or report why not and return None.
 
         Raises:
@@ -41,9 +38,7 @@ class Guard:
         """
         start = time.perf_counter()
         try:
-            probed = self._probe_within_memory(
-                window, step, same_data=same_data, grad_scale=grad_scale
-            )
+            probed = self._probe_within_memory(window, step, **known)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
             if isinstance(error, UsageError) and self.prober.plan.probes == 0:
                 raise
@@ -53,28 +48,32 @@ class Guard:
             self.seconds += time.perf_counter() - start
         self._failures = 0
         self.last = probed
-        self._lr, self._margin = probed.record.lr, probed.margin
+        self.margin.update(probed.margin, probed.record.lr)
+        self.gradient_margin.update(probed.gradient_margin, probed.record.lr)
         self._tell_surprises()
         return probed
+
+    def glance(self, window: Sequence[Any], lr: tuple[float, ...], **known: Any) -> bool:
+        """Measure the margin along the gradient; tell whether it could be had.
+
+        What keeps it from being measured is for the next probe to report.
+        """
+        start = time.perf_counter()
+        try:
+            with self.prober.ranks.together():
+                found = self.prober.glance(window, **known)
+        except Exception as error:
+            logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
+            return False
+        finally:
+            self.seconds += time.perf_counter() - start
+        self.gradient_margin.update(found, lr)
+        return found.value is not None
 
     def resume(self) -> None:
         """Probe again after a pause."""
         self.paused = False
         self._failures = 0
-
-    def lr_ratio(self, lr: Sequence[float]) -> float:
-        """Return the largest factor by which a group's rate has grown since the last probe."""
-        if not self._lr or self._lr == lr:
-            return 1.0
-        pairs = zip(lr, self._lr, strict=False)
-        return max((now / then for now, then in pairs if then > 0), default=1.0)
-
-    def margin(self, lr: Sequence[float]) -> Estimate | None:
-        """Return the last margin, re-scaled to the learning rates `lr` of the coming step."""
-        margin, ratio = self._margin, self.lr_ratio(lr)
-        if margin is None or margin.value is None or margin.error is None or ratio == 1:
-            return margin
-        return replace(margin, value=margin.value * ratio, error=margin.error * ratio)
 
     def tell(self, message: str) -> None:
         """Warn of something, once."""
@@ -83,16 +82,16 @@ class Guard:
             logger.warning("%s", message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last margin and its learning rates."""
+        """Return the last margins and their learning rates."""
         return {
-            "lr": list(self._lr),
-            "margin": None if self._margin is None else asdict(self._margin),
+            "margin": self.margin.state_dict(),
+            "gradient_margin": self.gradient_margin.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the last margin and its learning rates."""
-        self._lr = tuple(state["lr"])
-        self._margin = None if state["margin"] is None else Estimate(**state["margin"])
+        """Take over the last margins and their learning rates."""
+        self.margin.load_state_dict(state["margin"])
+        self.gradient_margin.load_state_dict(state["gradient_margin"])
 
     def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
         ranks = self.prober.ranks

@@ -28,7 +28,7 @@ from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
 from geomwatch.schedule import make_schedule
 from geomwatch.sinks import Sink, run_line
-from geomwatch.stability import learning_rates, unwrap
+from geomwatch.stability import cold_start, learning_rates, planned_rates, unwrap
 from geomwatch.vectors import Layout
 
 _PLACE = (
@@ -225,8 +225,10 @@ class Monitor:
             self._check_place(window)
         self._control.lift()
         settled = self._exchange(loss, grad_norm, grad_scale)
-        probed = self._probe(window, grad_scale) if self._is_due() else None
-        return self._conclude(settled, probed)
+        if self._is_due(self._schedule.due):
+            return self._conclude(settled, self._probe(window, loss, grad_scale))
+        due = self._is_due(self._schedule.glance_due)
+        return self._conclude(settled, None, glanced=due and self._glance(window, loss, grad_scale))
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""
@@ -320,18 +322,19 @@ class Monitor:
         norm = gradient_norm(self._params) / grad_scale if grad_norm is None else grad_norm
         self._scalars.put(steps, loss, norm)
         if settled is not None and self._difficulty is not None:
-            self._difficulty.update(max(self._lr), settled, self._guard.prober.lambda_max())
+            lr = self._control.scale * max(self._lr)
+            self._difficulty.update(lr, settled, self._guard.prober.lambda_max())
         self._lr = learning_rates(self._optimizer)
         return settled
 
-    def _is_due(self) -> bool:
+    def _is_due(self, due: Callable[..., bool]) -> bool:
         step = self._counter.steps
         if step <= self._last_probe:  # a skipped step is the same step
             return False
-        margin = self._guard.margin(self._lr)
+        margin = self._guard.margin.at(self._lr)
         value = None if margin is None else margin.value
-        ratio = self._guard.lr_ratio(self._lr)
-        if not self._schedule.due(step, lr_ratio=ratio, margin=value):
+        ratio = self._guard.margin.ratio(self._lr)
+        if not due(step, lr_ratio=ratio, margin=value):
             return False
         return self._ranks.all(not self._guard.paused and self._is_affordable())
 
@@ -341,7 +344,20 @@ class Monitor:
         rest = time.perf_counter() - self._began - self._guard.seconds
         return self._guard.seconds <= self._max_overhead * rest
 
-    def _probe(self, window: Sequence[Any], grad_scale: float) -> Probed | None:
+    def _glance(
+        self, window: Sequence[Any], loss: Tensor | float | None, grad_scale: float
+    ) -> bool:
+        own = self._fixed_window or window
+        if not self._ranks.any(bool(own)):
+            return False
+        seen = self._guard.glance(own, self._lr, loss=_number(loss), grad_scale=grad_scale)
+        margin = self._guard.gradient_margin.at(self._lr)
+        self._schedule.glanced(self._counter.steps, margin=margin.value if margin else None)
+        return seen
+
+    def _probe(
+        self, window: Sequence[Any], loss: Tensor | float | None, grad_scale: float
+    ) -> Probed | None:
         own = self._fixed_window or window
         if not self._ranks.any(bool(own)):
             self._guard.tell(
@@ -350,12 +366,16 @@ class Monitor:
             )
             return None
         step = self._last_probe = self._counter.steps
-        probed = self._guard.probe(own, step, same_data=window, grad_scale=grad_scale)
+        probed = self._guard.probe(
+            own, step, same_data=window, loss=_number(loss), grad_scale=grad_scale
+        )
         margin = None if probed is None or probed.margin is None else probed.margin.value
         self._schedule.probed(step, margin=margin)
         return probed
 
-    def _conclude(self, settled: Settled | None, probed: Probed | None) -> Record | None:
+    def _conclude(
+        self, settled: Settled | None, probed: Probed | None, *, glanced: bool = False
+    ) -> Record | None:
         record = probed.record if probed is not None else None
         if record is not None and self._difficulty is not None:
             estimates = {**record.estimates, "difficulty": self._difficulty.estimate()}
@@ -365,8 +385,12 @@ class Monitor:
             step=self._counter.steps,
             lr=self._lr,
             optimizer=self._optimizer_name,
-            margin=self._guard.margin(self._lr),
+            margin=self._guard.margin.at(self._lr),
             fresh=probed is not None,
+            gradient_margin=self._guard.gradient_margin.at(self._lr),
+            gradient_fresh=glanced or probed is not None,
+            cold_start=cold_start(self._optimizer, self._counter.steps),
+            peak=planned_rates(self._optimizer),
             deterministic=last is not None and last.deterministic,
             estimates=record.estimates if record is not None else None,
             loss=record.loss if record is not None else None,
@@ -394,6 +418,10 @@ def _check_options(model: object, max_overhead: object) -> None:
         raise UsageError(
             f"max_overhead must be a positive share such as 0.05 for 5 %, got {max_overhead!r}."
         )
+
+
+def _number(loss: Tensor | float | None) -> float | None:
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss
 
 
 def _describe(optimizer: Any) -> str:

@@ -21,6 +21,7 @@ from geomwatch.padding import padding_mask
 from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay
+from geomwatch.second_order import not_compiled
 from geomwatch.vectors import Layout, generator
 
 _SMALLEST_PART = 16  # items
@@ -44,6 +45,9 @@ class Objective:
 
     `micro_batch` cuts the batches further, so that memory is that of so many items.
 
+    Without `products` only losses and gradients are wanted: kernels stay those of training, some of
+    which have no second derivative.
+
     Everything is computed at `dtype`, by default that of the parameters, but at least float32, and
     without autocast; `precision="training"` leaves both as they are in training.
     """
@@ -63,6 +67,7 @@ class Objective:
         micro_batch: int | None = None,
         dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
+        products: bool = True,
     ) -> None:
         check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         self.layout = layout or Layout.of(model)
@@ -76,7 +81,17 @@ class Objective:
         kind = _replay_on(self.layout)
         self._replay = kind(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
         self._mode, self._precision = mode, precision
-        self._kind = {"operator": operator, "hvp": hvp}
+        self._compiles = contextlib.nullcontext if products else not_compiled
+        if not products:
+            self._replay.second_order = False
+        # So that it needs a graph, as a gradient penalty does. Ranks would have to agree on trying
+        # without one first.
+        self._differentiates_itself = self._replay.ranks.size > 1
+        # autograd.grad does not reach the shards
+        self._kind = {
+            "operator": operator,
+            "hvp": "finite_difference" if self.layout.is_cut else hvp,
+        }
         self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
         self._stack = contextlib.ExitStack()
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
@@ -88,6 +103,7 @@ class Objective:
 
     def __enter__(self) -> Objective:
         self._reset()
+        self._stack.enter_context(self._compiles())
         autocast = self._precision == "training"
         opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
         modules = self._stack.enter_context(opened).modules
@@ -189,12 +205,22 @@ class Objective:
 
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""
-        # With its graph, since a loss may differentiate itself (as in a gradient penalty).
         with self._replay.displaced(displacement):
-            (loss,) = self._replay.mean(
-                lambda batch: (self._replay.evaluate(batch),), self.layout.number()
-            )
-            return float(loss)
+            if not self._differentiates_itself:
+                try:
+                    with torch.no_grad():
+                        return self._evaluated()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:  # a second time it tells whether that was it
+                    self._differentiates_itself = True
+            return self._evaluated()
+
+    def _evaluated(self) -> float:
+        (loss,) = self._replay.mean(
+            lambda batch: (self._replay.evaluate(batch),), self.layout.number()
+        )
+        return float(loss)
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return the gradient at w + displacement. One forward and backward pass."""  # (D,)

@@ -119,6 +119,11 @@ class Probe:
 
         return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
+    @property
+    def knows_margin_sharpness(self) -> bool:
+        """Whether `margin_sharpness` costs nothing, since `batch_sharpness` is known."""
+        return self._margin_is_hessian and "batch_sharpness" in self.__dict__
+
     @cached_property
     def trace(self) -> Estimate:
         """The trace from the samples of this probe, or pooled with those of the probes before."""

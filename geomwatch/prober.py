@@ -22,6 +22,7 @@ from geomwatch.probe import Probe, WarmStart
 from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
+from geomwatch.sentinel import Point, Sentinel
 from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
@@ -31,6 +32,7 @@ _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
     None, status="failed", reason="the gradient that the step would use is not finite"
 )
+_SAME_GRADIENT = 1e-4  # relative: the step's own and the probe's
 _LAYERS_NAMED = 3
 _LAYER_SHARE = 0.1
 
@@ -41,6 +43,7 @@ class Probed:
 
     record: Record
     margin: Estimate | None
+    gradient_margin: Estimate
     layers: tuple[str, ...]
     deterministic: bool
 
@@ -91,6 +94,9 @@ class Prober:
         self._rng = generator(seed)
         self._warm = WarmStart()
         self._invariance = ScaleInvariance()
+        self._invariant: frozenset[str] = frozenset()
+        self._sentinel = Sentinel()
+        self._replays = self._knows_loss = False  # of the step: its gradient, its loss
         self._trace = RunningTrace()
         self._held = Held()
         self._fingerprint: tuple[float, ...] | None = None
@@ -104,11 +110,12 @@ class Prober:
         step: int,
         *,
         same_data: Sequence[Any],
+        loss: float | None = None,
         grad_scale: float = 1.0,
     ) -> Probed:
         """Measure on `window`; `same_data` are the batches the step itself has seen.
 
-        Gradients are still to be divided by `grad_scale`.
+        `loss` is the step's own, if known; gradients are still to be divided by `grad_scale`.
         """
         start = time.perf_counter()
         self._choose_shards()
@@ -130,6 +137,8 @@ class Prober:
             if not steady:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
+            self._compare(objective, gradient if window is same_data else None, loss)
+            along = self._along_gradient(probe, gradient)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             how |= self._sharding or {}
             loss = objective.loss()
@@ -148,7 +157,23 @@ class Prober:
             estimates=self._ordered(self._held.merge(step, fresh)),
             how=how | {"deterministic": deterministic},
         )
-        return Probed(record, fresh.get("stability_margin"), layers, deterministic)
+        return Probed(record, fresh.get("stability_margin"), along, layers, deterministic)
+
+    def glance(
+        self, window: Sequence[Any], *, loss: float | None = None, grad_scale: float = 1.0
+    ) -> Estimate:
+        """Measure the margin along the coming step from losses alone (see `sentinel`)."""
+        gradient = self._training_gradient(grad_scale)
+        with Objective(
+            self._model, self._loss_fn, window, products=False, **self._options
+        ) as objective:
+            used = objective.gradient() if gradient is None else gradient
+            stability = stability_of(
+                self._optimizer, self._layout, gradient=used, exclude=self._invariant
+            )
+            known = loss if self._knows_loss and len(window) == 1 else None
+            point = Point(stability, used, self._replays or gradient is None, known)
+            return self._sentinel.measure(objective, point)
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
@@ -193,19 +218,45 @@ class Prober:
         return Objective(self._model, self._loss_fn, window, hvp=self._hvp, **options)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
-        if self._obstacle:
-            objective.forgo_hvps(self._obstacle)
+        obstacle = self._obstacle or str((self._validation or {}).get("obstacle", ""))
+        if obstacle:
+            objective.forgo_hvps(obstacle)
         used = objective.gradient() if gradient is None else gradient
-        invariant = self._invariance.update(self._layout, objective.gradient())
+        self._invariant = self._invariance.update(self._layout, objective.gradient())
         return Probe(
             objective,
-            stability=stability_of(self._optimizer, self._layout, gradient=used, exclude=invariant),
+            stability=stability_of(
+                self._optimizer, self._layout, gradient=used, exclude=self._invariant
+            ),
             warm=self._warm,
             rng=self._rng,
             groups=getattr(self._optimizer, "param_groups", ()),
             running=self._trace,
             last_lambda=self.lambda_max(),
         )
+
+    def _compare(self, objective: Objective, gradient: Tensor | None, loss: float | None) -> None:
+        """Note whether the step has this very gradient and loss: no dropout, clip or autocast."""
+        own = objective.gradient()
+        self._replays = gradient is not None and (
+            float((gradient - own).norm()) <= _SAME_GRADIENT * float(own.norm())
+        )
+        alone = self.ranks.size == 1
+        same = loss is not None and math.isclose(loss, objective.loss(), rel_tol=1e-6)
+        self._knows_loss = self._replays and alone and same
+
+    def _along_gradient(self, probe: Probe, gradient: Tensor | None) -> Estimate:
+        """Return the margin along the coming step: an HVP's where there is one for free."""
+        stability = probe.stability
+        assert stability is not None
+        if probe.knows_margin_sharpness:
+            exact = probe.margin_sharpness
+            self._sentinel.note(exact)
+            return Estimate(stability.noise_ratio * exact, 0.0, "none")
+        objective = probe.objective
+        used = objective.gradient() if gradient is None else gradient
+        point = Point(stability, used, self._replays or gradient is None, objective.loss())
+        return self._sentinel.measure(objective, point)
 
     def _choose(self, probe: Probe, step: int) -> list[str]:
         """Choose what to measure, and set what that may cost."""
@@ -272,6 +323,8 @@ class Prober:
             "invariance": self._invariance.state_dict(),
             "trace": self._trace.state_dict(),
             "held": self._held.state_dict(),
+            "sentinel": self._sentinel.state_dict(),
+            "invariant": sorted(self._invariant),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,6 +334,8 @@ class Prober:
         self._invariance.load_state_dict(state["invariance"])
         self._trace.load_state_dict(state["trace"])
         self._held.load_state_dict(state["held"])
+        self._sentinel.load_state_dict(state["sentinel"])
+        self._invariant = frozenset(state["invariant"])
         self._warm = WarmStart()
 
 

@@ -7,9 +7,11 @@ from typing import Any
 from geomwatch.errors import UsageError
 
 _DENSE_START = (0, 1, 2, 3, 5, 8)
+_CLOSE, _WIDE = 10, 20  # steps between sentinels: the first
+_YOUNG = 100  # steps, and while a margin is above _CALM; then
 _GROWTH = 1.6  # of the interval, after the dense start and after an approach that came to nothing
 _CALM = 0.25  # margins below this need no attention: half the lowest warning level
-_LR_RISE = 1.1  # a held margin is not trusted across a larger rise of the learning rate
+_RISE, _RISKY_RISE = 2.0, 1.25  # of the learning rate, across which no held margin is trusted
 
 
 class FixedSchedule:
@@ -25,6 +27,13 @@ class FixedSchedule:
     def probed(self, step: int, *, margin: float | None) -> None:
         """Take note of a probe and the margin it measured."""
 
+    def glance_due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
+        """Tell whether a sentinel is due where no probe is: never at a fixed interval."""
+        return False
+
+    def glanced(self, step: int, *, margin: float | None) -> None:
+        """Take note of a sentinel and the margin it measured."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the step says it all."""
         return {}
@@ -36,10 +45,11 @@ class FixedSchedule:
 class AdaptiveSchedule(FixedSchedule):
     """Dense when it matters: at the start, while the rate rises, while the margin approaches 1.
 
-    Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 up to `every`. A rise of
-    the learning rate by more than 21 % since the last probe, 10 % while the margin is above 0.25,
-    makes one due at once. A margin above 0.25 that has risen by 10 % since the last probe shortens
-    the interval, to every / 10 at the first warning level of 0.5 and every / 20 from 0.6; a margin
+    Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 from 15 up to `every`, and
+    sentinels in between: every 10 steps up to step 100 and while the margin is above 0.25, else
+    every 20. A rise of the learning rate to more than twice that of the last probe, by 25 % while
+    the margin is above 0.25, makes a probe due at once. A margin above 0.25 that has risen by 10 %
+    since the last probe shortens the interval, to every / 10 at the first warning level of 0.5 and every / 20 from 0.6; a margin
     that holds still lets it grow back.
     """
 
@@ -48,21 +58,32 @@ class AdaptiveSchedule(FixedSchedule):
         self._next = 0
         self._interval = 1.0
         self._margin: float | None = None
+        self._glance = 0  # the step of the next sentinel
+
+    def glance_due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
+        """Tell whether a sentinel is due where no probe is."""
+        return step >= self._glance
+
+    def glanced(self, step: int, *, margin: float | None) -> None:
+        """Choose the next step of a sentinel."""
+        close = step < _YOUNG or (margin is not None and margin > _CALM)
+        self._glance = step + (_CLOSE if close else _WIDE)
 
     def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
         """Tell whether to probe; `lr_ratio` is the lr now over that of the last probe."""
         risky = margin is not None and margin > _CALM
-        return step >= self._next or lr_ratio > (_LR_RISE if risky else _LR_RISE**2)
+        return step >= self._next or lr_ratio > (_RISKY_RISE if risky else _RISE)
 
     def probed(self, step: int, *, margin: float | None) -> None:
         """Take note of a probe and choose the next step."""
         rising = margin is not None and (self._margin is None or margin > 1.1 * self._margin)
         self._margin = margin
+        self.glanced(step, margin=margin)
         start = next((s for s in _DENSE_START if s > step), None)
         if start is not None:
             self._next = min(start, step + self.every)
             return
-        interval = max(self._interval * _GROWTH, 5.0)
+        interval = max(self._interval * _GROWTH, 15.0)
         if rising and margin is not None and margin > _CALM:
             # (0.25 / margin)^3.4 is 1/20 at 0.6
             interval = min(interval, self.every * (_CALM / margin) ** 3.4)
@@ -71,12 +92,17 @@ class AdaptiveSchedule(FixedSchedule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the next step, the interval and the last margin."""
-        return {"next": self._next, "interval": self._interval, "margin": self._margin}
+        return {
+            "next": self._next,
+            "interval": self._interval,
+            "margin": self._margin,
+            "glance": self._glance,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over where another schedule stopped."""
         self._next, self._interval = state["next"], state["interval"]
-        self._margin = state["margin"]
+        self._margin, self._glance = state["margin"], state["glance"]
 
 
 def make_schedule(kind: str, every: int) -> FixedSchedule:

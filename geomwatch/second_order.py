@@ -30,10 +30,17 @@ def twice_differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
         if any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_disabled(torch.backends.mkldnn))
             stack.enter_context(_disabled(torch.backends.cudnn))
-        # Importing dynamo takes seconds; nothing is compiled unless somebody has done it already.
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(not_compiled())
         yield
+
+
+def not_compiled() -> contextlib.AbstractContextManager[object]:
+    """Run what torch.compile has compiled as it was written, and compile nothing anew."""
+    # Importing dynamo takes seconds; nothing is compiled unless somebody has done it already.
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextlib.contextmanager

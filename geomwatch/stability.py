@@ -129,6 +129,34 @@ def learning_rates(optimizer: object) -> tuple[float, ...]:
     return tuple(1.0 if rate is None else float(rate) for rate in rates)
 
 
+def cold_start(optimizer: object, taken: int) -> float:
+    """Return the factor by which the first moment's bias correction enlarges the coming step.
+
+    The largest of the groups, 1 / (1 - b1^t) at step t = `taken` + 1 for Adam and its kin, else 1.
+    It is what `stability_of(cold_start=True)` adds.
+    """
+    inner = unwrap(optimizer)
+    if algorithm(inner) not in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam"):
+        return 1.0
+    groups = getattr(inner, "param_groups", ())
+    return max((1 / (1 - float(g["betas"][0]) ** (taken + 1)) for g in groups), default=1.0)
+
+
+def planned_rates(optimizer: object) -> tuple[float, ...]:
+    """Return the highest rate each group is known to be headed for: its present one, or more.
+
+    A torch scheduler that starts below its base rate leaves that as "initial_lr" in the group, a
+    OneCycleLR its peak as "max_lr".
+    """
+    groups = getattr(unwrap(optimizer), "param_groups", ())
+    pairs = zip(groups, learning_rates(optimizer), strict=True)
+    known = (
+        [float(group[key]) for key in ("initial_lr", "max_lr") if group.get(key)] + [lr]
+        for group, lr in pairs
+    )
+    return tuple(max(rates) for rates in known)
+
+
 def _coming(
     optimizer: Any,
     layout: Layout,

@@ -206,6 +206,7 @@ def test_training_is_bit_identical_for_every_optimizer(make_optimizer):
 
 def test_the_comparison_notices_a_probe_that_is_not_put_back(monkeypatch):
     monkeypatch.setattr(Snapshot, "finish", lambda self: None)
+    monkeypatch.setattr(Snapshot, "restore", lambda self: None)
     net, optimizer = NETS["BatchNorm, dropout and other generators"], OPTIMIZERS["Adam"]
     without, _ = train(net, optimizer, watch=False)
     with_it, _ = train(net, optimizer, watch=True, quantities=["loss"])

@@ -131,15 +131,15 @@ def test_a_high_margin_that_holds_still_lets_the_probes_thin_out():
     assert gaps(level)[-10:] == [100] * 10
 
 
-@pytest.mark.parametrize(("margin", "jump", "probes"), [(0.1, 1.3, True), (0.1, 1.15, False)])
+@pytest.mark.parametrize(("margin", "jump", "probes"), [(0.1, 2.1, True), (0.1, 1.9, False)])
 def test_a_jump_of_the_rate_is_probed_at_once(margin, jump, probes):
     jumped = walk(
         AdaptiveSchedule(100),
         range(1000),
         margin=lambda t: margin,
-        rate=lambda t: 0.1 if t < 617 else 0.1 * jump,
+        rate=lambda t: 0.1 if t < 611 else 0.1 * jump,
     )
-    assert (617 in jumped) is probes
+    assert (611 in jumped) is probes
 
 
 def test_a_risky_margin_makes_it_heed_smaller_rises_of_the_rate():
@@ -148,11 +148,11 @@ def test_a_risky_margin_makes_it_heed_smaller_rises_of_the_rate():
             AdaptiveSchedule(100),
             range(1000),
             margin=lambda t: margin,
-            rate=lambda t: 0.1 if t < 617 else 0.115,
+            rate=lambda t: 0.1 if t < 611 else 0.13,
         )
 
-    assert 617 in probes(0.3)
-    assert 617 not in probes(0.2)
+    assert 611 in probes(0.3)
+    assert 611 not in probes(0.15)
 
 
 def test_a_falling_rate_needs_no_probe():
@@ -160,17 +160,43 @@ def test_a_falling_rate_needs_no_probe():
     assert walk(AdaptiveSchedule(100), range(3000), rate=lambda t: 0.1 * 0.99**t) == steady
 
 
-def test_a_warm_up_is_probed_at_each_rise_by_a_fifth():
+def test_a_warm_up_is_probed_at_each_doubling_of_the_rate():
     ramp = walk(AdaptiveSchedule(1000), range(3000), rate=lambda t: 1e-3 * 1.01**t)
-    assert max(gaps(ramp)) <= 20  # 1.01^20 = 1.22
+    assert max(gaps(ramp)) <= 70  # 1.01^70 = 2.007
+
+
+def test_sentinels_look_every_10_steps_at_first_and_while_a_margin_is_high_else_every_20():
+    def glances(margin: float) -> list[int]:
+        schedule, found = AdaptiveSchedule(100), []
+        for step in range(400):
+            if schedule.due(step, lr_ratio=1.0, margin=margin):
+                schedule.probed(step, margin=margin)
+            elif schedule.glance_due(step, lr_ratio=1.0, margin=margin):
+                schedule.glanced(step, margin=margin)
+                found.append(step)
+        return found
+
+    calm, risky = glances(0.1), glances(0.4)
+    assert set(gaps([s for s in calm if 85 < s < 100])) <= {10}
+    late = gaps([s for s in calm if s > 150])
+    assert min(late) == 20
+    assert max(late) <= 40  # with a probe in between
+    near = gaps([s for s in risky if s > 150])
+    assert min(near) == 10
+    assert max(near) <= 20
+
+
+def test_a_fixed_interval_has_no_sentinels():
+    schedule = make_schedule("fixed", 50)
+    assert not any(schedule.glance_due(s, lr_ratio=1.0, margin=1.0) for s in range(100))
 
 
 def test_a_margin_that_could_not_be_measured_keeps_the_run_of_intervals():
     schedule = AdaptiveSchedule(100)
     for step in (0, 1, 2, 3, 5, 8):
         schedule.probed(step, margin=None)
-    assert not schedule.due(12, lr_ratio=1.0, margin=None)
-    assert schedule.due(13, lr_ratio=1.0, margin=None)
+    assert not schedule.due(22, lr_ratio=1.0, margin=None)
+    assert schedule.due(23, lr_ratio=1.0, margin=None)
 
 
 def test_a_high_margin_after_a_failed_probe_is_followed_closely():
