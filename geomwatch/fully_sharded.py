@@ -84,9 +84,10 @@ class FullySharded:
         would go on using them however the shards change.
         """
         for module in self._modules:
-            if module._get_fsdp_state()._is_root and hasattr(module, "reset_iter_state"):
+            if not hasattr(module, "reset_iter_state"):  # in older torch, good after whole passes
+                module.reshard()
+            elif module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
-            module.reshard()
 
     @contextlib.contextmanager
     def guarded(self, agree: Callable[[], None]) -> Iterator[None]:

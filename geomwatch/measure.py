@@ -78,6 +78,8 @@ def measure(
     }
     backend, facts = choose_backend(model, loss_fn, batch, choice.hvp, options)
     with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:
+        if "obstacle" in facts:
+            objective.forgo_hvps(str(facts["obstacle"]))
         stability = None
         if optimizer is not None:
             gradient = objective.gradient()

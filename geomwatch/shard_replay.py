@@ -118,15 +118,6 @@ class ShardReplay(Replay):
         self._sharded.settle()
         super()._start()
 
-    @contextlib.contextmanager
-    def displaced(self, displacement: Tensor) -> Iterator[None]:
-        """Evaluate at w + displacement; the weights are back afterwards."""
-        with super().displaced(displacement):
-            try:
-                yield
-            finally:
-                self._sharded.settle()
-
     def _agree(self) -> None:
         """Go into a forward pass only if every rank does."""
         with self.ranks.together():

@@ -11,14 +11,15 @@ from torch import nn
 from geomwatch import batches
 from geomwatch.agreement import Validation, validate
 from geomwatch.distributed import Ranks
-from geomwatch.errors import UsageError
+from geomwatch.errors import NoCurvatureError, UsageError
 from geomwatch.objective import LossFn, Objective
 from geomwatch.padding import padding_mask
 from geomwatch.sharding import is_sharded
-from geomwatch.vectors import Layout
+from geomwatch.vectors import Layout, generator
 
 _ITEMS = 4
 _PIECES_AGREE = 1e-4
+_ASYMMETRY = 1e-2  # of differences in float32, which are good to 0.2 %
 
 
 def choose_backend(
@@ -32,7 +33,11 @@ def choose_backend(
     with ranks.together():
         check_micro_batches(model, loss_fn, batch, options)
     if hvp == "finite_difference":
-        return hvp, {"validated": False, "validation": "differences of gradients check themselves"}
+        return hvp, {
+            "validated": False,
+            "validation": "differences of gradients check themselves",
+            **_asymmetry_of_shards(model, loss_fn, batch, options),
+        }
     if is_sharded(list(model.parameters())):
         return hvp, {"validated": False, "validation": "not run on sharded parameters"}
     found = _validated(model, loss_fn, batch, {**options, "ranks": None})
@@ -43,6 +48,39 @@ def choose_backend(
         facts["validation"] = found.reason
     wrong = ranks.any(found.passed is False) and hvp == "auto"
     return "finite_difference" if wrong else hvp, facts
+
+
+def _asymmetry_of_shards(
+    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Say that differences of gradients on local shards have no spectrum, if they have none.
+
+    They are products with J, the gradient's Jacobian. Where part of the loss is held constant for
+    its gradient J is not symmetric, and nothing else would tell: double backward, which gives the
+    Hessian of what is left, can't be had here. 1 - v'J(Jv) / ||Jv||^2 is 0 where J = J', and on
+    average ||J - J'||^2 / 2 ||J||^2. Two HVPs on a few items of each rank.
+    """
+    layout = options["layout"]
+    if not layout.is_cut:
+        return {}
+    few = [] if batch is None else [batches.head(batch, _ITEMS)]
+    tested = {**options, "hvp": "finite_difference", "micro_batch": None}
+    with Objective(model, loss_fn, few, **tested) as objective:
+        v = layout.normal(generator(0))
+        v = v / v.norm()
+        try:
+            jv = objective.hvp(v)
+            size = float(jv.norm())
+            asymmetry = 1 - float(v @ objective.hvp(jv / size)) / size if size > 0 else 0.0
+        except NoCurvatureError:  # which the probe will tell of
+            return {}
+    if not asymmetry > _ASYMMETRY:
+        return {}
+    return {
+        "obstacle": "part of the loss is held constant for its gradient (detach(), a "
+        "straight-through estimator), so that its differences have no real spectrum; "
+        "hvp='double_backward' measures the curvature with that part held, on a replica"
+    }
 
 
 def _validated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from problems import cross_entropy, digits
 from ranks import run
 from torch import Tensor, nn
@@ -16,13 +18,22 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch import shard_choice
 from geomwatch.distributed import Ranks
+from geomwatch.errors import WithheldError
 from geomwatch.fully_sharded import FullySharded
+from geomwatch.objective import Objective
 from geomwatch.shard_choice import choose_shards
 from geomwatch.shard_vector import Holders, ShardVector, dimension
 from geomwatch.stability import stability_of
 from geomwatch.vectors import Layout
 
-NAMES = ["loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"]
+NAMES = [
+    "loss",
+    "grad_norm",
+    "lambda_max",
+    "stability_margin",
+    "batch_sharpness",
+    "normalized_sharpness",  # by losses: forward passes that leave the outermost module whole
+]
 ON_SHARDS = {"hvp": "finite_difference", "schedule": "fixed", "quantities": NAMES}
 
 
@@ -193,12 +204,17 @@ def test_a_failed_probe_of_one_rank_is_one_of_all_and_the_next_is_right(tmp_path
             assert found[1] == pytest.approx(right, rel=1e-2)
 
 
+def bootstrapped(model: nn.Module, batch: Any) -> Tensor:
+    """With a target that moves with the weights, as a Q-learner's does."""
+    return F.mse_loss(model(batch[0]), 0.9 * model(batch[0].flip(1)).detach() + 1)
+
+
 def refused(rank: int) -> Any:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    def why(model: nn.Module, **options: Any) -> dict[str, str]:
-        options = {"hvp": "finite_difference", "quantities": ["lambda_max", "roughness"]} | options
-        record = geomwatch.measure(model, cross_entropy, part(rank), **options)
+    def why(model: nn.Module, loss_fn: Any = cross_entropy) -> dict[str, str]:
+        options: Any = {"hvp": "finite_difference", "quantities": ["lambda_max", "roughness"]}
+        record = geomwatch.measure(model, loss_fn, part(rank), **options)
         return {"": str(record.how["backend"])} | {n: e.reason for n, e in record.estimates.items()}
 
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -207,16 +223,33 @@ def refused(rank: int) -> Any:
     unsynchronised.set_requires_gradient_sync(False)
     with pytest.raises(geomwatch.UsageError, match=r"reduced .* set_requires_gradient_sync"):
         why(unsynchronised)
-    return why(sharded(kinky)), why(sharded(net(), mp_policy=narrow))
+    found = why(sharded(kinky)), why(sharded(net(), mp_policy=narrow))
+    return *found, why(sharded(net()), bootstrapped)
 
 
 def test_where_differences_have_no_meaning_the_record_says_why(tmp_path: Path) -> None:
-    for kinks, narrow in run(refused, tmp_path):
-        assert kinks[""] == narrow[""] == "none"
+    for kinks, narrow, held in run(refused, tmp_path):
+        assert kinks[""] == narrow[""] == held[""] == "none"
         assert "kinks (ReLU" in kinks["lambda_max"]
         assert "hvp='double_backward' measures a replica" in kinks["lambda_max"]
         assert "MixedPrecisionPolicy of fully_shard asks for bfloat16" in narrow["lambda_max"]
         assert "asks for bfloat16" in narrow["roughness"]
+        assert "part of the loss is held constant" in held["lambda_max"]
+        assert held["roughness"] == ""
+
+
+def test_what_a_probe_draws_does_not_depend_on_the_items_of_a_rank() -> None:
+    states = []
+    for x, y in (part(0), part(1), digits(8)):  # the last too few to be cut
+        rng = torch.Generator().manual_seed(0)
+        with (
+            Objective(net(), cross_entropy, [(x, y)]) as objective,
+            contextlib.suppress(WithheldError),
+        ):
+            objective.pieces(8, rng)
+        states.append(rng.get_state())
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
 
 
 def chosen(rank: int) -> dict[str, Any]:
