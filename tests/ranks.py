@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import sys
 import time
@@ -20,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from geomwatch.records import Alert
 
 _LONGEST = 120.0  # seconds before what still runs is killed, and the test fails
 _GRACE = 3.0  # seconds that the others have once a rank has failed
@@ -76,6 +81,40 @@ def preload(*modules: str) -> None:
     _wanted.extend(modules)
 
 
+def listen() -> list[str]:
+    """Return a list that grows by what geomwatch logs on this rank."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("geomwatch").addHandler(handler)
+    return said
+
+
+class OnOneRank:
+    """A rule that alerts on one rank only, at one step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def __call__(self, seen: Any) -> Alert | None:
+        if seen.step != self._step or dist.get_rank() != 1:
+            return None
+        return Alert("odd", "critical", "odd", 1.0, 0.0, seen.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def die(*, asleep: bool) -> None:
+    """Take a rank away from the others: killed, or not coming back in time."""
+    if asleep:
+        time.sleep(_LONGEST / 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _hung(ranks: Sequence[Any]) -> list[int]:
     """Wait until all have ended, or until one has failed, as torchrun does; return who has not."""
     end = time.monotonic() + _LONGEST
@@ -123,6 +162,7 @@ def _rank(
     size: int,
     group: bool,
 ) -> None:
+    gc.freeze()  # what was imported: looking through it costs a second each time
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {

@@ -6,8 +6,6 @@ import copy
 import logging
 import os
 import re
-import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import geomwatch
 from geomwatch import UsageError
 from geomwatch.integrations.lightning import GeomwatchCallback
-from geomwatch.records import Alert
 
 ranks.preload("pytorch_lightning", "torchmetrics")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -90,15 +87,6 @@ def fit(module: Any, *callbacks: Any, folder: Any = ".", size: int = 16, **optio
     return trainer
 
 
-def listen() -> list[str]:
-    """Return a list that grows by what geomwatch logs on this rank."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("geomwatch").addHandler(handler)
-    return said
-
-
 def numbers(callback: GeomwatchCallback) -> list[dict[str, float | None]]:
     return [{n: r[n].value for n in CURVATURE} for r in callback.monitor.history]
 
@@ -107,7 +95,7 @@ def numbers(callback: GeomwatchCallback) -> list[dict[str, float | None]]:
 
 
 def watched_and_bare(rank: int, folder: Path) -> Any:
-    seen, said = [], listen()
+    seen, said = [], ranks.listen()
     callback = GeomwatchCallback(every=2, schedule="fixed")
     for name, callbacks in (("off", []), ("on", [callback])):
         module = Net(plain=False)
@@ -215,34 +203,18 @@ class Fails(Net):
         return loss
 
 
-class OnOneRank:
-    """A rule that alerts on one rank only, at one step."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def __call__(self, seen: Any) -> Alert | None:
-        if seen.step != self._step or torch.distributed.get_rank() != 1:
-            return None
-        return Alert("odd", "critical", "odd", 1.0, 0.0, seen.step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
 def failures(rank: int, folder: Path) -> Any:
-    said = listen()
+    said = ranks.listen()
     callback = GeomwatchCallback(**ONE)
     fit(Fails(), callback)
     steps = [(r.step, r["lambda_max"].value is not None) for r in callback.monitor.history]
     alerts = [alert.rule for alert in callback.monitor.alerts]
     told = said.copy()
-    stopped = fit(Net(), GeomwatchCallback(on_critical="stop", rules=[OnOneRank(3)], **ONE))
+    stopped = fit(Net(), GeomwatchCallback(on_critical="stop", rules=[ranks.OnOneRank(3)], **ONE))
     saved = fit(
-        Net(), GeomwatchCallback(on_critical="save", rules=[OnOneRank(3)], **ONE), folder=folder
+        Net(),
+        GeomwatchCallback(on_critical="save", rules=[ranks.OnOneRank(3)], **ONE),
+        folder=folder,
     )
     return steps, alerts, told, stopped.global_step, saved.global_step
 
@@ -353,9 +325,7 @@ class Dies(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         if self.global_rank == 1 and batch_idx == 3 and geomwatch.is_probing() == self.probing:
-            if self.asleep:
-                time.sleep(60)
-            os.kill(os.getpid(), signal.SIGKILL)
+            ranks.die(asleep=self.asleep)
         return loss
 
 
@@ -364,8 +334,7 @@ def dies(rank: int, probing: bool, asleep: bool) -> None:
     fit(Dies(probing=probing, asleep=asleep), GeomwatchCallback(**ONE), strategy=strategy)
 
 
-@pytest.mark.parametrize("asleep", [False, True])
-@pytest.mark.parametrize("probing", [False, True])
+@pytest.mark.parametrize(("probing", "asleep"), [(False, False), (True, False), (True, True)])
 def test_when_a_rank_dies_the_other_ends_with_the_hosts_own_error(tmp_path, probing, asleep):
     left, gone = ranks.play(dies, tmp_path, probing, asleep, group=False)
     assert gone.is_gone
@@ -384,7 +353,7 @@ class Sharded(Net):
 
 def sharded(rank: int, folder: Path) -> Any:
     callback = GeomwatchCallback(**ONE)
-    weights, said = [], listen()
+    weights, said = [], ranks.listen()
     for callbacks in ([], [callback]):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         trainer = fit(
