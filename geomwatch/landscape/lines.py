@@ -99,8 +99,9 @@ def draw_barriers(ax: Any, barriers: Sequence[Barrier], names: Sequence[str]) ->
         ax.plot(found.alphas, losses, marker=marker, color=colour, label=name, ms=2.5)
         ax.plot((0, 1), line, ls=":", color=colour, lw=1)
         remark(ax, found.how, found.nonfinite)
-        if i == 0 and found.height is not None and found.height > 0.05 * np.nanmax(losses):
-            _mark_height(ax, found, losses)
+    first = barriers[0]
+    if first.height is not None and first.height > 0.05 * np.nanmax(_gaps(first.losses)):
+        _mark_height(ax, first, _gaps(first.losses))  # once all are drawn: it makes room above
     ax.set_ylabel("loss")
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
