@@ -22,13 +22,10 @@ KNOBS = (LR, BATCH, CLIP)  # in the order in which controllers get their turn
 
 NEUTRAL = {LR: math.inf, BATCH: 1.0, CLIP: math.inf}  # settings that change nothing
 
-NOT_LIVE = {  # why a plain loop has no such knob
-    BATCH: (
-        "This loop's batches are its own: pass BatchSizeScaler(sampler=ResizableBatchSampler(...)) "
-        "with the sampler that its DataLoader draws from, or change it there"
-    ),
-    CLIP: "This loop's clipping is its own: change it there",
-}
+NO_BATCH = (
+    "This loop's batches are its own: pass BatchSizeScaler(through=...) a ResizableBatchSampler "
+    "that its DataLoader draws from, or an Accumulation"
+)
 
 
 class Actuator(Protocol):
@@ -45,6 +42,9 @@ class Actuator(Protocol):
 
     def value(self, rates: Sequence[float]) -> float:
         """Return what the knob says for the coming step, at the user's learning `rates`."""
+
+    def refresh(self) -> None:
+        """Called once a step, after `set`: a moment to make a change that had to wait."""
 
     def close(self) -> None:
         """Put the loop back as it was."""
@@ -149,27 +149,76 @@ class Memory:
         """Return it."""
         return self._value
 
+    def refresh(self) -> None:
+        """Do nothing."""
+
     def close(self) -> None:
         """Do nothing."""
 
 
+class StepClip:
+    """Clips the norm of all gradients of a torch optimizer, just before it steps with them.
+
+    After the clipping of the loop itself, and by `torch.nn.utils.clip_grad_norm_`. Of no use to an
+    optimizer that computes its gradients in a closure: it steps with those.
+    """
+
+    knob = CLIP
+
+    def __init__(self, optimizer: Any) -> None:
+        self._norm = math.inf
+        self._optimizer = optimizer
+        has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
+        self.obstacle = "" if has_hooks else _no_hooks(optimizer)
+        hook = _calling(self, "_clip")
+        self._handle = optimizer.register_step_pre_hook(hook) if has_hooks else None
+
+    def set(self, to: float) -> None:
+        """Clip at this norm; at infinity not at all."""
+        self._norm = to
+
+    def value(self, rates: Sequence[float]) -> float:
+        """Return the norm."""
+        return self._norm
+
+    def refresh(self) -> None:
+        """Do nothing: the next step finds the norm."""
+
+    def close(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _clip(self) -> None:
+        if self._norm == math.inf:
+            return
+        groups = self._optimizer.param_groups
+        params = [p for group in groups for p in group["params"] if p.grad is not None]
+        # fused optimizers divide by a GradScaler's scale themselves
+        scale = getattr(self._optimizer, "grad_scale", None)
+        norm = self._norm if scale is None else self._norm * float(scale)
+        torch.nn.utils.clip_grad_norm_(params, norm)
+
+
 def _hooks(optimizer: Any, actuator: LearningRate) -> Iterator[Any]:
-    """Register the hooks; they hold the actuator weakly, and a forgotten one does nothing."""
+    """Register what surrounds a step."""
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return
+    yield optimizer.register_step_pre_hook(_calling(actuator, "_before"))
+    yield optimizer.register_step_post_hook(_calling(actuator, "_restore"))
+    yield optimizer.register_state_dict_pre_hook(_calling(actuator, "_restore"))
+
+
+def _calling(actuator: object, name: str) -> Callable[..., None]:
+    """Return a hook that holds the actuator weakly; one that is forgotten does nothing."""
     me = weakref.ref(actuator)
 
-    def call(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            alive = me()
-            if alive is not None:
-                getattr(alive, name)()
+    def hook(*_: object) -> None:
+        alive = me()
+        if alive is not None:
+            getattr(alive, name)()
 
-        return hook
-
-    yield optimizer.register_step_pre_hook(call("_before"))
-    yield optimizer.register_step_post_hook(call("_restore"))
-    yield optimizer.register_state_dict_pre_hook(call("_restore"))
+    return hook
 
 
 def _no_hooks(optimizer: object) -> str:

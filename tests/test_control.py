@@ -291,7 +291,7 @@ def test_what_a_loop_cannot_turn_becomes_advice_once():
     said = [a for t in range(9) for a in control(observed(t), ())]
     (advice,) = said
     assert (advice.before, advice.after, advice.effect) == (1.0, 4.0, "advice")
-    assert "pass BatchSizeScaler(sampler=ResizableBatchSampler(...))" in advice.reason
+    assert "pass BatchSizeScaler(through=...) a ResizableBatchSampler" in advice.reason
     assert control.values((0.1,)) == {"batch_scale": 1.0}
 
 

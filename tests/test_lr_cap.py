@@ -133,8 +133,12 @@ def test_adams_first_steps_count_as_large_as_they_are():
 
 
 def test_full_batch_training_is_held_to_the_limit_of_full_batches():
-    at_the_edge = [glanced(t, 15.0, deterministic=True, noise_ratio=19.0) for t in range(40)]
-    assert Applied(LearningRateCap()).rates(at_the_edge) == [0.1] * 40
+    at_the_edge = {"deterministic": True, "noise_ratio": 19.0}
+    applied = Applied(LearningRateCap())
+    # that it is full-batch is known from the second probe on
+    assert applied(glanced(0, 15.0, fresh=True)) < 0.02
+    assert applied(glanced(1, 15.0, fresh=True, **at_the_edge)) == 0.1
+    assert applied.rates(glanced(t, 15.0) for t in range(2, 40)) == [0.1] * 38
 
 
 def test_a_second_cap_looks_at_the_top_of_the_spectrum_with_its_error():

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from geomwatch.controllers.batch_size import BatchSizeScaler
+from geomwatch.controllers.clipping import GradientClipper
 from geomwatch.controllers.control import Control
 from geomwatch.controllers.controller import Controller, Knobs, Move
 from geomwatch.controllers.lr_cap import LearningRateCap
+from geomwatch.resizable import Accumulation, ResizableBatchSampler
 
-__all__ = ["Control", "Controller", "Knobs", "LearningRateCap", "Move"]
+__all__ = [
+    "Accumulation",
+    "BatchSizeScaler",
+    "Control",
+    "Controller",
+    "GradientClipper",
+    "Knobs",
+    "LearningRateCap",
+    "Move",
+    "ResizableBatchSampler",
+]

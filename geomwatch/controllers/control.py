@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from geomwatch.actuators import KNOBS, LR, NOT_LIVE, Actuator, LearningRate, Memory
+from geomwatch.actuators import (
+    BATCH,
+    CLIP,
+    KNOBS,
+    LR,
+    NO_BATCH,
+    Actuator,
+    LearningRate,
+    Memory,
+    StepClip,
+)
 from geomwatch.controllers.controller import Controller, Knobs, Move
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Adjustment, Alert, Effect, Estimate
@@ -47,13 +57,15 @@ class Control:
         self._broken: set[str] = set()
 
     def equip(self, *actuators: Actuator) -> None:
-        """Take the actuators of a host, for knobs that nothing else turns."""
+        """Take the actuators of a host, in place of those of any loop; not in a dry run."""
         for actuator in actuators:
             present = self._actuators.get(actuator.knob)
-            if present is not None and present.obstacle:
-                self._actuators[actuator.knob] = actuator
-                if actuator.knob in self._settings and not actuator.obstacle:
-                    actuator.set(self._settings[actuator.knob])
+            if present is None or self._dry_run or (actuator.obstacle and not present.obstacle):
+                continue
+            present.close()
+            self._actuators[actuator.knob] = actuator
+            if actuator.knob in self._settings and not actuator.obstacle:
+                actuator.set(self._settings[actuator.knob])
 
     def lift(self) -> None:
         """Show the user's own rates while the coming step is looked at."""
@@ -100,8 +112,8 @@ class Control:
             self._settings[move.knob] = move.to
             self._actuators[move.knob].set(move.to)
         self._pending = []
-        if self._rate is not None:
-            self._rate.refresh()
+        for actuator in self._actuators.values():
+            actuator.refresh()
         self._values = {knob: a.value(rates) for knob, a in self._actuators.items()}
 
     def values(self, rates: Sequence[float]) -> dict[str, float]:
@@ -150,8 +162,10 @@ class Control:
             return self._rate
         if self._dry_run:
             return Memory(controller.knob)
-        brought: Actuator | None = getattr(controller, "actuator", None)
-        return brought or Memory(controller.knob, obstacle=NOT_LIVE[controller.knob])
+        if controller.knob == CLIP:
+            return StepClip(optimizer)
+        brought: Actuator | None = getattr(controller, "through", None)
+        return brought or Memory(BATCH, obstacle=NO_BATCH)
 
     def _ask(
         self, controller: Controller, seen: Observation, alerts: Sequence[Alert], knobs: Knobs
@@ -176,7 +190,8 @@ class Control:
         self, move: Move, seen: Observation, before: dict[str, float]
     ) -> Adjustment | None:
         """Note a move to be made; return what to say of it, if anything."""
-        obstacle = self._actuators[move.knob].obstacle
+        actuator = self._actuators.get(move.knob)
+        obstacle = "" if actuator is None else actuator.obstacle
         after, effect, reason = self._outcome(move, seen.lr), self._effect, move.reason
         if move.advice or obstacle:
             key = move.reason if move.advice else move.knob
@@ -186,9 +201,10 @@ class Control:
             effect, reason = "advice", f"{reason}. {obstacle}" if obstacle else reason
         else:
             self._pending.append(move)
-        if math.isclose(before[move.knob], after, rel_tol=_SAME):
+        was = before.get(move.knob, 1.0)  # advice may concern a knob that nobody turns
+        if math.isclose(was, after, rel_tol=_SAME):
             return None
-        return Adjustment(move.knob, before[move.knob], after, reason, seen.step, effect)
+        return Adjustment(move.knob, was, after, reason, seen.step, effect)
 
     @property
     def _effect(self) -> Effect:

@@ -78,6 +78,7 @@ class LearningRateCap:
         self._patience, self._cooldown = patience, cooldown
         self._along = SmoothedMargin(smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
+        self._unit = 1.0  # small-batch limits that the limit of this run is
         self._factor = math.inf  # the cap, of these rates:
         self._reference: tuple[float, ...] = ()
         self._sent = math.inf  # what was last asked for, the floor included
@@ -93,6 +94,7 @@ class LearningRateCap:
     ) -> Sequence[Move]:
         """Set the cap for one step."""
         fresh = self._measure(seen)
+        self._recognise_full_batch(seen)
         largest = max(seen.lr, default=0.0)
         if not largest > 0 or not (self._along.known or self._top.known):
             return ()
@@ -114,6 +116,14 @@ class LearningRateCap:
         top = self._c_lambda is not None and seen.fresh
         top = top and self._top.update(seen.margin, seen.lr, with_error=True)
         return along or top
+
+    def _recognise_full_batch(self, seen: Observation) -> None:
+        """Take over the limit of full batches where every step has turned out to see the same."""
+        if seen.fresh:  # else it is what a run that was resumed does not know yet
+            unit = seen.noise_ratio if seen.deterministic else 1.0
+            if unit > self._unit:  # what was capped before was capped by mistake
+                self._factor = math.inf
+            self._unit = unit
 
     def _approach(self, seen: Observation, fresh: bool) -> float:
         """Return the cap as a factor of the present rates.
@@ -141,8 +151,7 @@ class LearningRateCap:
 
     def _target(self, seen: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
-        unit = seen.noise_ratio if seen.deterministic else 1.0
-        limits = ((self._along, self._c_bs * unit), (self._top, self._c_lambda))
+        limits = ((self._along, self._c_bs * self._unit), (self._top, self._c_lambda))
         allowed = math.inf
         for margin, limit in limits:
             value = margin.at(seen.lr) * seen.cold_start
@@ -185,6 +194,7 @@ class LearningRateCap:
         return {
             "along": self._along.state_dict(),
             "top": self._top.state_dict(),
+            "unit": self._unit,
             "factor": _finite(self._factor),
             "sent": _finite(self._sent),
             "reference": list(self._reference),
@@ -200,6 +210,7 @@ class LearningRateCap:
         """Take over the smoothed margins and the cap."""
         self._along.load_state_dict(state["along"])
         self._top.load_state_dict(state["top"])
+        self._unit = state["unit"]
         self._factor = math.inf if state["factor"] is None else state["factor"]
         self._sent = math.inf if state["sent"] is None else state["sent"]
         self._reference = tuple(state["reference"])

@@ -34,6 +34,7 @@ class Observation:
     deterministic: bool = False  # every step sees the same data, as in full-batch training
     estimates: Mapping[str, Estimate] | None = None  # of a probe at this step
     loss: float | None = None  # of a probe at this step
+    items: int = 0  # of the batch it measured on, over all ranks
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
 
