@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,15 @@ class Controller(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the memory."""
+
+
+def copies(controllers: Sequence[Controller]) -> list[Controller]:
+    """Return controllers of the same settings and memory, for another monitor or run.
+
+    What they turn the batch `through` stays the loop's own.
+    """
+    kept = {id(t): t for c in controllers if (t := getattr(c, "through", None)) is not None}
+    return copy.deepcopy(list(controllers), kept)
 
 
 def check_above(name: str, value: object, least: float, *, inclusive: bool = False) -> None:

@@ -76,7 +76,7 @@ class Run:
             for watch in self.watches:
                 watch.restart(self._options)
 
-    def batch_ends(self) -> list[tuple[str, Record]]:
+    def batch_ends(self, index: int) -> list[tuple[str, Record]]:
         """Return the records of this batch, each with the name of its optimizer.
 
         Raises:
@@ -84,6 +84,7 @@ class Run:
         """
         for watch in self.watches:
             watch.check_steps()
+            watch.batch_ends(index)
         records, self._records = self._records, []
         return records
 

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch import batches
+from geomwatch.controllers.controller import copies
 from geomwatch.errors import UsageError
+from geomwatch.integrations._lightning_actuators import TrainerAccumulation, actuators_of
 from geomwatch.integrations._lightning_host import trained_model
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall
@@ -38,6 +40,7 @@ class Watch:
         self._taken = 0  # and those that the optimizer took
         self._alerts_seen = 0
         self._told = False
+        self._windows: list[TrainerAccumulation] = []
         register = getattr(optimizer, "register_step_post_hook", None)
         self._handle = None if register is None else register(self._count)
 
@@ -59,16 +62,23 @@ class Watch:
             )
         elif self.name:
             complete["params"] = own
+        complete["controllers"] = copies(options.get("controllers", ()))
         self.monitor = Monitor(trained_model(self._trainer), self.loss, self.optimizer, **complete)
+        if complete["controllers"]:
+            actuators = actuators_of(self._trainer, self._module, self.optimizer)
+            self._windows = [a for a in actuators if isinstance(a, TrainerAccumulation)]
+            self.monitor.equip(*actuators)
 
     def restart(self, options: Options) -> None:
         """Make another monitor that goes on counting, where other parameters are to be measured."""
         before = self.monitor
+        before.release()
         self.start(options)
-        carried = {key: before.state_dict()[key] for key in ("step", "rules")}
+        carried = {key: before.state_dict()[key] for key in ("step", "rules", "control")}
         self.monitor.load_state_dict({**self.monitor.state_dict(), **carried})
         self.monitor.history.extend(before.history)
         self.monitor.alerts.extend(before.alerts)
+        self.monitor.adjustments.extend(before.adjustments)
 
     def take_up(self, state: Any, step: int) -> None:
         """Go on from a checkpoint's state, or without one from `step`.
@@ -133,6 +143,11 @@ class Watch:
             grad_norm=None if norm is None else norm / scale,
             grad_scale=scale,
         )
+
+    def batch_ends(self, index: int) -> None:
+        """Change the accumulation where a controller wants it and a window ends here."""
+        for window in self._windows:
+            window.batch_ends(index)
 
     def new_alerts(self) -> list[Alert]:
         """Return the alerts since the last call."""

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.controllers.controller import copies
 from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json
+from geomwatch.integrations._transformers_actuators import actuators_of
 from geomwatch.integrations._transformers_check import (
     check_reproduced,
     check_seen,
@@ -39,7 +41,10 @@ class Watch:
         isolated["also"] = (*options.get("also", ()), *self._loss_fn.isolates())
         trained = trained_model(trainer)
         self.ranks = Ranks.of(trained)
+        isolated["controllers"] = copies(options.get("controllers", ()))
         self.monitor = Monitor(trained, self._loss_fn, optimizer, **isolated)
+        if isolated["controllers"]:
+            self.monitor.equip(*actuators_of(trainer))
         self._tap: Tap | None = Tap(trainer, keeps_random=self._user_loss)
         self._checked = False
         self._told = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
 from geomwatch.errors import UsageError
+from geomwatch.integrations._accelerate_actuators import actuators_of
 from geomwatch.integrations._accelerate_check import PLACE, bare, check_prepared, check_window
 from geomwatch.integrations._accelerate_loss import EachAlike
 from geomwatch.integrations._accelerate_ties import Ties
@@ -90,6 +91,8 @@ class AcceleratedMonitor(Monitor):
         alone = accelerator.num_processes == 1
         trained = bare(accelerator, model) if alone else model
         super().__init__(trained, self._each, unwrap(optimizer), **options)
+        if options.get("controllers"):
+            self.equip(*actuators_of(accelerator))
         self._accelerator = accelerator
         self._prefix, self._log = prefix, log
         self._losses: list[Tensor | float | None] = []  # of the window so far

@@ -172,7 +172,7 @@ class GeomwatchCallback:
         run = self._watched()
         if run is None:
             return
-        for name, record in run.batch_ends():
+        for name, record in run.batch_ends(batch_idx):
             publish(trainer, pl_module, f"{self._prefix}{name}/" if name else self._prefix, record)
         alerts, step = run.new_alerts(), steps_taken(trainer)
         react(trainer, wanted(self._on_critical, alerts, run.ranks, step))
