@@ -126,7 +126,7 @@ class _Scalar:
                     "loss and grad_norm must be scalars in monitor.step(), got shape "
                     f"{tuple(value.shape)}. Pass the mean that backward() was called on."
                 )
-            value = value.detach().reshape(())
+            value = whole(value.detach()).reshape(())  # FSDP2's clip_grad_norm_ returns a DTensor
         if isinstance(value, Tensor) and value.is_cuda:
             host = torch.empty((), dtype=value.dtype, pin_memory=True)
             self._value: Tensor | float = host.copy_(value, non_blocking=True)
