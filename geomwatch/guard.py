@@ -23,7 +23,8 @@ class Guard:
     def __init__(self, prober: Prober) -> None:
         self.prober = prober
         self.paused = False
-        self.seconds = 0.0  # spent in probes so far
+        self.seconds = 0.0  # spent in probes and sentinels so far
+        self.glance_seconds = 0.0  # in sentinels
         self.last: Probed | None = None
         self.margin = Rescaled()
         self.gradient_margin = Rescaled()
@@ -66,7 +67,9 @@ class Guard:
             logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
             return False
         finally:
-            self.seconds += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self.seconds += spent
+            self.glance_seconds += spent
         self.gradient_margin.update(found, lr)
         return found.value is not None
 

@@ -23,7 +23,7 @@ from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities import resolve
-from geomwatch.records import Adjustment, Alert, Record
+from geomwatch.records import Adjustment, Alert, Estimate, Record
 from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
 from geomwatch.schedule import make_schedule
@@ -50,6 +50,7 @@ class Monitor:
         every: optimizer steps between two probes of a calm run.
         schedule: "adaptive" (denser when it matters) or "fixed".
         max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05.
+            Sentinels may take half as much beside.
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, or on all of a DataLoader's, read once, instead
             of the step's own.
@@ -103,7 +104,8 @@ class Monitor:
         _check_options(model, max_overhead)
         check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         check_optimizer(optimizer)
-        names = resolve(quantities, has_optimizer=True)
+        needed = {name for c in controllers for name in getattr(c, "needs", ())}
+        names = tuple(dict.fromkeys((*resolve(quantities, has_optimizer=True), *sorted(needed))))
         self._ranks = Ranks.of(model)
         model = unwrapped(model)
         layout = Layout.of(model, params)
@@ -123,8 +125,10 @@ class Monitor:
                 hvp=hvp,
                 precision=precision,
                 every=every if quantities == "default" else None,
+                settled=every if schedule == "adaptive" else 0,
                 seed=seed,
                 ranks=self._ranks,
+                needed=needed,
             )
         )
         self._disabled = is_disabled()
@@ -227,12 +231,16 @@ class Monitor:
         settled = self._exchange(loss, grad_norm, grad_scale)
         if self._is_due(self._schedule.due):
             return self._conclude(settled, self._probe(window, loss, grad_scale))
-        due = self._is_due(self._schedule.glance_due)
+        due = self._is_due(self._schedule.glance_due, is_cheap=True)
         return self._conclude(settled, None, glanced=due and self._glance(window, loss, grad_scale))
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""
         self._control.equip(*actuators)
+
+    def release(self) -> None:
+        """Give the loop its own knobs back, for another monitor to turn; watching goes on."""
+        self._control.close()
 
     def pause(self) -> None:
         """Stop probing; loss and gradient are still watched."""
@@ -327,22 +335,31 @@ class Monitor:
         self._lr = learning_rates(self._optimizer)
         return settled
 
-    def _is_due(self, due: Callable[..., bool]) -> bool:
+    def _is_due(self, due: Callable[..., bool], *, is_cheap: bool = False) -> bool:
         step = self._counter.steps
         if step <= self._last_probe:  # a skipped step is the same step
             return False
-        margin = self._guard.margin.at(self._lr)
-        value = None if margin is None else margin.value
+        value = self._applied(self._guard.margin.at(self._lr))
         ratio = self._guard.margin.ratio(self._lr)
         if not due(step, lr_ratio=ratio, margin=value):
             return False
-        return self._ranks.all(not self._guard.paused and self._is_affordable())
+        affordable = self._is_affordable(is_cheap=is_cheap)
+        return self._ranks.all(not self._guard.paused and affordable)
 
-    def _is_affordable(self) -> bool:
+    def _applied(self, margin: Estimate | None) -> float | None:
+        """Return a margin at the rate that a cap, if any, let the last step take."""
+        if margin is None or margin.value is None:
+            return None
+        return self._control.scale * margin.value
+
+    def _is_affordable(self, *, is_cheap: bool) -> bool:
         if self._max_overhead is None or self._guard.last is None:
             return True
-        rest = time.perf_counter() - self._began - self._guard.seconds
-        return self._guard.seconds <= self._max_overhead * rest
+        guard = self._guard
+        rest = time.perf_counter() - self._began - guard.seconds
+        if is_cheap:
+            return guard.glance_seconds <= self._max_overhead / 2 * rest
+        return guard.seconds - guard.glance_seconds <= self._max_overhead * rest
 
     def _glance(
         self, window: Sequence[Any], loss: Tensor | float | None, grad_scale: float
@@ -351,8 +368,10 @@ class Monitor:
         if not self._ranks.any(bool(own)):
             return False
         seen = self._guard.glance(own, self._lr, loss=_number(loss), grad_scale=grad_scale)
-        margin = self._guard.gradient_margin.at(self._lr)
-        self._schedule.glanced(self._counter.steps, margin=margin.value if margin else None)
+        margin = self._applied(self._guard.gradient_margin.at(self._lr))
+        if margin is not None and self._guard.last is not None:
+            margin /= self._guard.last.noise_ratio  # as the other margin counts
+        self._schedule.glanced(self._counter.steps, margin=margin)
         return seen
 
     def _probe(
@@ -369,7 +388,7 @@ class Monitor:
         probed = self._guard.probe(
             own, step, same_data=window, loss=_number(loss), grad_scale=grad_scale
         )
-        margin = None if probed is None or probed.margin is None else probed.margin.value
+        margin = self._applied(None if probed is None else probed.margin)
         self._schedule.probed(step, margin=margin)
         return probed
 
@@ -390,10 +409,12 @@ class Monitor:
             gradient_margin=self._guard.gradient_margin.at(self._lr),
             gradient_fresh=glanced or probed is not None,
             cold_start=cold_start(self._optimizer, self._counter.steps),
+            noise_ratio=last.noise_ratio if last is not None else 1.0,
             peak=planned_rates(self._optimizer),
             deterministic=last is not None and last.deterministic,
             estimates=record.estimates if record is not None else None,
             loss=record.loss if record is not None else None,
+            items=self._ranks.size * int(record.how["items"]) if record is not None else 0,
             layers=last.layers if last is not None else (),
             settled=settled,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from geomwatch.probe import Budget
 from geomwatch.quantities import LIGHT, SLOW
 
-_SLOW = 10  # probes between two measurements of what is costly and moves slowly
+_SLOW = 10  # intervals between two measurements of what is costly and moves slowly
 _WARM = Budget(lanczos=5, samples=1, tol=1e-2)
 _COLD = Budget(lanczos=12, samples=6, tol=1e-3)  # nothing to start from yet, or all to measure
 
@@ -16,32 +16,42 @@ _COLD = Budget(lanczos=12, samples=6, tol=1e-3)  # nothing to start from yet, or
 class Plan:
     """Chooses quantities and budgets, probe by probe.
 
-    With `every`, the choice is ours between steps that are that far apart: everything at every
-    10th probe, the first included; else without what is costly and slow to move, and without HVPs
-    of another operator than the margin's; and while probes are dense, little more than the margin.
-    With `every` None all of `names` are measured at each probe.
+    With `every`, the choice is ours: everything every 10 x `every` steps, for the first time at the
+    first probe from step `settled` on (before, a run that starts is watched, not described); else
+    without what is costly and slow to move, and without HVPs of another operator than the margin's;
+    and while probes are dense, little more than the margin.
+    With `every` None all of `names` are measured at each probe. What controllers need is measured
+    at each that is not dense.
     """
 
-    def __init__(self, names: Sequence[str], *, every: int | None, per_layer: bool) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        every: int | None,
+        settled: int,
+        per_layer: bool,
+        needed: Collection[str] = (),
+    ) -> None:
         self._names = tuple(names)
+        self._needed = frozenset(needed)
         self._every = every
         self._per_layer = per_layer
         self.probes = 0  # so far
         self.last_full = 0  # step of the last one that was not dense
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the coming probe measures what is costly as well."""
-        return self.probes % _SLOW == 0
+        self._next_whole = settled
+        self.is_whole = False  # whether the present probe measures what is costly as well
 
     def names(self, step: int, *, separate: bool) -> list[str]:
         """Return what to measure; `separate` if the Hessian's spectrum is not the margin's."""
         names = list(self._names)
+        self.is_whole = self._every is None or step >= self._next_whole
         if self._every is None or self.is_whole:
             self.last_full = step
+            self._next_whole = step + _SLOW * (self._every or 0)
             return names
-        names = [n for n in names if n not in SLOW]
-        if separate:
+        names = [n for n in names if n not in SLOW or n in self._needed]
+        if separate and self.probes:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self.last_full < min(self._every, self.last_full):
             return [n for n in names if n in LIGHT]
@@ -55,3 +65,16 @@ class Plan:
         # What is not pooled over probes needs an error bar from the samples of one.
         single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
         return replace(budget, samples=_COLD.samples) if single else budget
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where in the run it is."""
+        return {
+            "probes": self.probes,
+            "last_full": self.last_full,
+            "next_whole": self._next_whole,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over where in the run it is."""
+        self.probes, self.last_full = state["probes"], state["last_full"]
+        self._next_whole = state["next_whole"]

@@ -120,6 +120,11 @@ class Probe:
         return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
     @property
+    def noise_ratio(self) -> float:
+        """Full-batch over small-batch limit of the coming step."""
+        return 1.0 if self.stability is None else self.stability.noise_ratio
+
+    @property
     def knows_margin_sharpness(self) -> bool:
         """Whether `margin_sharpness` costs nothing, since `batch_sharpness` is known."""
         return self._margin_is_hessian and "batch_sharpness" in self.__dict__

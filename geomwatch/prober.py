@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Probed:
     gradient_margin: Estimate
     layers: tuple[str, ...]
     deterministic: bool
+    noise_ratio: float
 
 
 class Prober:
@@ -70,8 +71,10 @@ class Prober:
         hvp: str,
         precision: str,
         every: int | None,
+        settled: int,
         seed: int,
         ranks: Ranks,
+        needed: Collection[str] = (),
     ) -> None:
         self.ranks = ranks
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
@@ -89,7 +92,7 @@ class Prober:
             "micro_batch": micro_batch,
             "ranks": ranks,
         }
-        self.plan = Plan(names, every=every, per_layer=per_layer)
+        self.plan = Plan(names, every=every, settled=settled, per_layer=per_layer, needed=needed)
         self._per_layer = per_layer
         self._rng = generator(seed)
         self._warm = WarmStart()
@@ -157,7 +160,8 @@ class Prober:
             estimates=self._ordered(self._held.merge(step, fresh)),
             how=how | {"deterministic": deterministic},
         )
-        return Probed(record, fresh.get("stability_margin"), along, layers, deterministic)
+        margin = fresh.get("stability_margin")
+        return Probed(record, margin, along, layers, deterministic, probe.noise_ratio)
 
     def glance(
         self, window: Sequence[Any], *, loss: float | None = None, grad_scale: float = 1.0
@@ -317,8 +321,7 @@ class Prober:
     def state_dict(self) -> dict[str, Any]:
         """Return what spans probes, except the warm starts (as large as the model)."""
         return {
-            "probes": self.plan.probes,
-            "last_full": self.plan.last_full,
+            "plan": self.plan.state_dict(),
             "rng": self._rng.get_state(),
             "invariance": self._invariance.state_dict(),
             "trace": self._trace.state_dict(),
@@ -329,7 +332,7 @@ class Prober:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what spans probes; the next probe starts cold."""
-        self.plan.probes, self.plan.last_full = state["probes"], state["last_full"]
+        self.plan.load_state_dict(state["plan"])
         self._rng.set_state(state["rng"])
         self._invariance.load_state_dict(state["invariance"])
         self._trace.load_state_dict(state["trace"])

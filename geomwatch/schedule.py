@@ -49,8 +49,8 @@ class AdaptiveSchedule(FixedSchedule):
     sentinels in between: every 10 steps up to step 100 and while the margin is above 0.25, else
     every 20. A rise of the learning rate to more than twice that of the last probe, by 25 % while
     the margin is above 0.25, makes a probe due at once. A margin above 0.25 that has risen by 10 %
-    since the last probe shortens the interval, to every / 10 at the first warning level of 0.5 and every / 20 from 0.6; a margin
-    that holds still lets it grow back.
+    since the last probe shortens the interval, to every / 10 at the first warning level of 0.5 and
+    every / 20 from 0.6; a margin that holds still lets it grow back.
     """
 
     def __init__(self, every: int) -> None:
