@@ -144,6 +144,19 @@ def test_points_that_are_not_finite_leave_lower_bounds():
     assert (nothing.max_loss, nothing.height, nothing.nonfinite) == (None, None, 21)
 
 
+def test_a_barrier_of_a_loss_that_changes_with_the_call_is_marked():
+    model = small_mlp()
+    a, b = (copy.deepcopy(small_mlp().state_dict()) for _ in range(2))
+    calls = itertools.count()
+
+    def drifting(model, batch):
+        return cross_entropy(model, batch) + 0.01 * next(calls)
+
+    found = landscape.barrier(model, a, b, drifting, [digits(16)], points=3)
+    assert not found.how["deterministic"]
+    assert found.how["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
+
+
 # --- states ------------------------------------------------------------------------------------
 
 

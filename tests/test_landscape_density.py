@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -160,3 +161,17 @@ def test_what_has_no_density_is_refused():
         landscape.density(model, quadratic_loss, ONES, sigma=-1)
     with pytest.raises(UsageError, match="must be finite to have a Hessian"):
         landscape.density(model, lambda m, x: m(x) * math.inf, ONES)
+
+
+def test_a_density_of_a_loss_that_changes_with_the_call_is_marked():
+    model = mlp(64, 8, 10)
+    calls = itertools.count()
+
+    def drifting(model, batch):
+        return cross_entropy(model, batch) + 0.01 * next(calls)
+
+    steady = landscape.density(model, cross_entropy, [digits(16)], vectors=2, steps=3)
+    assert steady.how["deterministic"]
+    found = landscape.density(model, drifting, [digits(16)], vectors=2, steps=3)
+    assert not found.how["deterministic"]
+    assert found.how["repeat_difference"] == pytest.approx(0.01, rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -98,6 +99,23 @@ def test_hessian_directions_are_eigenvectors_and_say_how_far_from_it():
         assert v.label == f"eigenvector {i + 1}, λ = {facts['eigenvalue']:.3g}"
     (rough,) = landscape.hessian_directions(model, cross_entropy, [batch], k=1, max_hvps=3)
     assert not rough.facts["converged"]
+
+
+def test_a_direction_of_a_loss_that_changes_with_the_call_is_marked():
+    model = mlp(64, 8, 10)
+    calls = itertools.count()
+
+    def drifting(model, batch):
+        return cross_entropy(model, batch) * (1 + 0.01 * next(calls))
+
+    made = [
+        landscape.gradient_direction(model, drifting, [digits(16)]),
+        *landscape.hessian_directions(model, drifting, [digits(16)], max_hvps=4),
+    ]
+    for direction in made:
+        assert not direction.facts["deterministic"]
+        assert direction.facts["repeat_difference"] > 0
+    assert landscape.gradient_direction(model, cross_entropy, [digits(16)]).facts["deterministic"]
 
 
 def test_the_curvature_of_a_slice_along_an_eigenvector_is_its_eigenvalue():

@@ -36,21 +36,24 @@ def some_slice(losses: np.ndarray | None = None, how: dict | None = None) -> Sli
     return Slice(AXIS, losses, 0.0, "filter-normalised random", bad, how or {})
 
 
-def some_barrier(path: str = "linear", losses: np.ndarray | None = None) -> Barrier:
+def some_barrier(
+    path: str = "linear", losses: np.ndarray | None = None, how: dict | None = None
+) -> Barrier:
     a = np.linspace(0, 1, 11)
     losses = 0.1 + 4 * a * (1 - a) if losses is None else losses
     finite = np.isfinite(losses)
     top = float(losses[finite].max())
     at = float(a[np.where(finite, losses, -np.inf).argmax()])
     bad = int((~finite).sum())
-    return Barrier(a, losses, path, False, 0.1, 0.1, top, at, top - 0.1, at, bad, losses, {})
+    return Barrier(a, losses, path, False, 0.1, 0.1, top, at, top - 0.1, at, bad, losses, how or {})
 
 
-def some_density() -> Density:
+def some_density(how: dict | None = None) -> Density:
     grid = np.linspace(-1, 9, 200)
     curve = np.exp(-(grid**2)) + 1e-4 * np.exp(-((grid - 6) ** 2))
     empty = np.empty((2, 3))
-    return Density(grid, curve, 0.5 * curve, empty, empty, np.empty(0), 0.3, 100, 1.0, 0.1, 10, {})
+    none = np.empty(0)
+    return Density(grid, curve, 0.5 * curve, empty, empty, none, 0.3, 100, 1.0, 0.1, 10, how or {})
 
 
 def text_of(figure: Figure) -> str:
@@ -131,12 +134,21 @@ def test_points_that_are_not_finite_are_gaps_and_counted():
     assert hatched
 
 
+def test_no_path_is_cut_off_by_the_mark_of_the_first_ones_height():
+    a = np.linspace(0, 1, 11)
+    low, high = (some_barrier(losses=0.1 + h * a * (1 - a)) for h in (1, 8))
+    (ax,) = landscape.plot_barrier(low, high).axes
+    assert ax.get_ylim()[1] > high.max_loss
+
+
 def test_a_loss_that_changes_with_the_call_is_marked():
     wanted = "loss differs by 0.012 from call to call"
     for figure in (
         landscape.plot_slice(some_slice(how=ODD)),
         landscape.plot_plane(some_plane(how=ODD)),
         landscape.plot_surface(some_plane(how=ODD)),
+        landscape.plot_barrier(some_barrier(how=ODD)),
+        landscape.plot_density(some_density(how=ODD)),
     ):
         assert wanted in text_of(figure)
 

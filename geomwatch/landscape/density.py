@@ -19,6 +19,7 @@ from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import provenance
 from geomwatch.landscape.results import Density, Facts, Floats
+from geomwatch.landscape.steadiness import steadiness
 from geomwatch.objective import LossFn, Objective
 from geomwatch.validation import choose_backend
 from geomwatch.vectors import Layout, generator
@@ -92,7 +93,8 @@ def density(
         for done in range(2, vectors + 1):
             runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known.vectors))
             report(done, vectors)
-        facts = objective.how | validation | {"hvps": objective.hvps, "seed": seed}
+        facts: dict[str, Any] = objective.how | validation | {"hvps": objective.hvps, "seed": seed}
+        facts |= steadiness(objective)
     facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
     how = provenance(model, loss_fn, facts)
     return quadrature(
