@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from problems import cross_entropy, digits, mlp
+from scripted import Scripted
 from states import everything, same, seed
 from torch import nn
 
@@ -50,26 +51,6 @@ def train(model, optimizer, monitor: Monitor | None, steps: int, *, batches=None
         optimizer.step()
         losses.append(loss.item())
     return losses
-
-
-class Proposes:
-    """A controller that wants what a test says."""
-
-    def __init__(self, knob: str, moves: dict[int, float] | None = None, **options: Any) -> None:
-        self.knob, self.moves, self.options = knob, moves or {}, options
-        self.seen: list[Any] = []
-
-    def __call__(self, seen: Observation, alerts: Sequence[Any], knobs: Any) -> Sequence[Move]:
-        self.seen.append((seen, alerts, knobs))
-        if seen.step not in self.moves:
-            return ()
-        return [Move(self.knob, self.moves[seen.step], "the test wants it", **self.options)]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class Turned(Memory):
@@ -265,7 +246,7 @@ def observed(step: int, lr: float = 0.1) -> Observation:
 def test_an_adjustment_is_known_before_it_is_applied():
     story: list[str] = []
     _, optimizer = build(0.1)
-    control = Control([Proposes("clip_norm", {0: 2.0})], optimizer)
+    control = Control([Scripted("clip_norm", {0: 2.0})], optimizer)
     control.equip(Turned("clip_norm", story))
     story += [f"logged {a.after:g}" for a in control(observed(0), ())]
     control.apply((0.1,))
@@ -274,7 +255,7 @@ def test_an_adjustment_is_known_before_it_is_applied():
 
 def test_the_learning_rate_comes_first_and_later_controllers_know():
     _, optimizer = build(0.1)
-    asked = [Proposes(knob, {0: 0.05, 1: 0.05}) for knob in reversed(KNOBS)]
+    asked = [Scripted(knob, {0: 0.05, 1: 0.05}) for knob in reversed(KNOBS)]
     control = Control(asked, optimizer)
     control.equip(Memory("batch_scale"), Memory("clip_norm"))
     adjustments = control(observed(0), ())
@@ -287,7 +268,7 @@ def test_the_learning_rate_comes_first_and_later_controllers_know():
 
 def test_what_a_loop_cannot_turn_becomes_advice_once():
     _, optimizer = build(0.1)
-    control = Control([Proposes("batch_scale", dict.fromkeys(range(9), 4.0))], optimizer)
+    control = Control([Scripted("batch_scale", dict.fromkeys(range(9), 4.0))], optimizer)
     said = [a for t in range(9) for a in control(observed(t), ())]
     (advice,) = said
     assert (advice.before, advice.after, advice.effect) == (1.0, 4.0, "advice")
@@ -297,19 +278,19 @@ def test_what_a_loop_cannot_turn_becomes_advice_once():
 
 def test_a_host_that_brings_an_actuator_is_turned_to_where_the_run_was():
     _, optimizer = build(0.1)
-    first = Control([Proposes("clip_norm", {0: 2.0})], optimizer)
+    first = Control([Scripted("clip_norm", {0: 2.0})], optimizer)
     first.equip(Memory("clip_norm"))
     first(observed(0), ())
     first.apply((0.1,))
     story: list[str] = []
-    second = Control([Proposes("clip_norm")], optimizer)
+    second = Control([Scripted("clip_norm")], optimizer)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     second.equip(Turned("clip_norm", story))
     assert story == ["clip_norm 2"]
 
 
 def test_a_controller_that_fails_is_reported_once_and_training_goes_on(caplog):
-    class Broken(Proposes):
+    class Broken(Scripted):
         def __call__(self, *_: Any) -> Sequence[Move]:
             raise ZeroDivisionError("in a controller")
 
@@ -321,7 +302,7 @@ def test_a_controller_that_fails_is_reported_once_and_training_goes_on(caplog):
 
 def test_advice_of_a_controller_is_a_warning_and_turns_nothing(caplog):
     model, optimizer = build(0.25)
-    advises = Proposes("lr_scale", {1: 0.125}, advice=True)
+    advises = Scripted("lr_scale", {1: 0.125}, advice=True)
     monitor = Monitor(model, cross_entropy, optimizer, controllers=[advises])
     train(model, optimizer, monitor, 3)
     (advice,) = monitor.adjustments
@@ -332,7 +313,7 @@ def test_advice_of_a_controller_is_a_warning_and_turns_nothing(caplog):
 
 def test_the_rules_see_the_capped_margin_and_peak():
     _, optimizer = build(0.1)
-    control = Control([Proposes("lr_scale", {0: 0.05})], optimizer)
+    control = Control([Scripted("lr_scale", {0: 0.05})], optimizer)
     control(observed(0), ())
     control.apply((0.1,))
     margin = Estimate(2.0, 0.2, "residual")
@@ -347,7 +328,7 @@ def test_the_rules_see_the_capped_margin_and_peak():
     ("controllers", "error", "message"),
     [
         (["cap"], UsageTypeError, r"controllers must hold controllers .* got 'cap'"),
-        ([Proposes("volume")], UsageError, "knob must be one of lr_scale, .* got 'volume'"),
+        ([Scripted("volume")], UsageError, "knob must be one of lr_scale, .* got 'volume'"),
         (
             [LearningRateCap(), LearningRateCap()],
             UsageError,

@@ -57,10 +57,15 @@ class Control:
         self._broken: set[str] = set()
 
     def equip(self, *actuators: Actuator) -> None:
-        """Take the actuators of a host, in place of those of any loop; not in a dry run."""
+        """Take the actuators of a host, in place of those of any loop; not in a dry run.
+
+        What the user has passed for the batch stays where the host has nothing better.
+        """
         for actuator in actuators:
             present = self._actuators.get(actuator.knob)
-            if present is None or self._dry_run or (actuator.obstacle and not present.obstacle):
+            if present is None or self._dry_run:
+                continue
+            if actuator.knob == BATCH and actuator.obstacle and not present.obstacle:
                 continue
             present.close()
             self._actuators[actuator.knob] = actuator
