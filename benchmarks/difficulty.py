@@ -200,7 +200,7 @@ def score(runs: Sequence[dict[str, Any]], found: np.ndarray, target: str, pick: 
 
 
 def table(
-    runs: Sequence[dict[str, Any]],
+    runs: Sequence[dict[str, Any]], resamples: int = _RESAMPLES
 ) -> tuple[list[str], dict[str, tuple[float, float, float]]]:
     """One row a target: the score of each set of features, and by how much geo beats B1."""
     rng = np.random.default_rng(0)
