@@ -59,7 +59,9 @@ class Monitor:
             function of the model's outputs.
         micro_batch: evaluate so many items at a time, to bound the memory of a probe.
         per_layer: lambda_max and trace of each module too, at every 10th probe.
-        hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference".
+        hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference". Of a model
+            that fully_shard has cut: on a replica or on its local shards by memory, on a replica,
+            or on the shards.
         precision: "float32" (without autocast, whatever trains) or "training".
         params: shell-style patterns of the parameter names to measure; all by default.
         also: other modules the loss uses (a teacher, a discriminator) that probes must isolate.

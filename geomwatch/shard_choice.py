@@ -14,7 +14,7 @@ from geomwatch.distributed import Ranks
 from geomwatch.sharding import is_sharded
 from geomwatch.vectors import Layout
 
-_VECTORS = 24  # of D entries each, that a monitor's probe has at once at most
+_VECTORS = 28  # of D entries each, at the peak of a monitor's first probe (docs/decisions/009)
 _SHARE = 0.5  # of the free memory: training has its own peaks
 
 
