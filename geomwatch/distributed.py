@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
+from geomwatch.parallelism import refuse_flat_parameters, refuse_tensor_parallel
 
-_FSDP = "torch.distributed.fsdp"
-_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+_CUT_OFF = "the other ranks can't be reached any more"
+_ANOTHER = "another rank failed in its part of the probe; its own log says why"
 
 
 def is_first_rank() -> bool:
@@ -67,11 +68,11 @@ class Ranks:
             ranks = cls(model.process_group, model.device)
             ranks._wrapper = model
             return ranks
-        _refuse_flat_parameters(model)
+        refuse_flat_parameters(model)
         for p in model.parameters():
             mesh = getattr(p, "device_mesh", None)
             if mesh is not None:
-                _refuse_tensor_parallel(model)
+                refuse_tensor_parallel(model)
                 group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
                 return cls(group, p.device)
         return cls()
@@ -112,7 +113,7 @@ class Ranks:
             RankError: a rank can't be reached.
         """
         if self.size > 1 and not self._reduce(part):
-            raise RankError("the other ranks can't be reached any more")
+            raise RankError(_CUT_OFF)
         return part
 
     def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -180,9 +181,7 @@ class Ranks:
                 self.all(False)
             raise
         if not self.all(True):
-            self._known = RankError(
-                "another rank failed in its part of the probe; its own log says why"
-            )
+            self._known = RankError(_CUT_OFF if self._is_cut_off else _ANOTHER)
             raise self._known
 
     @contextlib.contextmanager
@@ -212,43 +211,10 @@ class Ranks:
         except RuntimeError as error:  # by which torch.distributed tells of a rank that is gone
             self._is_cut_off = True
             logging.getLogger("geomwatch").warning(
-                "the other ranks can't be reached any more (%s). Nothing is measured from here on; "
-                "whether training goes on is up to its own collectives.",
+                "%s (%s). Nothing is measured from here on; whether training goes on is up to its "
+                "own collectives.",
+                _CUT_OFF,
                 error,
                 extra={"each_rank": True},
             )
         return not self._is_cut_off
-
-
-def _refuse_flat_parameters(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(kind.__module__ == _FSDP1 for kind in type(module).__mro__):
-            raise UsageError(
-                "model must be sharded by fully_shard (FSDP2), got FullyShardedDataParallel (FSDP1)"
-                f"{f' in {name!r}' if name else ''}, whose flat parameters can't be differentiated "
-                "twice. Use torch.distributed.fsdp.fully_shard, or DistributedDataParallel."
-            )
-
-
-def _refuse_tensor_parallel(model: nn.Module) -> None:
-    """Tell shards of data parallelism from those of layers that several ranks compute together.
-
-    The former are of modules that fully_shard has made its own, on a mesh of one dimension, or
-    replicated along the first of two (HSDP).
-    """
-    managed = {
-        id(p)
-        for module in model.modules()
-        if any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__)
-        for p in module.parameters()
-    }
-    for name, p in model.named_parameters():
-        placements = getattr(p, "placements", None)
-        if placements is None:
-            continue
-        hybrid = len(placements) == 2 and placements[0].is_replicate()
-        if id(p) not in managed or not (len(placements) == 1 or hybrid):
-            raise UsageError(
-                "ranks must share a model by data parallelism alone, got a parameter that is cut "
-                f"otherwise: {name!r}, {placements}. Tensor parallel models can't be measured."
-            )

@@ -128,7 +128,11 @@ class Objective:
         }
         if self._replay.ranks.size > 1:
             facts["ranks"] = self._replay.ranks.size
-        found = {"fallback": self._products.fallback, "obstacle": self._products.obstacle}
+        found = {
+            "fallback": self._products.fallback,
+            "obstacle": self._products.obstacle,
+            "batch_statistics": self._replay.batch_statistics(),
+        }
         return facts | {name: why for name, why in found.items() if why}
 
     @property

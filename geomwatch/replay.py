@@ -13,11 +13,12 @@ from geomwatch import batches
 from geomwatch.checks import check_loss, explain_device
 from geomwatch.distributed import Ranks
 from geomwatch.double_backward import gradients
-from geomwatch.errors import UsageError
+from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation import captured_by, isolated
 from geomwatch.recast import recast
 from geomwatch.sharding import is_sharded, reshard, unsharded
 from geomwatch.snapshot import Snapshot
+from geomwatch.sync_norm import is_synchronised, sync_norm_shared
 from geomwatch.vectors import Layout
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
@@ -95,8 +96,8 @@ class Replay:
 
     @property
     def ranks_of_a_piece(self) -> Ranks:
-        """The ranks that evaluate a micro-batch: this one alone."""
-        return Ranks()
+        """The ranks that evaluate a micro-batch: this one alone, unless a norm needs the others."""
+        return self.ranks if is_synchronised(self._model.modules()) else Ranks()
 
     @property
     def model(self) -> nn.Module:
@@ -135,11 +136,22 @@ class Replay:
 
     def normalizes_batches(self) -> bool:
         """Tell whether the loss of a batch is no mean over its items, because of a BatchNorm."""
+        return bool(self._norms_by_batch())
+
+    def batch_statistics(self) -> str:
+        """Say whose batches a BatchNorm takes its statistics from, if there are several ranks."""
+        norms = self._norms_by_batch()
+        if self.ranks.size == 1 or not norms:
+            return ""
+        alone = any(not is_synchronised([norm]) for norm in norms)
+        return "of each rank's own batch" if alone else "of the batches of all ranks"
+
+    def _norms_by_batch(self) -> list[nn.Module]:
         assert self._snapshot is not None
         norms = [
             m for m in self._snapshot.modules if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
-        return any(m.training or m.running_mean is None for m in norms)
+        return [m for m in norms if m.training or m.running_mean is None]
 
     def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch, for use while this one is opened."""
@@ -153,6 +165,14 @@ class Replay:
         self.total = self.ranks.total(sum(float(self._weigh(batch)) for batch in self.window))
         if self.total == 0:
             raise UsageError(f"window must hold items, got {len(self.window)} batches without any.")
+        if self.ranks.size > 1 and is_synchronised(self._model.modules()):
+            weighing = sum(float(self._weigh(batch)) > 0 for batch in self.window)
+            counts = self.ranks.each(weighing)
+            if len(set(counts)) > 1:
+                raise WithheldError(
+                    "a SyncBatchNorm waits for all ranks, so that each needs as many batches, got "
+                    f"{', '.join(f'{count:g}' for count in counts)}"
+                )
 
     def changed_objects(self) -> list[str]:
         """Name Python state that the loss changed and that can't be put back."""
@@ -170,7 +190,9 @@ class Replay:
             for batch in self.window:
                 share = float(self._weigh(batch)) / self.total
                 if share > 0:  # a rank may be without items
-                    for total, x in zip(totals, of(batch), strict=True):
+                    with self._shared(share):
+                        found = of(batch)
+                    for total, x in zip(totals, found, strict=True):
                         total.add_(x.detach().to(total), alpha=share)
             return totals
 
@@ -182,9 +204,14 @@ class Replay:
         def part() -> tuple[Tensor]:
             assert self.kept is not None
             share = float(self._weigh(self.window[0])) / self.total
-            return (total.add_(self.kept(v).to(total), alpha=share),)
+            with self._shared(share):
+                return (total.add_(self.kept(v).to(total), alpha=share),)
 
         return self.ranks.sum(part)[0]
+
+    def _shared(self, share: float) -> contextlib.AbstractContextManager[None]:
+        """Let norms see the batches that the other ranks evaluate at this moment."""
+        return contextlib.nullcontext() if self.ranks.size == 1 else sync_norm_shared(share)
 
     def _start(self) -> None:
         if self._snapshot is None:

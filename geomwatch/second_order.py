@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from geomwatch.norms import spectral_norm_held, weight_norm_written_out
+from geomwatch.sync_norm import sync_norm_alone
 
 
 @contextlib.contextmanager
@@ -27,6 +28,7 @@ def twice_differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
         stack.enter_context(_checkpoints_not_reentrant())
         stack.enter_context(weight_norm_written_out())
         stack.enter_context(spectral_norm_held())
+        stack.enter_context(sync_norm_alone())
         if any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_disabled(torch.backends.mkldnn))
             stack.enter_context(_disabled(torch.backends.cudnn))

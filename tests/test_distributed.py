@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from problems import cross_entropy, digits, mlp
-from ranks import run
+from ranks import listen, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import geomwatch
+from geomwatch import UsageError
 from geomwatch.distributed import RankError, Ranks, unwrapped
+from geomwatch.objective import Objective
 from geomwatch.progress import StepScalars
 
 Batch = tuple[Tensor, Tensor]
@@ -195,6 +198,65 @@ def test_ranks_average_the_losses_they_have_and_leave_a_block_together(tmp_path:
     assert second == ([1.5, 4.0, None], "KeyError", 2.0, True, False)
 
 
+def with_norms() -> nn.Module:
+    torch.manual_seed(1)
+    return net(nn.BatchNorm1d(16), nn.Linear(16, 16), nn.BatchNorm1d(16, affine=False))
+
+
+def twice_multiplied(model: nn.Module, batch: Batch, ranks: Ranks | None = None) -> list[Tensor]:
+    """The gradient, H v and H H v in float64."""
+    exact = (batch[0].double(), batch[1])
+    with Objective(model.double(), cross_entropy, [exact], ranks=ranks) as objective:
+        v = objective.layout.normal(torch.Generator().manual_seed(0))
+        hv = objective.hvp(v)
+        return [objective.gradient(), hv, objective.hvp(hv)]
+
+
+def normalised(rank: int, sync: bool) -> Any:
+    """Measure a net with two BatchNorms, with a gradient that is made up.
+
+    torch's SyncBatchNorm trains on GPUs only; the one of a probe needs none.
+    """
+    model = DistributedDataParallel(with_norms())
+    if sync:  # which DDP refuses on a CPU
+        nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=[*NAMES, "trace"]
+    )
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    record = monitor.step(shard(rank))
+    vectors = twice_multiplied(copy.deepcopy(model.module), shard(rank), Ranks.of(model))
+    optimizer.step()
+    said = listen()
+    for part in zip(*(t.split(70 if rank == 0 else 20) for t in shard(rank)), strict=True):
+        monitor.observe(part)
+    monitor.step()
+    return {n: e.value for n, e in record.estimates.items()}, record.how, vectors, said
+
+
+def test_batch_statistics_are_those_of_all_ranks_or_recorded_as_each_ranks_own(
+    tmp_path: Path,
+) -> None:
+    model = with_norms()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    joined = geomwatch.measure(model, cross_entropy, digits(96), optimizer=optimizer)
+    first, second = run(normalised, tmp_path, True)
+    found, how, vectors, said = first
+    assert found == second[0]
+    assert found["lambda_max"] == pytest.approx(joined["lambda_max"].value, rel=1e-3)
+    assert how["batch_statistics"] == "of the batches of all ranks"
+    assert how["backend"] == "double_backward"
+    for mine, expected in zip(vectors, twice_multiplied(model, digits(96)), strict=True):
+        assert float((mine - expected).norm() / expected.norm()) < 1e-12
+    assert "each needs as many batches, got 1, 2" in said[0]
+    found, how, _, said = run(normalised, tmp_path, False)[0]
+    assert how["batch_statistics"] == "of each rank's own batch"
+    assert found["lambda_max"] != pytest.approx(joined["lambda_max"].value, rel=1e-2)
+    assert said == []
+
+
 def sharded(rank: int, optimizer_name: str) -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -237,6 +299,61 @@ def test_sharded_parameters_are_measured_as_whole_ones(tmp_path: Path, optimizer
         for name in NAMES:
             assert found[name] == pytest.approx(expected[name], rel=1e-2), name
     assert ranks[0][2]["validation"] == "not run on sharded parameters"
+
+
+def refusals(rank: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    flat = nn.Sequential(FullyShardedDataParallel(net(), device_id=torch.device("cpu")))
+    mesh = init_device_mesh("cpu", (2,))
+    split = parallelize_module(net(), mesh, {"0": ColwiseParallel()})
+    said = []
+    for model in (flat, split):
+        with pytest.raises(UsageError) as refused:
+            Ranks.of(model)
+        said.append(str(refused.value))
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for stop in (True, False):
+        monitor = geomwatch.Monitor(model, cross_entropy, optimizer, quantities=["loss"])
+        with model.join(throw_on_early_termination=stop):
+            cross_entropy(model, shard(rank)).backward()
+            if stop:
+                assert monitor.step(shard(rank)) is not None
+                continue
+            with pytest.raises(UsageError) as refused:
+                monitor.step(shard(rank))
+            said.append(str(refused.value))
+    return said
+
+
+def test_ranks_that_no_probe_can_follow_are_refused(tmp_path: Path) -> None:
+    for flat, split, joined in run(refusals, tmp_path):
+        assert "by fully_shard (FSDP2), got FullyShardedDataParallel (FSDP1) in '0'" in flat
+        assert "data parallelism alone, got a parameter that is cut otherwise: '0.weight'" in split
+        assert "the same number of steps, got a loop inside join()" in joined
+
+
+def test_no_collective_is_tried_once_one_has_failed(monkeypatch: Any, caplog: Any) -> None:
+    tried = []
+
+    def fails(*args: Any, **options: Any) -> None:
+        tried.append(args)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_reduce", fails)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    ranks = Ranks(object(), torch.device("cpu"))
+    with pytest.raises(RankError, match="can't be reached any more"):
+        ranks.sum(lambda: (torch.ones(2),))
+    assert (ranks.all(True), ranks.any(True), ranks.any(False)) == (False, True, False)
+    assert ranks.sum_and_count(4.0).tolist() == [4.0, 1.0]
+    with pytest.raises(RankError), ranks.together():
+        pass
+    assert len(tried) == 1
+    assert [r.getMessage() for r in caplog.records if "Connection closed" in r.getMessage()]
 
 
 def test_a_model_alone_has_one_rank() -> None:

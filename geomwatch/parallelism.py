@@ -1,0 +1,52 @@
+"""Ways to share a model between processes that no probe can follow."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from geomwatch.errors import UsageError
+
+_FSDP = "torch.distributed.fsdp"
+_FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuse FSDP1, which keeps the parameters of several layers in one.
+
+    Raises:
+        UsageError: a module is wrapped so.
+    """
+    for name, module in model.named_modules():
+        if any(kind.__module__ == _FSDP1 for kind in type(module).__mro__):
+            raise UsageError(
+                "model must be sharded by fully_shard (FSDP2), got FullyShardedDataParallel (FSDP1)"
+                f"{f' in {name!r}' if name else ''}, whose flat parameters can't be differentiated "
+                "twice. Use torch.distributed.fsdp.fully_shard, or DistributedDataParallel."
+            )
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Refuse layers that several ranks compute together.
+
+    Shards of data parallelism are of modules that fully_shard has made its own, on a mesh of one
+    dimension, or replicated along the first of two (HSDP).
+
+    Raises:
+        UsageError: a parameter is cut otherwise.
+    """
+    managed = {
+        id(p)
+        for module in model.modules()
+        if any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__)
+        for p in module.parameters()
+    }
+    for name, p in model.named_parameters():
+        placements = getattr(p, "placements", None)
+        if placements is None:
+            continue
+        hybrid = len(placements) == 2 and placements[0].is_replicate()
+        if id(p) not in managed or not (len(placements) == 1 or hybrid):
+            raise UsageError(
+                "ranks must share a model by data parallelism alone, got a parameter that is cut "
+                f"otherwise: {name!r}, {placements}. Tensor parallel models can't be measured."
+            )
