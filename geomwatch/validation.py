@@ -46,6 +46,8 @@ def choose_backend(
         facts["validation_error"] = found.error
     if found.reason:
         facts["validation"] = found.reason
+    if found.passed is False:
+        facts["validation_failed"] = True
     wrong = ranks.any(found.passed is False) and hvp == "auto"
     return "finite_difference" if wrong else hvp, facts
 

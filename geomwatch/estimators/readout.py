@@ -15,6 +15,7 @@ from geomwatch.vectors import Layout
 
 LossAt: TypeAlias = Callable[[Tensor], float]  # (D,) displacement d -> L(w + d)
 
+NO_FUNCTION = "the loss is no function of the weights"
 _ROUNDINGS = 8  # kernels that add up in any order differ by a few of them
 _JITTERED, _DIGITS = 5, 4
 
@@ -46,7 +47,7 @@ def read_out(loss_at: LossAt, layout: Layout, *, rng: torch.Generator) -> Readou
     rounding, spread = abs(loss) * eps, abs(again - loss)
     if not spread <= _ROUNDINGS * rounding:
         reason = (
-            "the loss is no function of the weights: two evaluations at the same point differ by "
+            f"{NO_FUNCTION}: two evaluations at the same point differ by "
             f"{spread:.2g}. Let loss_fn draw its random numbers from the global generators, which "
             "are replayed, and use the same data each time"
         )

@@ -33,6 +33,7 @@ class Observation:
     peak: tuple[float, ...] = ()  # the highest rate each group is known to be headed for
     deterministic: bool = False  # every step sees the same data, as in full-batch training
     estimates: Mapping[str, Estimate] | None = None  # of a probe at this step
+    how: Mapping[str, str | int | float | bool] | None = None  # the probe obtained them
     loss: float | None = None  # of a probe at this step
     items: int = 0  # of the batch it measured on, over all ranks
     layers: tuple[str, ...] = ()
