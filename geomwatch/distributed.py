@@ -22,6 +22,7 @@ from geomwatch.errors import UsageError
 from geomwatch.parallelism import refuse_flat_parameters, refuse_tensor_parallel
 
 _CUT_OFF = "the other ranks can't be reached any more"
+_REFUSED = "another rank can't be watched; its own error says why."
 _ANOTHER = "another rank failed in its part of the probe; its own log says why"
 
 
@@ -196,11 +197,19 @@ class Ranks:
             yield
         except Exception as error:  # passed on, or replaced by that of another rank
             failure = error
-        refused = isinstance(failure, UsageError)
-        if self.any(refused) and not refused:
-            raise UsageError("another rank can't be watched; its own error says why.")
+        self.refuse_after(failure)
         if failure is not None:
             raise failure
+
+    def refuse_after(self, failure: Exception | None) -> None:
+        """Raise on every rank where the failure of any, this one's or another's, is a UsageError.
+
+        Raises:
+            UsageError: it is.
+        """
+        refused = failure if isinstance(failure, UsageError) else None
+        if self.any(refused is not None):
+            raise refused or UsageError(_REFUSED)
 
     def _reduce(self, part: Tensor) -> bool:
         """Sum a tensor over the ranks in place; tell whether they could be reached."""

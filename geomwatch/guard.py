@@ -41,8 +41,8 @@ class Guard:
         try:
             probed = self._probe_within_memory(window, step, **known)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
-            if isinstance(error, UsageError) and self.prober.plan.probes == 0:
-                raise
+            if self.prober.plan.probes == 0:
+                self.prober.ranks.refuse_after(error)
             self._report(step, error)
             return None
         finally:

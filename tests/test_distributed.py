@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from problems import cross_entropy, digits, mlp
-from ranks import listen, run
+from ranks import die, listen, play, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -151,6 +152,51 @@ def test_a_rank_that_fails_takes_the_others_out_of_the_probe(tmp_path: Path, how
     for record in found:
         assert record["lambda_max"] is None
         assert (record["loss"] is None) == (how == "nan")
+
+
+def no_scalar(rank: int) -> str:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        loss = cross_entropy(model, batch)
+        return loss.expand(2) if rank == 1 and geomwatch.is_probing() else loss
+
+    with pytest.raises(UsageError) as refused:
+        train(DistributedDataParallel(net()), shard(rank), loss_fn)
+    return str(refused.value)
+
+
+def test_wrong_use_on_one_rank_is_refused_on_both(tmp_path: Path) -> None:
+    first, second = run(no_scalar, tmp_path)
+    assert "another rank can't be watched; its own error says why" in first
+    assert "must return a scalar" in second
+
+
+def dies(rank: int, probing: bool) -> None:
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        if rank == 1 and len(monitor.history) == 2 and geomwatch.is_probing() == probing:
+            die(asleep=False)
+        return cross_entropy(model, batch)
+
+    monitor = geomwatch.Monitor(
+        model, loss_fn, optimizer, every=1, schedule="fixed", quantities=NAMES
+    )
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss_fn(model, shard(rank)).backward()
+        monitor.step(shard(rank))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("probing", [False, True])
+def test_when_a_rank_dies_the_loop_ends_with_torchs_own_error(
+    tmp_path: Path, probing: bool
+) -> None:
+    left, gone = play(dies, tmp_path, probing)
+    assert gone.is_gone
+    assert re.search("(RuntimeError|DistBackendError): .*by peer", left.error)
+    assert "geomwatch/distributed.py" not in left.error
 
 
 def paused_on_one(rank: int) -> Any:
