@@ -342,7 +342,8 @@ class Monitor:
         if step <= self._last_probe:  # a skipped step is the same step
             return False
         value = self._applied(self._guard.margin.at(self._lr))
-        ratio = self._guard.margin.ratio(self._lr)
+        held = self._guard.gradient_margin if is_cheap else self._guard.margin
+        ratio = held.ratio(self._lr)
         if not due(step, lr_ratio=ratio, margin=value):
             return False
         affordable = self._is_affordable(is_cheap=is_cheap)

@@ -10,7 +10,8 @@ from geomwatch.quantities import LIGHT, SLOW
 
 _SLOW = 10  # intervals between two measurements of what is costly and moves slowly
 _WARM = Budget(lanczos=5, samples=1, tol=1e-2)
-_COLD = Budget(lanczos=12, samples=6, tol=1e-3)  # nothing to start from yet, or all to measure
+_COLD = Budget(lanczos=12, samples=2, tol=1e-3)  # nothing to start from yet
+_WHOLE = Budget(lanczos=8, samples=5, tol=1e-3)  # all to measure
 
 
 class Plan:
@@ -60,11 +61,11 @@ class Plan:
 
     def budget(self, names: Sequence[str], *, cold: bool) -> Budget:
         """Return what these quantities may cost."""
-        spends = self.is_whole and self._every is not None
-        budget = _COLD if cold or spends else _WARM
+        whole = self.is_whole and self._every is not None
+        budget = _COLD if cold else _WHOLE if whole else _WARM
         # What is not pooled over probes needs an error bar from the samples of one.
         single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
-        return replace(budget, samples=_COLD.samples) if single else budget
+        return replace(budget, samples=_WHOLE.samples) if single else budget
 
     def state_dict(self) -> dict[str, int]:
         """Return where in the run it is."""

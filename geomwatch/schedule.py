@@ -11,7 +11,7 @@ _CLOSE, _WIDE = 10, 20  # steps between sentinels: the first
 _YOUNG = 100  # steps, and while a margin is above _CALM; then
 _GROWTH = 1.6  # of the interval, after the dense start and after an approach that came to nothing
 _CALM = 0.25  # margins below this need no attention: half the lowest warning level
-_RISE, _RISKY_RISE = 2.0, 1.25  # of the learning rate, across which no held margin is trusted
+_RISE, _RISKY_RISE = 1.5, 1.15  # of the learning rate, across which no held margin is trusted
 
 
 class FixedSchedule:
@@ -47,7 +47,7 @@ class AdaptiveSchedule(FixedSchedule):
 
     Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 from 15 up to `every`, and
     sentinels in between: every 10 steps up to step 100 and while the margin is above 0.25, else
-    every 20. A rise of the learning rate to more than twice that of the last probe, by 25 % while
+    every 20. A rise of the learning rate by more than half since the last probe, by 15 % while
     the margin is above 0.25, makes a probe due at once. A margin above 0.25 that has risen by 10 %
     since the last probe shortens the interval, to every / 10 at the first warning level of 0.5 and
     every / 20 from 0.6; a margin that holds still lets it grow back.
@@ -61,13 +61,14 @@ class AdaptiveSchedule(FixedSchedule):
         self._glance = 0  # the step of the next sentinel
 
     def glance_due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
-        """Tell whether a sentinel is due where no probe is."""
-        return step >= self._glance
+        """Tell whether a sentinel is due where no probe is; `lr_ratio` is that since the last."""
+        return step >= self._glance or lr_ratio > _RISKY_RISE
 
     def glanced(self, step: int, *, margin: float | None) -> None:
         """Choose the next step of a sentinel."""
+        start = next((s for s in _DENSE_START if s > step), None)
         close = step < _YOUNG or (margin is not None and margin > _CALM)
-        self._glance = step + (_CLOSE if close else _WIDE)
+        self._glance = start or step + (_CLOSE if close else _WIDE)
 
     def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
         """Tell whether to probe; `lr_ratio` is the lr now over that of the last probe."""
