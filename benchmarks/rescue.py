@@ -150,7 +150,9 @@ def _counts(outcome: Outcome) -> bool:
 def _try(options: argparse.Namespace, store: Store) -> int:
     """Compare settings of the cap on one half, by default that which they are chosen on."""
     settings = [s for s in _settings(options) if s.half == options.half]
-    grid = [run for run in runs(settings) if run.schedule in options.schedules.split(",")]
+    multiples = {float(multiple) for multiple in options.multiples.split(",")}
+    grid = [r for r in runs(settings) if r.schedule in options.schedules.split(",")]
+    grid = [r for r in grid if r.multiple in multiples]
     policies = ["none", *_split(options.policies)]
     jobs = [(run, policy) for run in grid for policy in policies]
     failures = work(store.missing(jobs), store.folder, workers=options.workers)
@@ -193,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="of the runs, and then of the report")
     parser.add_argument("--policies", default="cap", help="try: separated by semicolons")
     parser.add_argument("--schedules", default="constant,cosine", help="try: comma-separated")
+    parser.add_argument("--multiples", default="0.25,1,8,30", help="try: comma-separated")
     parser.add_argument("--half", default="tune", choices=("tune", "held"), help="try: which")
     return parser
 
