@@ -28,8 +28,8 @@ def refuse_flat_parameters(model: nn.Module) -> None:
 def refuse_tensor_parallel(model: nn.Module) -> None:
     """Refuse layers that several ranks compute together.
 
-    Shards of data parallelism are of modules that fully_shard has made its own, on a mesh of one
-    dimension, or replicated along the first of two (HSDP).
+    Shards of data parallelism are of modules that fully_shard has made its own, all on one mesh of
+    one dimension, or replicated along the first of two (HSDP).
 
     Raises:
         UsageError: a parameter is cut otherwise.
@@ -40,13 +40,17 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
         if any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__)
         for p in module.parameters()
     }
+    first = None
     for name, p in model.named_parameters():
-        placements = getattr(p, "placements", None)
+        placements, mesh = getattr(p, "placements", None), getattr(p, "device_mesh", None)
         if placements is None:
             continue
+        first = first or mesh
         hybrid = len(placements) == 2 and placements[0].is_replicate()
-        if id(p) not in managed or not (len(placements) == 1 or hybrid):
+        alike = mesh == first and (len(placements) == 1 or hybrid)
+        if id(p) not in managed or not alike:
             raise UsageError(
                 "ranks must share a model by data parallelism alone, got a parameter that is cut "
-                f"otherwise: {name!r}, {placements}. Tensor parallel models can't be measured."
+                f"otherwise: {name!r}, {placements}. Tensor and expert parallel models can't be "
+                "measured."
             )

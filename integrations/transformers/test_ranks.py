@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import transformers
+from torch import nn
 from trainers import causal, classifier, equal, labelled, make, traces
+from transformers.distributed import DistributedConfig
 
 import geomwatch
 from geomwatch import UsageError
 from geomwatch.integrations.transformers import GeomwatchCallback
 
-_MODELS = ("gpt2.modeling_gpt2", "bert.modeling_bert")
+_MODELS = ("gpt2.modeling_gpt2", "bert.modeling_bert", "llama.modeling_llama")
 ranks.preload("trainers", *(f"transformers.models.{name}" for name in _MODELS))
 
 CURVATURE = ["loss", "grad_norm", "lambda_max", "stability_margin"]
@@ -108,6 +111,43 @@ def test_the_joined_batch_is_measured_as_one_process_would(tmp_path):
             for name in CURVATURE:
                 rel = 1e-5 if found is first[1][kind][0] else 1e-2  # later weights drift apart
                 assert found[name] == pytest.approx(expected[name], rel=rel), (kind, name)
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=128, intermediate_size=32, max_position_embeddings=64, **sizes
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+CUT = {"max_steps": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+
+
+def sharded(rank: int, folder: Path) -> Any:
+    dist.init_process_group("gloo")
+    said, weights = ranks.listen(), []
+    callback = GeomwatchCallback(**ONE)
+    for watching in (None, callback):
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            folder / "llama", distributed_config=DistributedConfig(fsdp_size=2)
+        )
+        trainer = fit(folder, watching, model=model, **CUT)
+        weights.append({n: p.full_tensor() for n, p in trainer.model.named_parameters()})
+    return said, equal(*weights), numbers(callback)
+
+
+def test_a_model_that_is_cut_as_it_is_loaded_is_measured_and_trained_as_a_whole_one(tmp_path):
+    llama().save_pretrained(tmp_path / "llama")
+    first, second = ranks.run(sharded, tmp_path, tmp_path, group=False)
+    assert first == second
+    assert first[:2] == ([], True)
+    callback = GeomwatchCallback(**ONE)
+    fit(tmp_path, callback, model=llama(), per_device_train_batch_size=8, **CUT)
+    for found, expected in zip(first[2], numbers(callback), strict=True):
+        for name in CURVATURE:
+            assert found[name] == pytest.approx(expected[name], rel=1e-2), name
 
 
 # What goes on and what does not
