@@ -17,7 +17,7 @@ from geomwatch.progress import Settled
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
-SPIKE = Alert("gradient_spike", "warning", "a spike", 9.0, 3.0, 0)
+SPIKE = Alert("grad_norm_spike", "warning", "a spike", 9.0, 3.0, 0)
 
 
 def stepped(step: int, norm: float, *, taken: bool = True) -> Observation:
@@ -59,7 +59,7 @@ def test_information_and_other_alerts_do_not_start_it():
     clipper = GradientClipper()
     run(clipper, norms(100))
     others = [
-        Alert("gradient_spike", "info", "", 1, 1, 100),
+        Alert("grad_norm_spike", "info", "", 1, 1, 100),
         Alert("loss_rise", "warning", "", 1, 1, 100),
     ]
     assert clipper(stepped(101, 1.0), others) == ()

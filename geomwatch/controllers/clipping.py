@@ -17,7 +17,7 @@ from geomwatch.errors import UsageError
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
-RAISED_BY = ("flat_but_rough", "gradient_spike")
+RAISED_BY = ("flat_but_rough", "grad_norm_spike")
 _HISTORY = 1000  # norms
 _YOUNG = 25  # norms, before which no norm is called unusual
 _MOVES = 1.1  # factor between two norms to clip at that are worth a move
