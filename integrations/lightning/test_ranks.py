@@ -32,7 +32,6 @@ from geomwatch.integrations.lightning import GeomwatchCallback
 ranks.preload("pytorch_lightning", "torchmetrics")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
-RANK = os.environ.get("RANK")  # in a scene
 CURVATURE = ["loss", "grad_norm", "lambda_max", "stability_margin"]
 ONE = {"every": 1, "schedule": "fixed", "quantities": CURVATURE}
 
@@ -63,11 +62,12 @@ class Net(pl.LightningModule):
 
 def fit(module: Any, *callbacks: Any, folder: Any = ".", size: int = 16, **options: Any) -> Any:
     """Fit on 256 digits: 8 batches of 16 on each of two ranks."""
+    rank = os.environ.get("RANK")  # in a scene
     loader, ckpt_path = options.pop("loader", None), options.pop("ckpt_path", None)
     plain = {
         "accelerator": "cpu",
-        "devices": 1 if RANK is None else 2,
-        "strategy": "auto" if RANK is None else DDPStrategy(timeout=timedelta(seconds=20)),
+        "devices": 1 if rank is None else 2,
+        "strategy": "auto" if rank is None else DDPStrategy(timeout=timedelta(seconds=20)),
         "use_distributed_sampler": False,
         "max_epochs": 1,
         "logger": False,
@@ -80,8 +80,8 @@ def fit(module: Any, *callbacks: Any, folder: Any = ".", size: int = 16, **optio
     trainer = pl.Trainer(callbacks=list(callbacks), **plain | options)
     torch.manual_seed(7)
     data, sampler = TensorDataset(*digits(256)), None
-    if RANK is not None:
-        sampler = DistributedSampler(data, num_replicas=2, rank=int(RANK), shuffle=False)
+    if rank is not None:
+        sampler = DistributedSampler(data, num_replicas=2, rank=int(rank), shuffle=False)
     loader = loader or DataLoader(data, batch_size=size, sampler=sampler)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
@@ -156,7 +156,8 @@ def uneven(rank: int) -> Any:
     callback = GeomwatchCallback(**ONE)
     loader = DataLoader(TensorDataset(inputs[own], targets[own]), batch_size=96)
     fit(Net(), callback, loader=loader)
-    return numbers(callback), callback.monitor.history[0].how["items"]
+    how = callback.monitor.history[0].how
+    return numbers(callback), (how["ranks"], how["items"])
 
 
 def by_layers(model: nn.Module, batch: Any) -> Tensor:
@@ -173,9 +174,9 @@ class MeanOfRanks:
 
 
 def test_ranks_count_alike_as_they_do_in_training_whatever_their_batch(tmp_path):
-    (first, items), (second, fewer) = ranks.run(uneven, tmp_path, group=False)
+    (first, whole), (second, rest) = ranks.run(uneven, tmp_path, group=False)
     assert first == second
-    assert (items, fewer) == (70, 26)
+    assert (whole, rest) == ((2, 70), (2, 26))
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     expected = geomwatch.measure(
