@@ -12,9 +12,9 @@ from geomwatch.rules import Observation
 from geomwatch.rules.gradient_margin import GradientMargin
 
 
-def seen(step: int, margin: float | None, lr: float = 0.1, **more: Any) -> Observation:
+def seen(step: int, along: float | None, lr: float = 0.1, **more: Any) -> Observation:
     """A sentinel whose margin is given in units of the full-batch limit, noise ratio 19."""
-    value = None if margin is None else 19 * margin
+    value = None if along is None else 19 * along
     defaults: dict[str, Any] = {"gradient_fresh": True, "noise_ratio": 19.0}
     return Observation(
         step=step,
@@ -25,7 +25,7 @@ def seen(step: int, margin: float | None, lr: float = 0.1, **more: Any) -> Obser
 
 
 def alerts(rule: GradientMargin, course: dict[int, float | None], **more: Any) -> list[Alert]:
-    found = (rule(seen(step, margin, **more)) for step, margin in course.items())
+    found = (rule(seen(step, along, **more)) for step, along in course.items())
     return [alert for alert in found if alert is not None]
 
 
