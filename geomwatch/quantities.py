@@ -30,7 +30,9 @@ SLOW = (  # dear, or slow to move
     "stochastic_margin",
     "spectral_gap",
     "effective_rank",
+    "gradient_noise_scale",
     "roughness",
+    "roughness_residual",
     "normalized_sharpness",
 )
 WITHOUT_HVPS = ("loss", "grad_norm", "batch_sharpness", "critical_lr", "difficulty")

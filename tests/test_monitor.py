@@ -574,7 +574,8 @@ def test_a_jump_of_the_rate_is_critical_before_the_step_that_it_ruins():
     record = monitor.step(batch)
     assert record.step == 60
     assert [(a.rule, a.severity, a.step) for a in record.alerts] == [
-        ("stability_margin", "critical", 60)
+        ("stability_margin", "critical", 60),
+        ("rate_jump", "critical", 60),
     ]
     assert record.alerts[0].value > 2
     assert "learning rate 3 is beyond" in record.alerts[0].message
@@ -875,7 +876,7 @@ def test_the_memory_of_the_rules_survives_a_checkpoint():
 def test_a_checkpoint_of_other_rules_is_refused():
     model, optimizer = small()
     saved = Monitor(model, cross_entropy, optimizer, rules=[NonFinite()]).state_dict()
-    with pytest.raises(UsageError, match=r"state must hold 3 rules, got 1"):
+    with pytest.raises(UsageError, match=r"state must hold 9 rules, got 1"):
         Monitor(model, cross_entropy, optimizer).load_state_dict(saved)
 
 

@@ -8,52 +8,37 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
+from observations import (
+    brief,
+    full_batch,
+    heard,
+    judged,
+    losses,
+    measured,
+    random_run,
+    trained,
+)
 from problems import cross_entropy, digits, mlp
 
 from geomwatch.progress import Settled
-from geomwatch.records import Alert, Estimate
+from geomwatch.records import Estimate
 from geomwatch.rules import (
+    CriticalBatchSize,
+    FlatButRough,
+    GradNormSpike,
     LossRise,
     NonFinite,
     Observation,
-    Rule,
+    PlannedRate,
+    RateJump,
     StabilityMargin,
+    UntrustedProbe,
     default_rules,
 )
-
-
-def measured(
-    step: int, margin: float, *, lr: float = 0.1, loss: float = 1.0, **more
-) -> Observation:
-    """A probe has measured this margin just now."""
-    status = more.pop("status", "ok")
-    estimate = Estimate(margin, 0.01, "residual", status=status)
-    return Observation(
-        step=step, lr=(lr,), optimizer="SGD", margin=estimate, fresh=True, loss=loss, **more
-    )
-
-
-def full_batch(step: int, margin: float, *, loss: float = 1.0) -> Observation:
-    return measured(step, margin, loss=loss, deterministic=True)
-
-
-def trained(step: int, loss: float | None, *, grad_norm: float = 1.0, stepped: bool = True):
-    """The step before is over and had this loss."""
-    settled = Settled(step, loss, grad_norm, stepped)
-    return Observation(step=step + stepped, lr=(0.1,), settled=settled)
-
-
-def heard(rule: Rule, observations: Iterable[Observation]) -> list[Alert]:
-    return [alert for seen in observations if (alert := rule(seen)) is not None]
-
-
-def brief(alerts: Iterable[Alert]) -> list[tuple[int, str]]:
-    return [(alert.step, alert.severity) for alert in alerts]
-
 
 # Stability margin: mini-batch training
 
@@ -345,10 +330,6 @@ def healthy(rng: random.Random, steps: int) -> list[float]:
     return [noisy(rng, 0.3 + 2.0 * math.exp(-t / 80)) for t in range(steps)]
 
 
-def losses(values: Sequence[float], start: int = 0) -> list[Observation]:
-    return [trained(start + t, value) for t, value in enumerate(values)]
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_the_noise_of_batches_of_four_is_quiet(seed):
     assert not heard(LossRise(), losses(healthy(random.Random(seed), 800)))
@@ -515,42 +496,6 @@ def test_after_a_recovery_the_next_nan_is_news():
 # Memory
 
 
-def random_run(seed: int) -> list[Observation]:
-    """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
-    rng = random.Random(seed)
-    status = rng.choice(["ok", "ok", "unknown"])
-    deterministic = rng.random() < 0.3
-    usual = math.log(1.4 if deterministic else 0.5)
-    log_margin, lr, loss, step, stepped = math.log(0.3), 0.1, 2.0, 0, True
-    run = []
-    for _ in range(160):
-        log_margin += rng.gauss(0, 0.4) - 0.1 * (log_margin - usual)
-        lr *= rng.choice([1.0, 1.0, 1.0, 1.3, 0.8])
-        loss *= math.exp(rng.gauss(0, 0.2)) * rng.choice([1.0] * 30 + [8.0, 0.125])
-        stepped = rng.random() > (0.1 if stepped else 0.7)  # left-out steps come in rows
-        settled = Settled(step, loss, 1.0 if stepped else math.inf, stepped)
-        step += rng.choice([1, 1, 2, 5, 70]) * stepped
-        broken = rng.random() < 0.01
-        value = None if broken else math.exp(log_margin)
-        run.append(
-            Observation(
-                step=step,
-                lr=(lr,),
-                margin=Estimate(value, 0.01, "residual", status=status),
-                fresh=rng.random() < 0.7,
-                deterministic=deterministic,
-                loss=math.nan if broken else loss,
-                settled=settled,
-            )
-        )
-    return run
-
-
-def judged(rules: Sequence[Rule], run: Iterable[Observation]) -> list[str]:
-    # as text, because a NaN is unlike itself
-    return [repr(alert) for seen in run for rule in rules if (alert := rule(seen)) is not None]
-
-
 def unchanged(states: object) -> object:
     return states
 
@@ -620,7 +565,17 @@ def test_a_rule_without_its_memory_judges_otherwise():
 
 def test_every_monitor_gets_rules_of_its_own():
     one, other = default_rules(), default_rules()
-    assert {type(rule) for rule in one} == {NonFinite, LossRise, StabilityMargin}
+    assert {type(rule) for rule in one} == {
+        NonFinite,
+        LossRise,
+        StabilityMargin,
+        PlannedRate,
+        RateJump,
+        GradNormSpike,
+        FlatButRough,
+        CriticalBatchSize,
+        UntrustedProbe,
+    }
     assert all(a is not b for a, b in itertools.product(one, other))
 
 
@@ -638,7 +593,8 @@ def test_a_warning_says_the_number_the_limit_where_and_what_to_do():
         "learning rate 0.2 comes close to what the curvature allows for SGD: stability margin "
         "0.65 over the last 2 probes, 0.70 ± 0.01 now (alert above 0.5, unstable at 1); λ_max "
         "70.0 ± 0.4, stable below 100 at this rate; mostly in layers features.0 (61%), head (20%). "
-        "Lower the learning rate to about 0.1 (0.62 x), or end its warm-up there."
+        "Lower the learning rate to about 0.1 (0.62 x), or end its warm-up there. More: geomwatch "
+        "explain stability_margin."
     )
     assert alert.layers == ("features.0 (61%)", "head (20%)")
 
@@ -648,7 +604,7 @@ def test_a_single_measurement_is_judged_by_its_own_level():
     assert alert.message == (
         "learning rate 0.2 is beyond what the curvature allows for SGD: stability margin "
         "4.00 ± 0.01 (alert above 2, unstable at 1). Lower the learning rate to about 0.02 "
-        "(0.1 x), or end its warm-up there."
+        "(0.1 x), or end its warm-up there. More: geomwatch explain stability_margin."
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from geomwatch.estimators.jackknife import jackknife
 from geomwatch.records import Estimate
 
+NO_SIGNAL = "the noise hides the gradient"
 NO_ERROR = "no error from two micro-batches, nor from those of several ranks"
 
 Pieces = Sequence[tuple[float, Tensor]]  # (n_b items, (D,) gradient or Hessian-vector product)
@@ -103,7 +104,7 @@ def gradient_noise_scale(spread: Spread) -> Estimate:
     noise, signal = spread.all.noise, spread.all.signal
     if signal <= 0:
         reason = (
-            f"the noise hides the gradient: ||G||^2 = {signal:.2g} after taking off its noise "
+            f"{NO_SIGNAL}: ||G||^2 = {signal:.2g} after taking off its noise "
             f"{noise / spread.items:.2g}; more items, or an average over probes, would show it"
         )
         return Estimate(None, status="withheld", reason=reason)

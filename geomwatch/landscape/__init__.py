@@ -17,6 +17,7 @@ from geomwatch.landscape.directions import (
     update_direction,
 )
 from geomwatch.landscape.fits import Fit, polynomial_fit
+from geomwatch.landscape.isolated import judge_isolation
 from geomwatch.landscape.lines import plot_barrier, plot_density, plot_slice
 from geomwatch.landscape.results import Barrier, Density, Plane, Slice, Trajectory
 from geomwatch.landscape.slices import plane, slice_1d
@@ -43,6 +44,7 @@ __all__ = [
     "gradient_direction",
     "grid_around",
     "hessian_directions",
+    "judge_isolation",
     "load",
     "pca_directions",
     "permutable_units",

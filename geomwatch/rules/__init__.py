@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from geomwatch.rules.critical_batch import CriticalBatchSize
+from geomwatch.rules.flat_but_rough import FlatButRough
+from geomwatch.rules.grad_norm import GradNormSpike
 from geomwatch.rules.loss import LossRise
 from geomwatch.rules.margin import StabilityMargin
 from geomwatch.rules.nonfinite import NonFinite
 from geomwatch.rules.observation import Observation, Rule
+from geomwatch.rules.planned_rate import PlannedRate
+from geomwatch.rules.rate_jump import RateJump
+from geomwatch.rules.untrusted import UntrustedProbe
 
-__all__ = ["LossRise", "NonFinite", "Observation", "Rule", "StabilityMargin", "default_rules"]
+__all__ = [
+    "CriticalBatchSize",
+    "FlatButRough",
+    "GradNormSpike",
+    "LossRise",
+    "NonFinite",
+    "Observation",
+    "PlannedRate",
+    "RateJump",
+    "Rule",
+    "StabilityMargin",
+    "UntrustedProbe",
+    "default_rules",
+]
 
 
 def default_rules() -> list[Rule]:
     """Return the rules a monitor uses unless told otherwise."""
-    return [NonFinite(), LossRise(), StabilityMargin()]
+    return [
+        NonFinite(),
+        LossRise(),
+        StabilityMargin(),
+        PlannedRate(),
+        RateJump(),
+        GradNormSpike(),
+        FlatButRough(),
+        CriticalBatchSize(),
+        UntrustedProbe(),
+    ]

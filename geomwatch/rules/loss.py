@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _SMOOTHING = 0.8
@@ -58,7 +59,8 @@ class LossRise:
             f"limit {self._lowest + limit:.4g}, first loss {self._first:.4g}). Lower the learning "
             "rate or go back to a checkpoint from before the rise, and look at the last batches."
         )
-        return Alert(self.name, severity, message, smooth, self._lowest + limit, step)
+        limit += self._lowest
+        return alert(self.name, severity, message, value=smooth, limit=limit, step=step)
 
     def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
         if seen.settled is not None and seen.settled.loss is not None:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.margin_message import Levels, Usual, Verdict, beyond_usual, described
 from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
-from geomwatch.sinks import format_estimate
-
-
-@dataclass(frozen=True, slots=True)
-class _Levels:
-    warning: float  # of the mean of the last measurements
-    critical: float  # of the mean, for some steps
-    at_once: float  # of a single measurement
-    target: float  # that the advice aims for
-
+from geomwatch.rules.regime import Regime
+from geomwatch.rules.trust import Trust
 
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
-# training lives at 1 (the edge of stability) and survives 2.75 at the start. docs/rules.md has
-# the runs behind the numbers.
-_NOISY = _Levels(warning=0.5, critical=0.8, at_once=2.0, target=0.4)
-_FULL_BATCH = _Levels(warning=1.3, critical=2.0, at_once=3.0, target=0.8)
-_EDGE = 0.9
+# training lives at 1 (the edge of stability) and survives 2.75 at the start. `geomwatch explain
+# stability_margin` has the runs behind the numbers.
+_NOISY = Levels(warning=0.5, critical=0.8, at_once=2.0, target=0.4)
+_FULL_BATCH = Levels(warning=1.3, critical=2.0, at_once=3.0, target=0.8)
 _BEFORE_START = 10.0  # at step 0, where a catapult out of sharp weights is still harmless
 _RELEASE = 0.7  # of the warning level
 _RELATIVE = 2.0  # times the run's own median, where no limit is known,
@@ -48,7 +39,8 @@ class StabilityMargin:
     same data, levels are those of the edge of stability and the loss must rise too. For optimizers
     without a formula lr * lambda_max must stay above 2 x the median of the run's last 20
     measurements, and the loss above 1.5 x its own, for `persistence` steps: curvature alone also
-    grows in a healthy run, up to eightfold, while the loss falls.
+    grows in a healthy run, up to eightfold, while the loss falls. A margin that can't be believed
+    (see `trust`) is passed over.
     """
 
     name = "stability_margin"
@@ -57,13 +49,17 @@ class StabilityMargin:
         self._persistent = Persistence(persistence)
         self._lasting = Persistence(persistence)  # the same for warnings
         self._latch = Latch()
+        self._regime = Regime()
+        self._trust = Trust()
         self._recent: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
         self._history: deque[tuple[float, float]] = deque(maxlen=20)  # lr * lambda_max, loss
         self._loss_before: float | None = None
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge the margin of one step; only a fresh measurement can raise an alert."""
-        if not seen.fresh or seen.margin is None or seen.margin.value is None:
+        self._regime(seen)
+        doubt = self._trust(seen)
+        if doubt or not seen.fresh or seen.margin is None or seen.margin.value is None:
             return None
         if seen.margin.status != "ok":
             return self._relative(seen, seen.margin.value)
@@ -78,7 +74,20 @@ class StabilityMargin:
             return None
         if not self._latch.admit(severity, seen.step):
             return None
-        return _alert(self.name, seen, mean, count, severity, levels)
+        return self._alert(seen, severity, mean, count, levels)
+
+    def _alert(
+        self, seen: Observation, severity: Severity, mean: float, count: int, levels: Levels
+    ) -> Alert:
+        assert seen.margin is not None
+        assert seen.margin.value is not None
+        level = levels.critical if severity == "critical" else levels.warning
+        single = seen.step == 0 or (severity == "critical" and seen.margin.value > levels.at_once)
+        if single:
+            level = levels.at_once if seen.step else _BEFORE_START
+        noise = self._regime.noise(seen)
+        found = Verdict(severity, mean, count, single=single, level=level, noise=noise)
+        return described(self.name, seen, found, levels)
 
     def _mean(self, seen: Observation, margin: float) -> tuple[float, int]:
         """Return the geometric mean of the recent margins at this learning rate."""
@@ -89,7 +98,7 @@ class StabilityMargin:
         return statistics.geometric_mean(max(m, _LEAST) for m in recent), len(recent)
 
     def _severity(
-        self, seen: Observation, mean: float, count: int, levels: _Levels
+        self, seen: Observation, mean: float, count: int, levels: Levels
     ) -> Severity | None:
         assert seen.margin is not None
         assert seen.margin.value is not None
@@ -103,7 +112,7 @@ class StabilityMargin:
             return "critical"
         if mean > levels.warning and lasting and seen.step >= _WARM_UP and trouble:
             return "warning"
-        if seen.deterministic and _EDGE <= mean <= levels.warning:
+        if self._regime.is_edge(seen, mean, below=levels.warning):
             return "info"
         return None
 
@@ -125,15 +134,8 @@ class StabilityMargin:
             return None
         if not self._latch.admit("warning", seen.step):
             return None
-        message = (
-            f"lr x λ_max has risen to {margin:.3g}, {margin / usual:.1f} times its median in this "
-            f"run, and the loss to {seen.loss:.4g} from a median of {usual_loss:.4g} (alert above "
-            f"{_RELATIVE:g} times the median with the loss above {loss_limit:.4g}; no stability "
-            f"limit is known for {seen.optimizer}){_carried_by(seen)}. Lower the learning rate if "
-            "the loss goes on rising."
-        )
-        limit = _RELATIVE * usual
-        return Alert(self.name, "warning", message, margin, limit, seen.step, seen.layers)
+        usual_run = Usual(usual, usual_loss, _RELATIVE, loss_limit)
+        return beyond_usual(self.name, seen, margin, usual_run)
 
     def _usual(self) -> tuple[float, float]:
         """Return the medians of lr * lambda_max and of the loss; infinite while they are young."""
@@ -148,10 +150,12 @@ class StabilityMargin:
             "persistent": self._persistent,
             "lasting": self._lasting,
             "latch": self._latch,
+            "regime": self._regime,
+            "trust": self._trust,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return persistence, latch and the recent measurements."""
+        """Return persistence, latch, regime and the recent measurements."""
         return state_of(self._parts) | {
             "recent": [list(pair) for pair in self._recent],
             "history": [list(pair) for pair in self._history],
@@ -159,57 +163,8 @@ class StabilityMargin:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over persistence, latch and the recent measurements."""
+        """Take over persistence, latch, regime and the recent measurements."""
         load_into(self._parts, state)
         self._recent = deque(((int(s), float(m)) for s, m in state["recent"]), maxlen=_PROBES)
         self._history = deque(((float(m), float(x)) for m, x in state["history"]), maxlen=20)
         self._loss_before = state["loss_before"]
-
-
-def _alert(
-    rule: str, seen: Observation, mean: float, count: int, severity: Severity, levels: _Levels
-) -> Alert:
-    assert seen.margin is not None
-    assert seen.margin.value is not None
-    if severity == "info":
-        message = (
-            f"at the edge of stability: margin {format_estimate(seen.margin)} with the same data "
-            "at each step. This is where full-batch training settles; no action needed."
-        )
-        return Alert(rule, severity, message, mean, _EDGE, seen.step, seen.layers)
-    single = seen.step == 0 or (severity == "critical" and seen.margin.value > levels.at_once)
-    if single:
-        value, level = seen.margin.value, levels.at_once if seen.step else _BEFORE_START
-    else:
-        value, level = mean, levels.critical if severity == "critical" else levels.warning
-    shown = format_estimate(seen.margin)
-    if not single and count > 1:
-        shown = f"{mean:.2f} over the last {count} probes, {shown} now"
-    message = _message(seen, value, f"{shown} (alert above {level:g}, unstable at 1)", levels)
-    return Alert(rule, severity, message, value, level, seen.step, seen.layers)
-
-
-def _message(seen: Observation, value: float, margin: str, levels: _Levels) -> str:
-    lr, factor = max(seen.lr, default=1.0), levels.target / value
-    beyond = "is beyond" if value > 1 else "comes close to"
-    rising = ", and the loss rises" if seen.deterministic else ""
-    return (
-        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
-        f"stability margin {margin}{_curvature(seen)}{_carried_by(seen)}. Lower the learning rate "
-        f"to about {lr * factor:.1g} ({factor:.2g} x), or end its warm-up there."
-    )
-
-
-def _curvature(seen: Observation) -> str:
-    found = None if seen.estimates is None else seen.estimates.get("lambda_max")
-    assert seen.margin is not None
-    if found is None or found.value is None or found.age or not seen.margin.value:
-        return ""
-    return (
-        f"; λ_max {format_estimate(found)}, stable below {found.value / seen.margin.value:.3g} "
-        "at this rate"
-    )
-
-
-def _carried_by(seen: Observation) -> str:
-    return f"; mostly in layers {', '.join(seen.layers)}" if seen.layers else ""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _SKIPS = 5
@@ -64,7 +65,7 @@ class NonFinite:
     def _raise(self, severity: Severity, step: int, value: float, message: str) -> Alert | None:
         if not self._latch.admit(severity, step):
             return None
-        return Alert(self.name, severity, message, value, math.inf, step)
+        return alert(self.name, severity, message, value=value, limit=math.inf, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of skipped steps and the latch."""

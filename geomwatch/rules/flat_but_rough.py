@@ -1,0 +1,93 @@
+"""Little curvature, and yet a rugged loss."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from typing import Any
+
+from geomwatch.records import Alert, Estimate
+from geomwatch.rules.message import alert
+from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
+
+_LEAST = 0.1  # of the roughness, that a parabola leaves
+_UNUSUAL = 5.0  # times the run's own median
+_SURE = 2.0  # standard errors
+_FLAT = 0.25  # quantile of the run's own traces
+_ENOUGH = 4  # measurements, before this one
+_KEPT = 50
+
+
+class FlatButRough:
+    """Warns of a loss that is rugged where the curvature is small, against the run's own past.
+
+    The paper's rule, R > r_0 while the trace is small. R itself is mostly slope and curvature, so
+    that the rule judges the share of it that a parabola leaves (`roughness_residual`; it is
+    withheld within the noise of the loss): above 0.1 and above 5 x the median of the run's earlier
+    measurements, by two standard errors, while tr(H) / D is below the lower quartile of its own
+    earlier values, twice running. Healthy nets leave less than 0.04.
+    """
+
+    name = "flat_but_rough"
+
+    def __init__(self) -> None:
+        self._shares: deque[float] = deque(maxlen=_KEPT)
+        self._traces: deque[float] = deque(maxlen=_KEPT)
+        self._persistent = Persistence(1)  # two measurements
+        self._latch = Latch(release=1, cooldown=0)
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """Judge a probe that has measured both."""
+        rough = _fresh(seen, "roughness_residual")
+        trace = _fresh(seen, "trace_per_param")
+        if rough is None or trace is None or rough.value is None or trace.value is None:
+            return None
+        limit, flat = self._limits()
+        found = rough.value - _SURE * (rough.error or 0.0) > limit and trace.value < flat
+        lasting = self._persistent(found, seen.step)
+        self._shares.append(rough.value)
+        self._traces.append(trace.value)
+        if not found:
+            self._latch.calm(seen.step)
+            return None
+        if not lasting or not self._latch.admit("warning", seen.step):
+            return None
+        text = (
+            f"the loss is flat but rough: of its variation within 5 % of the weights a parabola "
+            f"leaves {rough.value:.2g} ± {rough.error or 0.0:.1g} (alert above {limit:.2g}: the "
+            f"larger of {_LEAST:g} and {_UNUSUAL:g} x this run's median), while the mean curvature "
+            f"{trace.value:.2g} is in the lowest quarter of its own past. Margins say little here. "
+            "See whether the loss itself is noisy (low precision, a quantised layer, kinks), then "
+            "damp the steps: clip the gradient, or lower the learning rate."
+        )
+        return alert(self.name, "warning", text, value=rough.value, limit=limit, step=seen.step)
+
+    def _limits(self) -> tuple[float, float]:
+        """Return how rough and how flat the loss must be; out of reach while both are young."""
+        if len(self._shares) < _ENOUGH:
+            return float("inf"), float("-inf")
+        limit = max(_LEAST, _UNUSUAL * statistics.median(self._shares))
+        quartile = sorted(self._traces)[int(_FLAT * len(self._traces))]
+        return limit, quartile
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"persistent": self._persistent, "latch": self._latch}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the earlier measurements, persistence and the latch."""
+        return state_of(self._parts) | {
+            "shares": list(self._shares),
+            "traces": list(self._traces),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the earlier measurements, persistence and the latch."""
+        load_into(self._parts, state)
+        self._shares = deque(state["shares"], maxlen=_KEPT)
+        self._traces = deque(state["traces"], maxlen=_KEPT)
+
+
+def _fresh(seen: Observation, name: str) -> Estimate | None:
+    found = (seen.estimates or {}).get(name)
+    return None if found is None or found.status == "held" else found

@@ -1,0 +1,102 @@
+"""What the margin rule says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geomwatch.records import Alert, Severity
+from geomwatch.rules.message import alert, batch_advice, carried_by, lower_rate
+from geomwatch.rules.observation import Observation
+from geomwatch.rules.regime import EDGE
+from geomwatch.sinks import format_estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Where the margin rule speaks."""
+
+    warning: float  # of the mean of the last measurements
+    critical: float  # of the mean, for some steps
+    at_once: float  # of a single measurement
+    target: float  # that the advice aims for
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the margin rule has found."""
+
+    severity: Severity
+    mean: float  # of the last measurements,
+    count: int  # so many
+    single: bool  # the last measurement alone decided
+    level: float  # that was exceeded
+    noise: float | None  # mean-square over full-batch margin
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What a run without a limit is held against: its own medians."""
+
+    margin: float  # lr x λ_max
+    loss: float
+    factor: float  # of the margin, above which it is unusual
+    loss_limit: float  # the same of the loss
+
+
+def described(rule: str, seen: Observation, found: Verdict, levels: Levels) -> Alert:
+    """Return the alert of a margin near or beyond its limit, or at the edge of stability."""
+    assert seen.margin is not None
+    assert seen.margin.value is not None
+    shown = format_estimate(seen.margin)
+    if found.severity == "info":
+        text = (
+            f"at the edge of stability: margin {shown} with the same data at each step. This is "
+            "where full-batch training settles; no action needed."
+        )
+        return _sent(rule, seen, "info", text, found.mean, EDGE)
+    value = seen.margin.value if found.single else found.mean
+    if not found.single and found.count > 1:
+        shown = f"{found.mean:.2f} over the last {found.count} probes, {shown} now"
+    margin = f"{shown} (alert above {found.level:g}, unstable at 1)"
+    text = _text(seen, value, margin, levels) + batch_advice(value, found.noise)
+    return _sent(rule, seen, found.severity, text, value, found.level)
+
+
+def beyond_usual(rule: str, seen: Observation, margin: float, usual: Usual) -> Alert:
+    """Return the alert of an optimizer without a formula, held against its own past."""
+    text = (
+        f"lr x λ_max has risen to {margin:.3g}, {margin / usual.margin:.1f} times its median in "
+        f"this run, and the loss to {seen.loss:.4g} from a median of {usual.loss:.4g} (alert above "
+        f"{usual.factor:g} times the median with the loss above {usual.loss_limit:.4g}; no "
+        f"stability limit is known for {seen.optimizer}){carried_by(seen)}. Lower the learning "
+        "rate if the loss goes on rising."
+    )
+    return _sent(rule, seen, "warning", text, margin, usual.factor * usual.margin)
+
+
+def _sent(
+    rule: str, seen: Observation, severity: Severity, text: str, value: float, limit: float
+) -> Alert:
+    return alert(rule, severity, text, value=value, limit=limit, step=seen.step, layers=seen.layers)
+
+
+def _text(seen: Observation, value: float, margin: str, levels: Levels) -> str:
+    lr, factor = max(seen.lr, default=1.0), levels.target / value
+    beyond = "is beyond" if value > 1 else "comes close to"
+    rising = ", and the loss rises" if seen.deterministic else ""
+    return (
+        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
+        f"stability margin {margin}{_curvature(seen)}{carried_by(seen)}. "
+        f"{lower_rate(lr, factor)}, or end its warm-up there."
+    )
+
+
+def _curvature(seen: Observation) -> str:
+    found = None if seen.estimates is None else seen.estimates.get("lambda_max")
+    assert seen.margin is not None
+    if found is None or found.value is None or found.age or not seen.margin.value:
+        return ""
+    return (
+        f"; λ_max {format_estimate(found)}, stable below {found.value / seen.margin.value:.3g} "
+        "at this rate"
+    )

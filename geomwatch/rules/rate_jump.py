@@ -1,0 +1,142 @@
+"""A learning rate that has just jumped, judged before the step that applies it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from geomwatch.records import Alert, Estimate
+from geomwatch.rules.message import alert, carried_by, lower_rate
+from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+from geomwatch.rules.trust import Trust
+
+_JUMP = 2.0  # times the rate of the step before
+_PROBES = 3  # averaged, of the last
+_RECENT = 200  # steps
+_LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this
+_ITEMS = 64  # the batch that the levels below are for
+_SGD, _ADAPTIVE = 3.4, 5.0  # of the geometric mean of both margins
+_FULL_BATCH = 2.5  # of the margin, where every step sees the same data,
+_AT_ONCE = 2.0  # and of mini-batches of any size
+_HELD = 2.0  # times higher, where this step was not measured
+_TARGET = 0.5  # of the level, that the advice aims for
+
+
+class RateJump:
+    """Critical when a rate at least doubles from one step to the next, to where runs do not live.
+
+    A jump that is too high ruins a run within one or two steps, so that only a judgement before the
+    step leads. Between the limit of the full batch, M = 1, and that of single batches, G = 1 (the
+    margin along the gradient), a batch of B items breaks at about
+
+        sqrt(M G) > 3.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
+
+    M and G the geometric means of the last three measurements, at the new rate. Or at M > 2 (2.5
+    where every step sees the same data). Where no probe fell on the step, levels are twice those.
+    """
+
+    name = "rate_jump"
+
+    def __init__(self) -> None:
+        self._lr: tuple[float, ...] = ()
+        self._margins = _Recent()
+        self._gradients = _Recent()
+        self._items = 0
+        self._latch = Latch()
+        self._trust = Trust()
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """Compare this step's rate with that of the step before."""
+        self._items = seen.items or self._items
+        trusted = not self._trust(seen)
+        if seen.fresh and trusted:
+            self._margins.add(seen, seen.margin)
+        if seen.gradient_fresh and trusted:
+            self._gradients.add(seen, seen.gradient_margin)
+        before, self._lr = self._lr, seen.lr
+        pairs = zip(seen.lr, before, strict=False)
+        jump = max((now / then for now, then in pairs if then > 0), default=1.0)
+        if jump < _JUMP:
+            self._latch.calm(seen.step)
+            return None
+        margin = self._margins.mean(seen)
+        if margin is None or not trusted or seen.margin is None or seen.margin.status != "ok":
+            return None
+        share, reason = self._share(seen, margin)
+        if share <= 1 or not self._latch.admit("critical", seen.step):
+            return None
+        return _alert(self.name, seen, jump, share, reason)
+
+    def _share(self, seen: Observation, margin: float) -> tuple[float, str]:
+        """Return what the new rate is of the one where runs break, and from what."""
+        held = 1.0 if seen.fresh else _HELD
+        if seen.deterministic:
+            return margin / (held * _FULL_BATCH), f"margin {margin:.2g}, alert above {_FULL_BATCH}"
+        gradient = max(self._gradients.mean(seen) or 0.0, margin)
+        both = math.sqrt(margin * gradient)
+        level = _SGD if seen.optimizer.startswith("SGD") else _ADAPTIVE
+        level *= math.sqrt(max(self._items, 1) / _ITEMS)
+        if margin / _AT_ONCE > both / level:
+            return margin / (held * _AT_ONCE), f"margin {margin:.2g}, alert above {_AT_ONCE:g}"
+        text = f"margin {margin:.2g} and {gradient:.2g} along the gradient, mean {both:.2g}"
+        return both / (held * level), f"{text}, alert above {level:.2g} at {self._items} items"
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "margins": self._margins,
+            "gradients": self._gradients,
+            "latch": self._latch,
+            "trust": self._trust,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last rates, the recent measurements and the latch."""
+        return state_of(self._parts) | {"lr": list(self._lr), "items": self._items}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the last rates, the recent measurements and the latch."""
+        load_into(self._parts, state)
+        self._lr, self._items = tuple(state["lr"]), state["items"]
+
+
+class _Recent:
+    """The last few margins, per learning rate."""
+
+    def __init__(self) -> None:
+        self._measured: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
+
+    def add(self, seen: Observation, margin: Estimate | None) -> None:
+        """Add one that was measured at this step's rate."""
+        lr = max(seen.lr, default=0.0)
+        if lr > 0 and margin is not None and margin.value is not None:
+            self._measured.append((seen.step, margin.value / lr))
+
+    def mean(self, seen: Observation) -> float | None:
+        """Return the geometric mean of those that are recent, at this step's rate."""
+        lr = max(seen.lr, default=0.0)
+        recent = [lr * m for step, m in self._measured if seen.step - step <= _RECENT]
+        return statistics.geometric_mean(max(m, _LEAST) for m in recent) if recent else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the measurements."""
+        return {"measured": [list(pair) for pair in self._measured]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over."""
+        pairs = ((int(step), float(m)) for step, m in state["measured"])
+        self._measured = deque(pairs, maxlen=_PROBES)
+
+
+def _alert(rule: str, seen: Observation, jump: float, share: float, reason: str) -> Alert:
+    lr = max(seen.lr)
+    measured = "measured at this step" if seen.fresh else "from earlier probes, re-scaled"
+    text = (
+        f"the learning rate jumps {jump:.3g} x to {lr:.3g}, {share:.2g} x what {seen.optimizer} is "
+        f"likely to survive here: {reason} ({measured}){carried_by(seen)}. This step is not taken "
+        f"yet. {lower_rate(lr, _TARGET / share)}, or reach the new rate by a warm-up of some "
+        "hundred steps."
+    )
+    return alert(rule, "critical", text, value=share, limit=1.0, step=seen.step, layers=seen.layers)

@@ -1,0 +1,105 @@
+"""A probe whose numbers can't be believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomwatch.records import Alert, Severity
+from geomwatch.rules.message import alert
+from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.rules.trust import Trust
+
+_LASTING = 5  # steps that a doubt must last
+_LOOSE = 0.5  # of the margin, that its error may be,
+_MATTERS = 0.5  # where the margin may be as large as this
+
+
+class UntrustedProbe:
+    """Says which numbers of probes can't be believed, and why, once that has lasted for 5 steps.
+
+    A warning when the margin can't be believed (see `trust`; `stability_margin` is silent then) or
+    could not be had. Information when its error exceeds half of it and reaches beyond 0.5: the
+    margin is a lower bound and may well be larger.
+    """
+
+    name = "untrusted_probe"
+
+    def __init__(self) -> None:
+        self._trust = Trust()
+        self._doubtful = Persistence(_LASTING)
+        self._absent = Persistence(_LASTING)
+        self._loose = Persistence(_LASTING)
+        self._latch = Latch(release=1, cooldown=0)
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """Judge a probe that was to measure the margin."""
+        doubt = self._trust(seen)
+        margin = seen.margin
+        if not seen.fresh or margin is None:
+            return None
+        absent = margin.value is None
+        value, error = margin.value or 0.0, margin.error or 0.0
+        loose = error > _LOOSE * abs(value) and abs(value) + error > _MATTERS
+        doubtful = self._doubtful(bool(doubt), seen.step)
+        missing = self._absent(absent, seen.step)
+        inexact = self._loose(loose and not absent, seen.step)
+        if doubtful:
+            return self._tell(seen, "warning", _doubted(doubt))
+        if missing:
+            return self._tell(seen, "warning", _missed(margin.reason))
+        if inexact:
+            return self._tell(seen, "info", _bounded(value, error))
+        if not (doubt or absent or loose):
+            self._latch.calm(seen.step)
+        return None
+
+    def _tell(self, seen: Observation, severity: Severity, text: str) -> Alert | None:
+        if not self._latch.admit(severity, seen.step):
+            return None
+        margin = seen.margin
+        value = 0.0 if margin is None or margin.value is None else margin.value
+        error = 0.0 if margin is None or margin.error is None else margin.error
+        return alert(self.name, severity, text, value=error, limit=abs(value), step=seen.step)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "trust": self._trust,
+            "doubtful": self._doubtful,
+            "absent": self._absent,
+            "loose": self._loose,
+            "latch": self._latch,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is doubted, for how long, and the latch."""
+        return state_of(self._parts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        load_into(self._parts, state)
+
+
+def _doubted(why: str) -> str:
+    return (
+        f"the stability margin can't be believed: {why}. No warnings follow from it; loss and "
+        "gradient norm are watched as before. `print(geomwatch.doctor(model, loss_fn, batch))` "
+        'shows what is in the way; leave hvp at "auto", let loss_fn draw its random numbers from '
+        "the global generators, and probe in float32."
+    )
+
+
+def _missed(why: str) -> str:
+    return (
+        f"probes have no stability margin: {why}. Nothing is warned of from "
+        "curvature; loss and gradient norm are watched as before. "
+        "`print(geomwatch.doctor(model, loss_fn, batch))` shows what is in the way."
+    )
+
+
+def _bounded(value: float, error: float) -> str:
+    return (
+        f"the stability margin is {value:.2g} ± {error:.2g}: a lower bound, and possibly far below "
+        "the truth. Probes of a warm start have few products; a larger probe_batch, or several "
+        "probes more, sharpen it."
+    )

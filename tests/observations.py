@@ -1,0 +1,100 @@
+"""Observations made by hand, and runs of them, for the tests of rules."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+
+from geomwatch.progress import Settled
+from geomwatch.records import Alert, Estimate
+from geomwatch.rules import Observation, Rule
+
+
+def measured(
+    step: int, margin: float, *, lr: float = 0.1, loss: float = 1.0, **more
+) -> Observation:
+    """A probe has measured this margin just now."""
+    status = more.pop("status", "ok")
+    estimate = Estimate(margin, 0.01, "residual", status=status)
+    return Observation(
+        step=step, lr=(lr,), optimizer="SGD", margin=estimate, fresh=True, loss=loss, **more
+    )
+
+
+def full_batch(step: int, margin: float, *, loss: float = 1.0) -> Observation:
+    return measured(step, margin, loss=loss, deterministic=True)
+
+
+def trained(step: int, loss: float | None, *, grad_norm: float = 1.0, stepped: bool = True):
+    """The step before is over and had this loss."""
+    settled = Settled(step, loss, grad_norm, stepped)
+    return Observation(step=step + stepped, lr=(0.1,), settled=settled)
+
+
+def heard(rule: Rule, observations: Iterable[Observation]) -> list[Alert]:
+    return [alert for seen in observations if (alert := rule(seen)) is not None]
+
+
+def brief(alerts: Iterable[Alert]) -> list[tuple[int, str]]:
+    return [(alert.step, alert.severity) for alert in alerts]
+
+
+def losses(values: Sequence[float], start: int = 0) -> list[Observation]:
+    return [trained(start + t, value) for t, value in enumerate(values)]
+
+
+def judged(rules: Sequence[Rule], run: Iterable[Observation]) -> list[str]:
+    # as text, because a NaN is unlike itself
+    return [repr(alert) for seen in run for rule in rules if (alert := rule(seen)) is not None]
+
+
+def random_run(seed: int) -> list[Observation]:
+    """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
+    rng = random.Random(seed)
+    status = rng.choice(["ok", "ok", "unknown"])
+    deterministic = rng.random() < 0.3
+    usual = math.log(1.4 if deterministic else 0.5)
+    log_margin, lr, loss, step, stepped = math.log(0.3), 0.1, 2.0, 0, True
+    frozen = rng.randrange(70, 140)  # steps at a rate of zero, before the warm-up starts
+    run = []
+    for i in range(160):
+        log_margin += rng.gauss(0, 0.4) - 0.1 * (log_margin - usual)
+        lr *= rng.choice([1.0, 1.0, 1.0, 1.3, 0.8, 2.5, 0.4])
+        loss *= math.exp(rng.gauss(0, 0.2)) * rng.choice([1.0] * 30 + [8.0, 0.125])
+        stepped = rng.random() > (0.1 if stepped else 0.7)  # left-out steps come in rows
+        norm = math.exp(rng.gauss(0, 0.1)) * rng.choice([1.0] * 40 + [30.0])
+        settled = Settled(step, loss, norm if stepped else math.inf, stepped)
+        step += rng.choice([1, 1, 2, 5, 70]) * stepped
+        broken = rng.random() < 0.01
+        value = None if broken else math.exp(log_margin)
+        fresh = rng.random() < 0.7
+        error = 0.01 if i % 40 < 32 else 20.0
+        run.append(
+            Observation(
+                step=step,
+                lr=(lr if i >= frozen else 0.0,),
+                margin=Estimate(value, error, "residual", status=status),
+                fresh=fresh,
+                gradient_margin=Estimate(rng.uniform(-1, 5)),
+                gradient_fresh=fresh,
+                peak=(30 * lr,),
+                deterministic=deterministic,
+                estimates=random_estimates(rng, i // 20 % 2) if fresh else None,
+                items=64 if fresh else 0,
+                loss=math.nan if broken else loss,
+                settled=settled,
+            )
+        )
+    return run
+
+
+def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
+    """Those of a probe that measures what is dear; in one phase all is noise, in another none."""
+    rough = rng.choice([0.001] * 6 + [3.0, 3.0])
+    return {
+        "trace_per_param": Estimate(rng.uniform(0.5, 1.0) if rough < 1 else rng.uniform(0, 0.5)),
+        "roughness_residual": Estimate(rough, 0.0001, "stderr"),
+        "gradient_noise_scale": Estimate((1.0, 1e4)[phase] * rng.uniform(1, 2), 0.1, "stderr"),
+        "stochastic_margin": Estimate(rng.uniform(0, 20), 0.1, "stderr"),
+    }
