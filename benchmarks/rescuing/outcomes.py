@@ -53,10 +53,10 @@ class Reference:
         close = outcome.accuracy >= self.accuracy - POINTS
         return not outcome.diverged and outcome.loss <= limit and close
 
-    def is_kept(self, outcome: Outcome) -> bool:
-        """Tell whether a run at the tuned rate is as good with control."""
+    def is_kept(self, cell: Sequence[Outcome]) -> bool:
+        """Tell whether runs at the tuned rate are as good with control, on average over seeds."""
         limit = max(UNHARMED * self.loss, self.loss + 2 * self.sd)
-        return outcome.loss <= limit and outcome.accuracy >= self.accuracy - OWN_POINTS
+        return mean_loss(cell) <= limit and mean_accuracy(cell) >= self.accuracy - OWN_POINTS
 
 
 class Outcomes:
@@ -101,13 +101,13 @@ class Outcomes:
         return sum(o.diverged for o in own), len(own)
 
     def kept(self, policy: str = "cap") -> tuple[int, int]:
-        """Count the runs at the tuned rate that are as good with control, and all."""
+        """Count the cells at the tuned rate that are as good with control, and all."""
         hits = total = 0
         for setting, schedule in self.pairs():
             reference = self.reference(setting, schedule)
-            for outcome in self.cell(policy, setting, schedule, 1.0):
+            if cell := self.cell(policy, setting, schedule, 1.0):
                 total += 1
-                hits += reference is not None and reference.is_kept(outcome)
+                hits += reference is not None and reference.is_kept(cell)
         return hits, total
 
     def not_slower(self, policy: str = "cap") -> tuple[int, int]:

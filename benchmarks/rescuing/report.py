@@ -66,7 +66,7 @@ def _bars(halves: dict[str, Outcomes]) -> str:
             (name, "x4 to x30: ends no better than chance", "none", _ratio(lost)),
             (name, "x4 to x30: rescued", ">= 95 %", _ratio(rescued)),
             (name, "cells in which a baseline is better", "none", str(len(worse))),
-            (name, "x1: loss and accuracy kept", "all", _ratio(half.kept())),
+            (name, "x1: cells whose loss and accuracy are kept", "all", _ratio(half.kept())),
             (name, "x0.25: cells within 1 % of the loss", "all", _ratio(half.not_slower())),
         ]
     return table(("half", "what", "bar", "reached"), rows)
