@@ -44,13 +44,14 @@ class PlannedRate:
             return None
         severity: Severity = "critical" if expected > _CRITICAL else "warning"
         level = _CRITICAL if severity == "critical" else _WARNING
+        few = "no peak" if severity == "critical" else "few peaks"
         peak = max(seen.peak)
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which the stability "
             f"margin of {seen.optimizer} would be {expected:.2g} in the present weights (alert "
             f"above {level:g}, unstable at 1; {format_estimate(margin)} at the {max(seen.lr):.3g} "
-            f"of this step){carried_by(seen)}. Curvature may give way during a warm-up, but up to "
-            f"{level:g} is what runs that trained well have asked of it. "
+            f"of this step){carried_by(seen)}. Curvature may give way during a warm-up, but {few} "
+            f"above {level:g} trained in the runs behind this level. "
             f"{lower_rate(peak, _TARGET / expected)}, as the peak, or warm up for longer."
         )
         return alert(
