@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -130,11 +131,19 @@ class Ranks:
         return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
     def total(self, number: float) -> float:
-        """Return the sum of a number over all ranks; the number itself once they are cut off."""
+        """Return the sum of a number over all ranks; the number itself once they are cut off.
+
+        Raises:
+            RankError: another rank has failed meanwhile, and says so here.
+        """
         if self.size == 1:
             return number
         part = torch.tensor([number], dtype=torch.float64, device=self._device)
-        return float(part) if self._reduce(part) else number
+        total = float(part) if self._reduce(part) else number
+        if math.isnan(total):
+            self._known = RankError(_ANOTHER)
+            raise self._known
+        return total
 
     def all(self, flag: bool) -> bool:
         """Tell whether the flag is set on every rank; never once they are cut off."""
@@ -148,10 +157,11 @@ class Ranks:
         """Return the number that each rank has.
 
         Raises:
-            RankError: a rank can't be reached.
+            RankError: a rank can't be reached, or has failed meanwhile.
         """
         if self.size == 1:
             return [number]
+        self.all(True)
         numbers = torch.zeros(self.size, dtype=torch.float64, device=self._device)
         numbers[dist.get_rank(self._group)] = number
         return [float(n) for n in self.add_up(numbers)]
@@ -168,6 +178,9 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Leave the block only if every rank has got through it.
 
+        A rank that has not says so once, by NaN in place of a number. The others find it wherever
+        they sum a number next, at the end of the block at the latest, and leave the block there.
+
         Raises:
             RankError: another rank has not, or can't be reached.
         """
@@ -179,10 +192,10 @@ class Ranks:
         except Exception as error:  # passed on once all ranks know
             if error is not self._known:
                 self._known = error
-                self.all(False)
+                self._reduce(torch.tensor([math.nan], dtype=torch.float64, device=self._device))
             raise
         if not self.all(True):
-            self._known = RankError(_CUT_OFF if self._is_cut_off else _ANOTHER)
+            self._known = RankError(_CUT_OFF)
             raise self._known
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from torch import nn
 
 from geomwatch import batches
 from geomwatch.agreement import Validation, validate
+from geomwatch.collectives import refuse_collectives
 from geomwatch.distributed import Ranks
 from geomwatch.errors import NoCurvatureError, UsageError
 from geomwatch.objective import LossFn, Objective
@@ -31,6 +32,8 @@ def choose_backend(
     """
     ranks = options.get("ranks") or Ranks()
     with ranks.together():
+        _check_loss_is_the_ranks_own(model, loss_fn, batch, options)
+    with ranks.together():
         check_micro_batches(model, loss_fn, batch, options)
     if hvp == "finite_difference":
         return hvp, {
@@ -50,6 +53,23 @@ def choose_backend(
         facts["validation_failed"] = True
     wrong = ranks.any(found.passed is False) and hvp == "auto"
     return "finite_difference" if wrong else hvp, facts
+
+
+def _check_loss_is_the_ranks_own(
+    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
+) -> None:
+    """Evaluate the loss once to see whether it needs other ranks; FSDP's layers may.
+
+    Raises:
+        UsageError: it does.
+    """
+    ranks = options.get("ranks") or Ranks()
+    alone = ranks.size == 1 or is_sharded(list(model.parameters()))
+    if alone or not ranks.all(batch is not None):
+        return
+    own = {**options, "ranks": None, "micro_batch": None}
+    with Objective(model, loss_fn, [batch], **own) as objective, refuse_collectives():
+        objective.loss_at(objective.layout.zeros())
 
 
 def _asymmetry_of_shards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from pathlib import Path
@@ -154,20 +155,30 @@ def test_a_rank_that_fails_takes_the_others_out_of_the_probe(tmp_path: Path, how
         assert (record["loss"] is None) == (how == "nan")
 
 
-def no_scalar(rank: int) -> str:
+def wrong_losses(rank: int) -> list[str]:
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
         loss = cross_entropy(model, batch)
         return loss.expand(2) if rank == 1 and geomwatch.is_probing() else loss
 
-    with pytest.raises(UsageError) as refused:
-        train(DistributedDataParallel(net()), shard(rank), loss_fn)
-    return str(refused.value)
+    def gathers(model: nn.Module, batch: Batch) -> Tensor:
+        mean = cross_entropy(model, batch).detach()
+        dist.all_reduce(mean)
+        return cross_entropy(model, batch) * mean
+
+    said = []
+    for loss in (loss_fn, gathers):
+        with pytest.raises(UsageError) as refused:
+            train(DistributedDataParallel(net()), shard(rank), loss)
+        said.append(str(refused.value))
+    return said
 
 
 def test_wrong_use_on_one_rank_is_refused_on_both(tmp_path: Path) -> None:
-    first, second = run(no_scalar, tmp_path)
-    assert "another rank can't be watched; its own error says why" in first
-    assert "must return a scalar" in second
+    first, second = run(wrong_losses, tmp_path)
+    assert "another rank can't be watched; its own error says why" in first[0]
+    assert "must return a scalar" in second[0]
+    for _, gathers in (first, second):
+        assert "got one that exchanges tensors with other ranks (allreduce)" in gathers
 
 
 def dies(rank: int, probing: bool) -> None:
@@ -235,13 +246,20 @@ def agreements(rank: int) -> Any:
                 raise KeyError("mine")
     except (KeyError, RankError) as error:
         caught = type(error).__name__
-    return means, caught, ranks.total(1.0), ranks.any(rank == 1), ranks.all(rank == 1)
+    between = []
+    with contextlib.suppress(KeyError, RankError), ranks.together():
+        if rank == 1:
+            raise KeyError("mine")
+        between.append("before")
+        ranks.any(True)
+        between.append("after")
+    return means, (caught, between), ranks.total(1.0), ranks.any(rank == 1), ranks.all(rank == 1)
 
 
 def test_ranks_average_the_losses_they_have_and_leave_a_block_together(tmp_path: Path) -> None:
     first, second = run(agreements, tmp_path)
-    assert first == ([1.5, 4.0, None], "RankError", 2.0, True, False)
-    assert second == ([1.5, 4.0, None], "KeyError", 2.0, True, False)
+    assert first == ([1.5, 4.0, None], ("RankError", ["before"]), 2.0, True, False)
+    assert second == ([1.5, 4.0, None], ("KeyError", []), 2.0, True, False)
 
 
 def with_norms() -> nn.Module:

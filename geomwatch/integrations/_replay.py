@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from geomwatch import batches
 from geomwatch.checks import check_loss
+from geomwatch.collectives import refuse_collectives
 from geomwatch.distributed import Ranks
-from geomwatch.errors import UsageError
 from geomwatch.isolation import isolated
 from geomwatch.objective import LossFn
 from geomwatch.sharding import is_sharded, reshard
+from geomwatch.sync_norm import is_synchronised
 from geomwatch.vectors import whole
-
-_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
 def replay(
@@ -52,7 +50,7 @@ def replay(
         isolated(
             model, params, others=isolates, mode="train", autocast=True, second_order=False
         ) as snapshot,
-        _alone(model, ranks),
+        _on_its_own(model, ranks),
     ):
         snapshot.restore()
         for share, micro in window:
@@ -97,41 +95,12 @@ def _through_hosts(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | 
     return found
 
 
-@contextlib.contextmanager
-def _alone(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Refuse a loss that needs other ranks: a probe evaluates it as often as this rank needs it.
-
-    Raises:
-        UsageError: it does.
-    """
-    allowed = is_sharded(list(model.parameters())) or any(
-        isinstance(module, nn.SyncBatchNorm) for module in model.modules()
-    )
-    if ranks.size == 1 or allowed:
-        yield
-        return
-    with _Collectives() as seen:
-        yield
-    if seen.names:
-        raise UsageError(
-            "the loss must be that of this rank's own batch, got one that exchanges tensors with "
-            f"other ranks ({', '.join(sorted(seen.names))}). Pass a loss_fn= without that."
-        )
-
-
-class _Collectives(TorchDispatchMode):
-    """Notes the collectives of torch.distributed that are called meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace in _COLLECTIVES:
-            self.names.add(func.__name__.partition(".")[0].strip("_"))
-        return func(*args, **(kwargs or {}))
+def _on_its_own(model: nn.Module, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """Refuse a loss that needs other ranks, unless its layers do."""
+    synchronised = is_sharded(list(model.parameters())) or is_synchronised(model.modules())
+    if ranks.size == 1 or synchronised:
+        return contextlib.nullcontext()
+    return refuse_collectives()
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
