@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def correlation(
         return None
     draws = [
         _pearson(_ranked(columns[chosen], [labels[i] for i in chosen]))
-        for chosen in resampled(groups, labels, resamples)
+        for chosen in resampled(tuple(groups), tuple(labels), resamples)
     ]
     known = [d for d in draws if d is not None]
     if not known:
@@ -110,8 +111,9 @@ def correlation(
     return Interval(value, float(low), float(high))
 
 
+@functools.lru_cache(8)  # most quantities are known of the same runs
 def resampled(
-    groups: Sequence[str], strata: Sequence[str], resamples: int
+    groups: tuple[str, ...], strata: tuple[str, ...], resamples: int
 ) -> list[npt.NDArray[np.int64]]:
     """Draw whole groups with replacement within each stratum, as indices of their members."""
     rng = np.random.default_rng(0)

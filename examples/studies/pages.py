@@ -56,18 +56,21 @@ seed (straight, and with units aligned), the spectral density of the Hessian.*""
 
 
 def _verdicts(claims: Sequence[Claim]) -> str:
-    lines = ["## The paper's claims", ""]
-    lines += [
-        f"- **{claim.verdict}** (section {claim.section}) {claim.sentence}. {claim.evidence}. "
-        f"*Criterion: {claim.criterion}.*"
-        for claim in claims
-    ]
-    lines += [
+    lines = [
+        "## The paper's claims",
         "",
-        "Ratios are of geometric means over seeds with Welch's 95 % interval; a condition holds or "
-        "fails when its whole interval says so. One condition that fails makes a claim fail. With "
-        f"{len(claims)} claims one or two verdicts may be chance. Phrases in parentheses are ours.",
+        "Ratios are of geometric means over seeds, with Welch's 95 % interval; a condition holds "
+        "or fails if its whole interval says so. One condition that fails makes a claim fail. With "
+        f"{len(claims)} claims one or two verdicts may be chance. What is in parentheses is ours.",
     ]
+    for verdict, title in ((HOLDS, "What holds"), (FAILS, "What fails"), (OPEN, "Undecided")):
+        own = [claim for claim in claims if claim.verdict == verdict]
+        lines += ["", f"### {title}", ""]
+        lines += [
+            f"- **{verdict}** (section {claim.section}) {claim.sentence}. {claim.evidence}. "
+            f"*Criterion: {claim.criterion}.*"
+            for claim in own
+        ] or ["Nothing."]
     return "\n".join(lines)
 
 
@@ -98,6 +101,7 @@ def _method(table: Table) -> str:
 - **Barriers.** Between seeds in a ring, at {s.points} points, in eval mode, BatchNorm's statistics
   taken anew at each. B = max L contains the loss of the ends; the height is what the path rises
   above the line between them. Of the Transformer only the units of its linear layers are aligned.
+  Two pairs share a seed, so the errors of their means are somewhat too small.
 - **Difficulty** is the paper's sum of lr |g|² λ_max over the steps, by `geomwatch.Monitor`, with
   the λ_max of training batches at every tenth of the run.
 - **Ours, not the paper's**, which states none of them: sizes, data, rates, radii, grids, stages."""
