@@ -156,6 +156,22 @@ def test_several_groups_keep_their_proportion():
     assert applied(passed(2, lr=(0.1, 0.01))) == pytest.approx(0.05)
 
 
+def test_a_group_that_is_unfrozen_is_not_held_to_what_is_not_known_of_it():
+    applied = Applied(LearningRateCap())
+    applied(glanced(0, 4.0, lr=(0.1, 0.0)))
+    assert applied(passed(1, lr=(0.0, 0.3))) == 0.3
+    assert applied(passed(2, lr=(0.1, 0.3))) == pytest.approx(0.15)  # both by the first's half
+
+
+def test_the_reason_says_the_margin_and_whether_the_rate_still_rises():
+    cap = LearningRateCap(smoothing=1e-9)
+    (move,) = cap(glanced(0, 8.0))
+    assert "learning rate 0.1 held at 0.025" in move.reason
+    assert "it is 8 of what is stable (to stay below 2)" in move.reason
+    (move,) = cap(glanced(5, 1.0))
+    assert "it is 1 of what is stable (to stay below 2, approached in small steps)" in move.reason
+
+
 def test_patience_waits_in_steps_before_the_rate_goes_down():
     applied = Applied(LearningRateCap(patience=10))
     rates = [applied(glanced(t, 4.0)) for t in (0, 4, 8)] + [applied(passed(10))]

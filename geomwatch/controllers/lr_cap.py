@@ -107,7 +107,7 @@ class LearningRateCap:
         self._binds = binds
         if binds != bound or not math.isclose(cap, self._sent, rel_tol=_SAME):
             self._sent = cap
-            moves.append(Move(LR, cap, self._reason(seen, largest, binds=binds)))
+            moves.append(Move(LR, cap, self._reason(seen, cap)))
         return moves
 
     def _measure(self, seen: Observation) -> bool:
@@ -131,7 +131,8 @@ class LearningRateCap:
         Lowered at once; raised at a measurement, by no more than the steps since the last allow.
         """
         step, target = seen.step, self._target(seen)
-        before = self._factor / growth(seen.lr, self._reference) if self._reference else math.inf
+        grown = growth(seen.lr, self._reference)
+        before = self._factor / grown if grown > 0 else math.inf  # of groups that were not stepped
         after = before
         if target >= 1:
             self._above = None
@@ -174,19 +175,22 @@ class LearningRateCap:
         )
         return Move(LR, largest / k, reason, advice=True)
 
-    def _reason(self, seen: Observation, largest: float, *, binds: bool) -> str:
-        if not binds:
+    def _reason(self, seen: Observation, cap: float) -> str:
+        largest = max(seen.lr)
+        if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
-        cold = seen.cold_start
-        along, top = (m.at(seen.lr) * cold for m in (self._along, self._top))
-        if self._c_lambda is not None and top / self._c_lambda > along / self._c_bs:
-            return (
-                f"learning rate {largest:.3g} x λ_max is {top:.3g} times what is stable (to stay "
-                f"below {self._c_lambda:g})"
-            )
+        along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
+        limit = self._c_bs * self._unit
+        if self._c_lambda is not None and top / self._c_lambda > along / limit:
+            along, limit, what = top, self._c_lambda, "λ_max"
+        else:
+            what = "curvature along the gradient"
+        bound = f"to stay below {limit:g}"
+        if along * cap < 0.99 * limit * largest:
+            bound = f"{bound}, approached in small steps"
         return (
-            f"learning rate {largest:.3g} x curvature along the gradient is {along:.3g} times what "
-            f"is stable in small batches (to stay below {self._c_bs:g})"
+            f"learning rate {largest:.3g} held at {cap:.3g}: times {what} it is {along:.3g} of "
+            f"what is stable ({bound})"
         )
 
     def state_dict(self) -> dict[str, Any]:
