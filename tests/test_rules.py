@@ -244,6 +244,15 @@ def test_a_catapult_out_of_sharp_weights_is_no_warning():
     assert [a.severity for a in heard(StabilityMargin(), run)] == ["info"]
 
 
+def test_a_catapult_with_a_rising_loss_is_spared_for_ten_steps():
+    # a real run that trained well: 2.0 to 2.2 for eight steps
+    margins = {0: 2.02, 1: 2.21, 2: 2.2, 3: 2.18, 5: 2.04, 8: 1.82, 13: 1.02, 21: 1.12}
+    losses = [1.29, 1.63, 2.32, 2.4, 2.5, 2.6, 1.1, 0.9]
+    run = [full_batch(t, m, loss=x) for (t, m), x in zip(margins.items(), losses, strict=True)]
+    assert [a.severity for a in heard(StabilityMargin(), run)] == ["info"]
+    assert brief(heard(StabilityMargin(), [full_batch(3, 3.1)])) == [(3, "critical")]
+
+
 def test_beyond_the_edge_a_rising_loss_is_warned_of():
     rising = (full_batch(t, 1.5, loss=1 + t / 100) for t in range(20, 100, 5))
     alerts = heard(StabilityMargin(), rising)

@@ -108,7 +108,9 @@ class StabilityMargin:
         trouble = self._loss_rises(seen) or not seen.deterministic
         if seen.step == 0:
             return "critical" if seen.margin.value > _BEFORE_START else None
-        if seen.margin.value > levels.at_once or (persistent and trouble):
+        # Full-batch training leaves sharp weights by a catapult, with a passing rise of the loss.
+        spared = seen.deterministic and seen.step < _WARM_UP
+        if seen.margin.value > levels.at_once or (persistent and trouble and not spared):
             return "critical"
         if mean > levels.warning and lasting and seen.step >= _WARM_UP and trouble:
             return "warning"
