@@ -88,8 +88,7 @@ class AcceleratedMonitor(Monitor):
         used = [also] if isinstance(also, nn.Module) else also
         options["also"] = [*used, *captured_by(loss_fn)]
         self._each = EachAlike(loss_fn)
-        alone = accelerator.num_processes == 1
-        trained = bare(accelerator, model) if alone else model
+        trained = model if accelerator.num_processes > 1 else bare(accelerator, model)
         super().__init__(trained, self._each, unwrap(optimizer), **options)
         if options.get("controllers"):
             self.equip(*actuators_of(accelerator))
