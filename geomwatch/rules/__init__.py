@@ -5,6 +5,7 @@ from __future__ import annotations
 from geomwatch.rules.critical_batch import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm import GradNormSpike
+from geomwatch.rules.gradient_margin import GradientMargin
 from geomwatch.rules.loss import LossRise
 from geomwatch.rules.margin import StabilityMargin
 from geomwatch.rules.nonfinite import NonFinite
@@ -17,6 +18,7 @@ __all__ = [
     "CriticalBatchSize",
     "FlatButRough",
     "GradNormSpike",
+    "GradientMargin",
     "LossRise",
     "NonFinite",
     "Observation",
@@ -35,6 +37,7 @@ def default_rules() -> list[Rule]:
         NonFinite(),
         LossRise(),
         StabilityMargin(),
+        GradientMargin(),
         PlannedRate(),
         RateJump(),
         GradNormSpike(),

@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _AT_ONCE = 2.0  # of a single measurement: beyond the limit in the steps' own direction
@@ -72,7 +73,7 @@ class GradientMargin:
             f"the learning rate to about {lr * factor:.1g} ({factor:.2g} x), or end its warm-up "
             "there."
         )
-        return Alert(self.name, severity, message, value, level, seen.step)
+        return alert(self.name, severity, message, value=value, limit=level, step=seen.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent measurements and the latch."""
