@@ -58,7 +58,7 @@ def made_by_changes(table: Table) -> list[Claim]:
         ),
         Claim(
             "4.3",
-            "(... and so does another mini-batch at each point, whatever the net)",
+            "(Another mini-batch at each point does the same to any net)",
             f"as above, more than {_NOISE:.0%} with another mini-batch at each point",
             tuple(other_batches),
         ),

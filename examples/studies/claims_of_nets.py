@@ -34,7 +34,7 @@ def of_nets(table: Table) -> list[Claim]:
         ),
         Claim(
             "4.1",
-            "... quickly",
+            "The MLP gets there quickly",
             "it reaches the target loss in fewer steps than the others",
             tuple(
                 _more(table, c, mlp, "steps_to_target", "end", "steps")
@@ -59,7 +59,7 @@ def of_nets(table: Table) -> list[Claim]:
         _flat(table, mlp),
         Claim(
             "4.1",
-            "Its interpolation barrier is small but > 0",
+            "The MLP's interpolation barrier is small but > 0",
             "the height is above 0, and below that of both others",
             (
                 above("height", table.mean(mlp, "barrier_height"), 0.0),
@@ -97,7 +97,7 @@ def of_nets(table: Table) -> list[Claim]:
         ),
         Claim(
             "4.2",
-            "Its barriers are larger than the MLP's",
+            "The ResNet's barriers are larger than the MLP's",
             "the ratio of heights at the end, and of the largest losses, is above 1",
             tuple(
                 _more(table, resnet, mlp, name, "end", word)
@@ -107,7 +107,7 @@ def of_nets(table: Table) -> list[Claim]:
         _nearly_flat(table, transformer, mlp),
         Claim(
             "4.3, Table 1",
-            "... but rugged at micro-scale",
+            "The Transformer is rugged at micro-scale",
             "what a quartic leaves of its slices at the end, dropout off, is more than that of the "
             f"MLP, and the slope changes more than {TURNS:.0f} times",
             (

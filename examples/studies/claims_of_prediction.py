@@ -40,7 +40,7 @@ def of_prediction(table: Table, runs: Runs) -> list[Claim]:
         ),
         Claim(
             "5, 1",
-            "... also among the runs of one architecture",
+            "It correlates with them also among the runs of one architecture",
             "the same for ranks within each architecture",
             tuple(excludes_zero(w, single(q).within, positive=up) for q, w, up in signs),
         ),

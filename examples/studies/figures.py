@@ -34,8 +34,10 @@ _PARTS = {
     "train_filter_worst": "worst R",
     "normalized_sharpness": "NS",
     "barrier_height": "barrier",
-    "steps_to_target": "steps to target",
+    "steps_to_target": "steps",
 }
+
+_WIDEST = 70.0  # ratio that is drawn
 
 
 def landscapes(store: Store, table: Table, settings: Settings) -> Any:
@@ -87,7 +89,8 @@ def over_time(table: Table) -> Any:
 
 
 def _linear_below(positive: Sequence[float], values: Sequence[float]) -> dict[str, float]:
-    return {"linthresh": min(positive)} if len(positive) < len(values) else {}
+    low = max(min(positive), 1e-4 * max(positive))
+    return {"linthresh": low} if len(positive) < len(values) else {}
 
 
 @styled
@@ -103,7 +106,7 @@ def parts(table: Table) -> Any:
                 _whisker(ax, found, y, ARCHITECTURES.index(architecture))
         ax.axvline(1, color=GREY, lw=0.7, zorder=0)
         ax.set_xscale("log")
-        ax.set_xlim(1 / 40, 40)
+        ax.set_xlim(1 / _WIDEST, _WIDEST)
         ax.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
         ax.set_title(title)
     axes[0].set_yticks(range(len(rows)), [f"{name}, {part}" for part, name, _, _ in rows])
@@ -181,7 +184,8 @@ def artefacts(table: Table) -> Any:
         _eigenvalues(ax, table.artefact(case, "power"))
         ax.set_title(label(case))
     np.atleast_1d(axes)[0].set_ylabel("eigenvalue")
-    np.atleast_1d(axes)[-1].legend(loc="lower left")
+    handles, names = np.atleast_1d(axes)[0].get_legend_handles_labels()
+    above.legend(handles, names, loc="outside lower center", ncols=len(names))
     axes = below.subplots(1, len(table.plain))
     for ax, case in zip(np.atleast_1d(axes), table.plain, strict=True):
         rugged = "redrawn" if case.architecture == "Transformer" else "batches"

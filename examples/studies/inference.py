@@ -13,6 +13,7 @@ from scipy import stats
 
 LEVEL = 0.95
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -92,62 +93,64 @@ def correlation(
     correlation when differences between the strata play no part. None where there is nothing to
     correlate.
     """
-    labels = ["" for _ in groups] if strata is None else list(strata)
-    columns = np.array([x, y], dtype=np.float64).T
-    if len(columns) < 4 or len(set(groups)) < 3:
+    labels = ("",) * len(groups) if strata is None else tuple(strata)
+    if len(x) < 4 or len(set(groups)) < 3:
         return None
-    ranked = _ranked(columns, labels)
-    value = _pearson(ranked)
-    if value is None:
-        return None
-    draws = [
-        _pearson(_ranked(columns[chosen], [labels[i] for i in chosen]))
-        for chosen in resampled(tuple(groups), tuple(labels), resamples)
-    ]
-    known = [d for d in draws if d is not None]
-    if not known:
+    codes = np.unique(labels, return_inverse=True)[1]
+    columns = [stats.rankdata(column) for column in (x, y)]  # ties stay ties
+
+    def of(rows: Integers) -> Floats:
+        """The correlation of each row of indices, NaN where one of the two is constant."""
+        return _pearson(*(_ranked(column[rows], codes[rows]) for column in columns))
+
+    value = float(of(np.arange(len(x))[None])[0])
+    found = np.concatenate([of(rows) for rows in resampled(tuple(groups), labels, resamples)])
+    known = found[np.isfinite(found)]
+    if not math.isfinite(value) or not len(known):
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
 @functools.lru_cache(8)  # most quantities are known of the same runs
-def resampled(
-    groups: tuple[str, ...], strata: tuple[str, ...], resamples: int
-) -> list[npt.NDArray[np.int64]]:
-    """Draw whole groups with replacement within each stratum, as indices of their members."""
+def resampled(groups: tuple[str, ...], strata: tuple[str, ...], resamples: int) -> list[Integers]:
+    """Draw whole groups with replacement within each stratum, as indices of their members.
+
+    Each array holds the resamples of one length, (resamples, length): groups may differ in size.
+    """
     rng = np.random.default_rng(0)
     members: dict[str, dict[str, list[int]]] = {}
     for i, (group, stratum) in enumerate(zip(groups, strata, strict=True)):
         members.setdefault(stratum, {}).setdefault(group, []).append(i)
-    drawn = []
+    drawn: dict[int, list[list[int]]] = {}
     for _ in range(resamples):
         chosen: list[int] = []
         for own in members.values():
             names = list(own)
             for pick in rng.integers(0, len(names), len(names)):
                 chosen += own[names[pick]]
-        drawn.append(np.array(chosen))
-    return drawn
+        drawn.setdefault(len(chosen), []).append(chosen)
+    return [np.array(rows) for rows in drawn.values()]
 
 
-def _ranked(columns: Floats, strata: Sequence[str]) -> Floats:
-    """Ranks within each stratum, centred and scaled to -1/2 to 1/2."""
-    labels = np.array(strata)
-    ranks = np.empty_like(columns)
-    for stratum in set(strata):
-        own = labels == stratum
-        ranked = stats.rankdata(columns[own], axis=0)
-        ranks[own] = (ranked - ranked.mean(axis=0)) / own.sum()
-    return ranks
+def _ranked(values: Floats, codes: Integers) -> Floats:
+    """Ranks within each stratum of each row, centred and in units of the stratum's size."""
+    apart = values + codes * (values.max() + 1)  # one stratum behind the other
+    ranks: Floats = stats.rankdata(apart, axis=1)
+    centred = np.zeros_like(ranks)
+    for code in np.unique(codes):
+        own = codes == code
+        count = own.sum(axis=1, keepdims=True)
+        middle = (ranks * own).sum(axis=1, keepdims=True) / np.maximum(count, 1)
+        centred += own * (ranks - middle) / np.maximum(count, 1)
+    return centred
 
 
-def _pearson(columns: Floats) -> float | None:
-    spread = columns.std(axis=0)
-    if not (spread > 0).all():
-        return None
-    centred = columns - columns.mean(axis=0)
-    return float((centred[:, 0] * centred[:, 1]).mean() / (spread[0] * spread[1]))
+def _pearson(x: Floats, y: Floats) -> Floats:
+    """Correlations row by row of what is centred; NaN where something does not vary."""
+    scale = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    products = (x * y).sum(axis=1)
+    return np.where(scale > 1e-12, products / np.maximum(scale, 1e-12), np.nan)
 
 
 def number(value: float, digits: int = 3) -> str:

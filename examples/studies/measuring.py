@@ -34,6 +34,8 @@ _QUANTITIES = (
     "normalized_sharpness",
     "normalized_sharpness_linf",
 )
+_GAUSS_NEWTON = ("trace", "effective_rank")
+_LOCAL = ("roughness", "roughness_residual")  # geomwatch's own, at |alpha| <= 0.05
 _QUARTIC = 4
 SMALL_BALL = 1e-3
 
@@ -53,11 +55,13 @@ def measure(store: Store, case: Case, seed: int, stage: str, settings: Settings)
         "samples": max(3, round(share * settings.samples)),
         "seed": seed,
     }
-    record = geomwatch.measure(model, loss_fn, batch, quantities=_QUANTITIES, **budget)
+    names = _QUANTITIES if case.variant else _QUANTITIES + _LOCAL
+    record = geomwatch.measure(model, loss_fn, batch, quantities=names, **budget)
     found = {name: facts(e) for name, e in record.estimates.items()}
-    names = ["trace", "effective_rank"]
     few = budget | {"max_hvps": 3}  # it has no negative eigenvalues to look for
-    gauss_newton = geomwatch.measure(model, loss_fn, batch, operator="ggn", quantities=names, **few)
+    gauss_newton = geomwatch.measure(
+        model, loss_fn, batch, operator="ggn", quantities=_GAUSS_NEWTON, **few
+    )
     found |= {f"ggn_{name}": facts(e) for name, e in gauss_newton.estimates.items()}
     found |= _along_random_directions(model, batch, settings, "train", "filter")
     if not case.variant:

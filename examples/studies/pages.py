@@ -67,7 +67,7 @@ def _verdicts(claims: Sequence[Claim]) -> str:
         own = [claim for claim in claims if claim.verdict == verdict]
         lines += ["", f"### {title}", ""]
         lines += [
-            f"- **{verdict}** (section {claim.section}) {claim.sentence}. {claim.evidence}. "
+            f"- **{verdict}** ({claim.section}) {claim.sentence}. {claim.evidence}. "
             f"*Criterion: {claim.criterion}.*"
             for claim in own
         ] or ["Nothing."]
@@ -77,10 +77,9 @@ def _verdicts(claims: Sequence[Claim]) -> str:
 def _method(table: Table) -> str:
     s = table.settings
     rates = ", ".join(f"{label(c)} {c.lr:g}" for c in table.plain)
-    data = {label(c): c.data(s) for c in table.plain}
     sets = "; ".join(
-        f"{name}: {len(d.train[1])} {d.name} to train on, {len(d.held_out[1])} held out"
-        for name, d in data.items()
+        f"{d.name}, {len(d.train[1])} to train on and {len(d.held_out[1])} held out"
+        for d in dict.fromkeys(c.data(s) for c in table.plain)
     )
     return f"""## How it was done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from geomwatch.landscape.style import (
     styled,
 )
 
-_DECADES = 6  # of a spectral density; below lie single eigenvalues of nets of a million weights
+_DECADES, _MOST = 6, 9  # of a spectral density that are drawn, at least and at most
+_OF_LONE = 0.3  # the height of the peak of one eigenvalue, which is to be seen
 
 
 @styled
@@ -114,7 +116,8 @@ def draw_barriers(ax: Any, barriers: Sequence[Barrier], names: Sequence[str]) ->
 def draw_densities(ax: Any, densities: Sequence[Density], names: Sequence[str]) -> None:
     """Draw spectral densities with their bands into an axis."""
     largest = max(float(found.density.max()) for found in densities)
-    floor = largest * 10.0**-_DECADES
+    lone = min(1 / (found.dim * found.sigma * math.sqrt(2 * math.pi)) for found in densities)
+    floor = max(min(largest * 10.0**-_DECADES, _OF_LONE * lone), largest * 10.0**-_MOST)
     for i, (found, name) in enumerate(zip(densities, names, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         low, high = found.density - found.error, found.density + found.error

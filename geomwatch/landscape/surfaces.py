@@ -161,11 +161,13 @@ def _label_axes(ax: Any, plane: Plane, *, logarithmic: bool) -> None:
 
     for axis, label in ((ax.xaxis, "α"), (ax.yaxis, "β"), (ax.zaxis, "loss")):
         axis.set_label_text(label, fontsize=7)
-        axis.labelpad = -4 if axis is ax.zaxis else -7
+        axis.labelpad = -6 if axis is ax.zaxis else -7
         axis.set_major_locator(MaxNLocator(4))
         axis.pane.set_facecolor("white")
         axis.pane.set_edgecolor("#CCCCCC")
         axis._axinfo["grid"].update(color="#E4E4E4", linewidth=0.5)
+    ax.zaxis.set_rotate_label(False)
+    ax.zaxis.label.set_rotation(90)  # else it leaves the figure on the right
     ax.tick_params(pad=-3, labelsize=6)
     ax.tick_params(axis="z", pad=-1)
     if logarithmic:
