@@ -10,6 +10,7 @@ from typing import Any
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules.message import alert, carried_by, lower_rate
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+from geomwatch.rules.regime import Regime
 from geomwatch.rules.trust import Trust
 
 _JUMP = 2.0  # times the rate of the step before
@@ -17,9 +18,10 @@ _PROBES = 3  # averaged, of the last
 _RECENT = 200  # steps
 _LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this
 _ITEMS = 64  # the batch that the levels below are for
-_SGD, _ADAPTIVE = 3.4, 5.0  # of the geometric mean of both margins
-_FULL_BATCH = 2.5  # of the margin, where every step sees the same data,
-_AT_ONCE = 2.0  # and of mini-batches of any size
+_SGD, _ADAPTIVE = 2.4, 5.0  # of the geometric mean of both margins
+_FULL_BATCH = 2.2  # of the margin, where every step sees the same data,
+_QUIET = 1.2  # where batch noise was measured and does not dominate,
+_AT_ONCE = 2.0  # and at whatever noise
 _HELD = 2.0  # times higher, where this step was not measured
 _TARGET = 0.5  # of the level, that the advice aims for
 
@@ -28,13 +30,15 @@ class RateJump:
     """Critical when a rate at least doubles from one step to the next, to where runs do not live.
 
     A jump that is too high ruins a run within one or two steps, so that only a judgement before the
-    step leads. Between the limit of the full batch, M = 1, and that of single batches, G = 1 (the
-    margin along the gradient), a batch of B items breaks at about
+    step leads. Where batch noise dominates, or is not known, a batch of B items breaks between the
+    limit of the full batch, M = 1, and that of single batches, G = 1 (the margin along the
+    gradient), at about
 
-        sqrt(M G) > 3.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
+        sqrt(M G) > 2.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
 
-    M and G the geometric means of the last three measurements, at the new rate. Or at M > 2 (2.5
-    where every step sees the same data). Where no probe fell on the step, levels are twice those.
+    and at M > 2; where it does not dominate (see `regime`) at M > 1.2, and where every step sees
+    the same data at 2.2. M and G are geometric means of the last three measurements, at the new
+    rate. Where no probe fell on the step, levels are twice those.
     """
 
     name = "rate_jump"
@@ -46,11 +50,13 @@ class RateJump:
         self._items = 0
         self._latch = Latch()
         self._trust = Trust()
+        self._regime = Regime()
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Compare this step's rate with that of the step before."""
         self._items = seen.items or self._items
         trusted = not self._trust(seen)
+        self._regime(seen)
         if seen.fresh and trusted:
             self._margins.add(seen, seen.margin)
         if seen.gradient_fresh and trusted:
@@ -73,15 +79,19 @@ class RateJump:
         """Return what the new rate is of the one where runs break, and from what."""
         held = 1.0 if seen.fresh else _HELD
         if seen.deterministic:
-            return margin / (held * _FULL_BATCH), f"margin {margin:.2g}, alert above {_FULL_BATCH}"
+            # One measurement will do: there is no noise of batches to average.
+            now = (seen.margin.value if seen.margin else None) or margin
+            return _share_of(now, held * _FULL_BATCH)
+        if self._regime.is_noisy(seen) is False:
+            return _share_of(margin, held * _QUIET)
         gradient = max(self._gradients.mean(seen) or 0.0, margin)
         both = math.sqrt(margin * gradient)
         level = _SGD if seen.optimizer.startswith("SGD") else _ADAPTIVE
-        level *= math.sqrt(max(self._items, 1) / _ITEMS)
-        if margin / _AT_ONCE > both / level:
-            return margin / (held * _AT_ONCE), f"margin {margin:.2g}, alert above {_AT_ONCE:g}"
+        level *= held * math.sqrt(max(self._items, 1) / _ITEMS)
+        if margin / (held * _AT_ONCE) > both / level:
+            return _share_of(margin, held * _AT_ONCE)
         text = f"margin {margin:.2g} and {gradient:.2g} along the gradient, mean {both:.2g}"
-        return both / (held * level), f"{text}, alert above {level:.2g} at {self._items} items"
+        return both / level, f"{text}, alert above {level:.2g} at {self._items} items"
 
     @property
     def _parts(self) -> dict[str, Any]:
@@ -90,6 +100,7 @@ class RateJump:
             "gradients": self._gradients,
             "latch": self._latch,
             "trust": self._trust,
+            "regime": self._regime,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,6 +139,10 @@ class _Recent:
         """Take them over."""
         pairs = ((int(step), float(m)) for step, m in state["measured"])
         self._measured = deque(pairs, maxlen=_PROBES)
+
+
+def _share_of(margin: float, level: float) -> tuple[float, str]:
+    return margin / level, f"margin {margin:.2g}, alert above {level:.2g}"
 
 
 def _alert(rule: str, seen: Observation, jump: float, share: float, reason: str) -> Alert:

@@ -7,7 +7,7 @@ from typing import Any
 from geomwatch.rules.observation import Observation
 
 EDGE = 0.9  # of the limit: from here on full-batch training is at the edge of stability
-_NOISY = 1.5  # mean-square over full-batch margin
+_NOISY = 2.0  # mean-square over full-batch margin
 
 
 class Regime:
@@ -18,8 +18,8 @@ class Regime:
     of curvature *within* the batch is not enough: at the start of mini-batch runs, those that fail
     included, the mean-square margin is within a few percent of the full-batch one.
 
-    Noise dominates where the mean-square margin is more than 1.5 x the full-batch one: there, and
-    only there, a larger batch helps.
+    Noise dominates where the mean-square margin is more than twice the full-batch one: half of it
+    and more is then what a larger batch would take away.
     """
 
     def __init__(self) -> None:
@@ -38,10 +38,10 @@ class Regime:
         """Return the mean-square margin in units of the full-batch one; None if not known."""
         return 1.0 if seen.deterministic else self._noise
 
-    def is_noisy(self, seen: Observation) -> bool:
-        """Tell whether batch noise dominates."""
+    def is_noisy(self, seen: Observation) -> bool | None:
+        """Tell whether batch noise dominates; None where it was never measured."""
         noise = self.noise(seen)
-        return noise is not None and noise > _NOISY
+        return None if noise is None else noise > _NOISY
 
     def is_edge(self, seen: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
