@@ -20,8 +20,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rescuing.execute import TUNED
-from rescuing.grid import CALIBRATION, EDGES, LONG, SETTINGS, Run, Setting, runs
+from rescuing.execute import BATCHES, TUNED
+from rescuing.grid import CALIBRATION, EDGES, LONG, SETTINGS, Run, Setting, noisy, runs
 from rescuing.outcomes import Outcome, Outcomes
 from rescuing.policies import BASELINES
 from rescuing.pool import predicted_seconds, work
@@ -103,6 +103,8 @@ def _extra_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     return {
         "long": [(Run(s, "cosine", m, 2), "cap") for s in long for m in (1.0, 8.0)],
         "edge": [(run, policy) for run in edges for policy in ("none", "cap")],
+        "noisy": [(run, policy) for run in noisy() for policy in ("none", *BATCHES)]
+        + [(run, "batches") for run in edges],
     }
 
 

@@ -22,7 +22,7 @@ class Plan:
     without what is costly and slow to move, and without HVPs of another operator than the margin's;
     and while probes are dense, little more than the margin.
     With `every` None all of `names` are measured at each probe. What controllers need is measured
-    at each that is not dense.
+    at each.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Plan:
         if separate and self.probes:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self.last_full < min(self._every, self.last_full):
-            return [n for n in names if n in LIGHT]
+            return [n for n in names if n in LIGHT or n in self._needed]
         self.last_full = step
         return names
 

@@ -24,6 +24,10 @@ def measured(step: int, curvature: float, noise: float, *, scale: float = 1e6, *
     return Observation(step=step, fresh=True, estimates=estimates, **more)
 
 
+def scaler(**options) -> BatchSizeScaler:
+    return BatchSizeScaler(**{"limit": 1.0, "noise_scale": 1.0, "patience": 20} | options)
+
+
 class Batch:
     """Follows the batch as its actuator would; noise falls with it."""
 
@@ -48,23 +52,23 @@ class Batch:
 
 
 def test_a_margin_within_the_limit_changes_nothing():
-    assert Batch(BatchSizeScaler()).run(0.3, 0.6) == []
+    assert Batch(scaler()).run(0.3, 0.6) == []
 
 
 def test_noise_is_brought_down_by_the_batch_it_takes_in_powers_of_two():
-    batch = Batch(BatchSizeScaler())
+    batch = Batch(scaler())
     # N / (1 - D) = 3 / 0.7 = 4.3: eight times the batch
     assert batch.run(0.3, 3.0) == [2, 4, 8]
 
 
 def test_a_change_takes_patience_and_the_next_one_a_cooldown():
-    batch = Batch(BatchSizeScaler(patience=20, cooldown=50))
+    batch = Batch(scaler())
     batch.run(0.3, 3.0)
     assert [step for step, _ in batch.moves] == [20, 70, 120]
 
 
 def test_curvature_itself_is_not_a_matter_of_the_batch_and_is_said_once():
-    batch = Batch(BatchSizeScaler())
+    batch = Batch(scaler())
     assert batch.run(2.0, 3.0) == []
     (advice,) = batch.advice
     assert advice.knob == "lr_scale"
@@ -73,32 +77,32 @@ def test_curvature_itself_is_not_a_matter_of_the_batch_and_is_said_once():
 
 
 def test_a_learning_rate_cap_sees_to_curvature_without_advice():
-    batch = Batch(BatchSizeScaler(), lr_scale=0.5)
+    batch = Batch(scaler(), lr_scale=0.5)
     batch.run(2.0, 3.0)
     assert not batch.advice
 
 
 def test_where_curvature_dominates_the_noise_the_batch_stays():
-    assert Batch(BatchSizeScaler()).run(0.9, 0.5) == []
+    assert Batch(scaler()).run(0.9, 0.5) == []
 
 
 def test_full_batch_training_is_left_alone():
-    assert Batch(BatchSizeScaler()).run(0.3, 3.0, deterministic=True) == []
+    assert Batch(scaler()).run(0.3, 3.0, deterministic=True) == []
 
 
 def test_the_gradient_noise_scale_bounds_the_batch():
     # 200 items: three times the batch of 64
-    assert Batch(BatchSizeScaler()).run(0.3, 3.0, scale=200.0) == [2]
-    assert Batch(BatchSizeScaler(noise_scale=2.0)).run(0.3, 3.0, scale=200.0) == [2, 4]
+    assert Batch(scaler()).run(0.3, 3.0, scale=200.0) == [2]
+    assert Batch(scaler(noise_scale=2.0)).run(0.3, 3.0, scale=200.0) == [2, 4]
 
 
 def test_the_largest_batch_is_the_users_to_say():
-    assert Batch(BatchSizeScaler(max_batch=128)).run(0.3, 3.0) == [2]
-    assert Batch(BatchSizeScaler()).run(0.3, 1000.0) == [2, 4, 8, 16]
+    assert Batch(scaler(max_batch=128)).run(0.3, 3.0) == [2]
+    assert Batch(scaler()).run(0.3, 1000.0) == [2, 4, 8, 16]
 
 
 def test_the_batch_goes_down_again_when_half_of_it_would_do():
-    batch = Batch(BatchSizeScaler())
+    batch = Batch(scaler())
     batch.run(0.3, 3.0)
     batch.moves.clear()
     for t in range(600, 1200, 10):
@@ -107,7 +111,7 @@ def test_the_batch_goes_down_again_when_half_of_it_would_do():
 
 
 def test_only_fresh_measurements_count():
-    batch = Batch(BatchSizeScaler(patience=0))
+    batch = Batch(scaler(patience=0))
     held = measured(10, 0.3, 3.0)
     stale = {name: Estimate(e.value, status="held", age=10) for name, e in held.estimates.items()}
     batch(Observation(step=10, lr=(0.1,), fresh=True, estimates=stale, items=64))
@@ -123,7 +127,7 @@ def test_a_scaler_goes_on_from_its_state_as_if_it_had_not_stopped():
             for t in steps:
                 batch(measured(t, 0.3 + t / 1e4, 3 / batch.scale, items=round(64 * batch.scale)))
 
-    whole, first, second = (Batch(BatchSizeScaler()) for _ in range(3))
+    whole, first, second = (Batch(scaler()) for _ in range(3))
     run([whole, first], range(0, 70, 10))
     second.scaler.load_state_dict(json.loads(json.dumps(first.scaler.state_dict())))
     second.scale = first.scale

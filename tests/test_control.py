@@ -343,6 +343,20 @@ def test_controllers_that_cannot_work_are_refused(controllers, error, message):
         Monitor(model, cross_entropy, optimizer, controllers=controllers)
 
 
+def test_what_a_controller_needs_is_measured_at_every_probe():
+    needy = Scripted("lr_scale")
+    needy.needs = ("stochastic_margin", "gradient_noise_scale")
+    model, optimizer = build(0.1)
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=[needy])
+    train(model, optimizer, monitor, 10)
+    for record in monitor.history:
+        assert record["stochastic_margin"].status == "ok"
+        assert record["gradient_noise_scale"].age == 0
+    (first, *_) = needy.seen
+    assert first[0].items == 64
+    assert first[0].noise_ratio == pytest.approx(19)
+
+
 def test_two_optimizers_are_capped_apart():
     seed(0)
     models = [mlp(64, 16, 10), mlp(64, 16, 10)]

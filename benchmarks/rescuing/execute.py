@@ -10,9 +10,11 @@ from tasks.training import Loop, Recipe, Trace, prepare, tail, train
 from torch.optim.lr_scheduler import LambdaLR
 
 from rescuing.grid import Run
+from rescuing.growing import Batches
 from rescuing.policies import make
 
 _WARM_UP = 0.1  # of the run
+BATCHES = ("batches", "batches-cap")
 TUNED = "tuned"  # the policy: a warm-up in front of the schedule, and a rate chosen with it
 
 
@@ -23,7 +25,7 @@ def execute(run: Run, policy: str) -> dict[str, Any]:
         setting.optimizer, run.rate, setting.batch, run.seed, setting.steps, run.schedule
     )
     loop = _prepare(run, recipe, warm_up=policy == TUNED)
-    watch = _Timed(make("none" if policy == TUNED else policy, loop))
+    watch = _Timed(_policy(policy, loop))
     trace = train(loop, recipe, watch)
     finite = math.isfinite(trace.losses[-1])
     return {
@@ -34,6 +36,12 @@ def execute(run: Run, policy: str) -> dict[str, Any]:
         "seconds": {"bare": trace.seconds, "policy": watch.seconds},
         **watch.policy.facts(),
     }
+
+
+def _policy(name: str, loop: Loop) -> Any:
+    if name in BATCHES:
+        return Batches(loop, cap=name == "batches-cap")
+    return make("none" if name == TUNED else name, loop)
 
 
 class _Timed:

@@ -64,6 +64,12 @@ LONG = (  # what control costs over a run of some length
     Setting("held", "resnet-mnist", "sgd", 64, 1000, large=True),
     Setting("held", "encoder-digits", "adamw", 64, 1000),
 )
+# Batches too small for rates that suit batches of 64, and that batch.
+NOISY = tuple(
+    Setting(half, task, "sgd", batch, 1200)
+    for half, task in (("tune", "mlp-digits"), ("held", "mlp-mnist"))
+    for batch in (16, 64)
+)
 EDGES = (  # the same data at each step
     Setting("tune", "gd-digits", "gd", None, 2000),
     Setting("held", "gd-mnist", "gd", None, 2000),
@@ -90,6 +96,17 @@ class Run:
     @property
     def rate(self) -> float:
         return self.multiple * self.setting.rates.tuned
+
+
+def noisy() -> list[Run]:
+    """Return runs at once and twice the rate tuned for batches of 64, with batches of 16 too."""
+    found = []
+    for setting in NOISY:
+        tuned = rates(setting.task, setting.optimizer, 64).tuned
+        for times in (1.0, 2.0):
+            multiple = times * tuned / setting.rates.tuned
+            found += [Run(setting, "constant", multiple, seed) for seed in SEEDS[setting.half][:2]]
+    return found
 
 
 def runs(settings: Sequence[Setting], *, few: bool = False, seeds: int = 3) -> list[Run]:

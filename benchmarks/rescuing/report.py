@@ -112,7 +112,36 @@ def _extras(extras: dict[str, Outcomes]) -> str:
             "## Full-batch gradient descent at the edge of stability, 2000 steps\n\n"
             f"{table(header, rows)}\n\n"
         )
+    if batches := extras.get("noisy"):
+        text += (
+            "## The batch\n\nBatches of 16 at rates that suit 64, with `BatchSizeScaler` "
+            "(defaults, up to 256 items), for as many steps; and full batches, where it must not "
+            f"act. Loss and accuracy, and the multiples of the batch that were used:\n\n"
+            f"{_batches(batches)}\n\n"
+        )
     return text
+
+
+def _batches(found: Outcomes) -> str:
+    rows = []
+    for setting, schedule in found.pairs():
+        for multiple in sorted({o.run.multiple for o in found.all if o.run.setting == setting}):
+            cells = [
+                found.cell(policy, setting, schedule, multiple)
+                for policy in ("none", "batches", "batches-cap")
+            ]
+            moves = [_moves(cell) for cell in cells[1:]]
+            figures = [_figures(cell) for cell in cells]
+            batch = "full" if setting.batch is None else str(setting.batch)
+            rate = f"{cells[1][0].run.rate:.3g}" if cells[1] else ""
+            rows.append((setting.label, batch, rate, *figures, *moves))
+    header = ("task", "batch", "rate", "as it is", "scaler", "scaler and cap")
+    return table((*header, "used by the scaler", "and with the cap"), rows)
+
+
+def _moves(cell: Sequence[object]) -> str:
+    used = sorted({scale for o in cell for _, scale in o.data["moves"]} | {1.0})
+    return ", ".join(f"{scale:g}" for scale in used) if cell else ""
 
 
 def _cells(halves: dict[str, Outcomes]) -> str:

@@ -42,14 +42,16 @@ class BatchSizeScaler:
       and at most doubled at once; the rate stays, which is what makes steps less noisy.
 
     Not beyond `noise_scale` times the gradient noise scale (McCandlish et al. 2018: larger batches
-    no longer save steps), nor beyond `max_batch`. It goes down again by halves while M_ms would
+    then hardly save steps), nor beyond `max_batch`. It goes down again by halves while M_ms would
     stay below 0.7 of the limit. Nothing is done where every step sees the same data.
 
     Needs `stochastic_margin` and `gradient_noise_scale`, which the monitor then measures at every
-    probe that is not part of a dense start: about three steps each time.
+    probe: about three steps each time. Of a single batch of fewer than 16 items, or one that a
+    BatchNorm normalises, they can't be had: accumulate, so that micro-batches can be compared.
 
     Args:
-        limit: the mean-square margin to stay below; 1 is where the mean square stops shrinking.
+        limit: the mean-square margin to stay below. At 1 the mean square of steps stops shrinking,
+            and runs that train well stay near it.
         max_batch: items, on all ranks together; 16 times the first batch by default.
         noise_scale: largest batch in units of the gradient noise scale.
         patience: optimizer steps that the noise must be too large before the batch grows.
@@ -67,10 +69,10 @@ class BatchSizeScaler:
     def __init__(
         self,
         *,
-        limit: float = 1.0,
+        limit: float = 1.5,
         max_batch: int | None = None,
-        noise_scale: float = 1.0,
-        patience: int = 20,
+        noise_scale: float = 4.0,
+        patience: int = 10,
         cooldown: int = 50,
         through: Any = None,
     ) -> None:
