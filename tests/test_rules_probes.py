@@ -9,6 +9,7 @@ import pytest
 import torch
 from observations import brief, heard, measured
 from problems import cross_entropy, digits, mlp
+from silent import RawContext
 from torch import Tensor, nn
 
 import geomwatch
@@ -264,6 +265,29 @@ def test_a_loss_with_a_private_generator_is_told_of_in_a_real_run():
     rules = {a.rule for a in monitor.alerts if a.severity != "info"}
     assert "untrusted_probe" in rules
     assert not rules & {"stability_margin", "rate_jump"}
+
+
+class Silent(nn.Module):
+    """tanh with a backward whose own derivative is wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RawContext.apply(x)
+
+
+@pytest.mark.parametrize(("hvp", "expected"), [("double_backward", True), ("auto", False)])
+def test_a_wrong_backward_is_told_of_where_it_is_used_all_the_same(hvp, expected):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(64, 16), Silent(), nn.Linear(16, 10)), digits(64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, hvp=hvp)
+    for _ in range(10):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        monitor.step(batch)
+        optimizer.step()
+    told = [a for a in monitor.alerts if a.rule == "untrusted_probe"]
+    assert bool(told) is expected
+    assert all("double backward is off by" in a.message for a in told)
 
 
 # Batch noise and what to do about it

@@ -114,7 +114,7 @@ def loud(alerts: list[Alert]) -> list[str]:
 @pytest.mark.parametrize("schedule", ["constant", "warm-up and cosine"])
 def test_a_healthy_run_is_quiet(build, make, schedule):
     torch.manual_seed(0)
-    model, steps = build(), 200
+    model, steps = build(), 150
     optimizer = make(model)
     scheduler = None
     if schedule != "constant":
