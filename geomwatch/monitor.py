@@ -418,7 +418,7 @@ class Monitor:
             estimates=record.estimates if record is not None else None,
             how=record.how if record is not None else None,
             loss=record.loss if record is not None else None,
-            items=self._ranks.size * int(record.how["items"]) if record is not None else 0,
+            items=last.items if last is not None else 0,
             layers=last.layers if last is not None else (),
             settled=settled,
         )

@@ -47,6 +47,7 @@ class Probed:
     layers: tuple[str, ...]
     deterministic: bool
     noise_ratio: float
+    items: int  # of all ranks
 
 
 class Prober:
@@ -144,7 +145,7 @@ class Prober:
             along = self._along_gradient(probe, gradient)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             how |= self._sharding or {}
-            loss = objective.loss()
+            loss, items = objective.loss(), self._items(objective)
             self.surprises += [
                 f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
                 "loss_fn= that leaves it alone, or name its owner in also=(...)."
@@ -161,7 +162,7 @@ class Prober:
             how=how | {"deterministic": deterministic},
         )
         margin = fresh.get("stability_margin")
-        return Probed(record, margin, along, layers, deterministic, probe.noise_ratio)
+        return Probed(record, margin, along, layers, deterministic, probe.noise_ratio, items)
 
     def glance(
         self, window: Sequence[Any], *, loss: float | None = None, grad_scale: float = 1.0
@@ -303,6 +304,10 @@ class Prober:
             for p, g in zip(self._layout.params, gradients, strict=True)
         ]
         return self._layout.flatten(filled).div_(scale)
+
+    def _items(self, objective: Objective) -> int:
+        own = objective.items
+        return own if self.ranks.size == 1 else round(self.ranks.total(float(own)))
 
     def _sees_the_same_data(self, window: Sequence[Any]) -> bool:
         now = tuple(number for batch in window for number in batches.fingerprint(batch))

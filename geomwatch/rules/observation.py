@@ -35,7 +35,7 @@ class Observation:
     estimates: Mapping[str, Estimate] | None = None  # of a probe at this step
     how: Mapping[str, str | int | float | bool] | None = None  # the probe obtained them
     loss: float | None = None  # of a probe at this step
-    items: int = 0  # of the batch it measured on, over all ranks
+    items: int = 0  # of the batch last measured on, over all ranks
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
 
