@@ -101,7 +101,12 @@ def _extra_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     long = [s for s in LONG if options.large or not s.large]
     edges = [Run(s, "constant", m, 2) for s in EDGES for m in (0.5, 1.0)]
     return {
-        "long": [(Run(s, "cosine", m, 2), "cap") for s in long for m in (1.0, 8.0)],
+        "long": [
+            (Run(s, "cosine", m, 2), policy)
+            for s in long
+            for m in (1.0, 8.0)
+            for policy in ("none", "cap", "lean")
+        ],
         "edge": [(run, policy) for run in edges for policy in ("none", "cap")],
         "noisy": [(run, policy) for run in noisy() for policy in ("none", *BATCHES)]
         + [(run, "batches") for run in edges],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from tasks.sources import Batch
@@ -53,10 +53,16 @@ class Nothing:
 class Cap(Nothing):
     """geomwatch's LearningRateCap, with the defaults of controller and monitor."""
 
+    monitoring: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, loop: Loop, **options: Any) -> None:
         super().__init__(loop)
         self.monitor = geomwatch.Monitor(
-            loop.model, loop.task.loss_fn, loop.optimizer, controllers=[LearningRateCap(**options)]
+            loop.model,
+            loop.task.loss_fn,
+            loop.optimizer,
+            controllers=[LearningRateCap(**options)],
+            **self.monitoring,
         )
         self.users, self.taken = [0.0], [0.0]  # rates
         loop.optimizer.register_step_pre_hook(lambda *_: self.taken.append(self._rate()))
@@ -79,6 +85,12 @@ class Cap(Nothing):
 
     def _rate(self) -> float:
         return float(self.loop.optimizer.param_groups[0]["lr"])
+
+
+class Lean(Cap):
+    """The cap on sentinels, with hardly anything else measured."""
+
+    monitoring: ClassVar[dict[str, Any]] = {"quantities": ["loss"], "max_overhead": 0.05}
 
 
 class Clip(Nothing):
@@ -163,6 +175,7 @@ class Plateau(Nothing):
 POLICIES: dict[str, Callable[[Loop], Policy]] = {
     "none": Nothing,
     "cap": Cap,
+    "lean": Lean,
     "clip": Clip,
     "autoclip": AutoClip,
     "zclip": ZClip,
@@ -172,6 +185,7 @@ BASELINES = ("clip", "autoclip", "zclip", "plateau")
 NAMES = {
     "none": "no control",
     "cap": "**LearningRateCap**",
+    "lean": "the same, lean",
     "clip": "clip 1.0",
     "autoclip": "AutoClip",
     "zclip": "ZClip",

@@ -89,13 +89,24 @@ def _extras(extras: dict[str, Outcomes]) -> str:
     text = ""
     if long := extras.get("long"):
         rows = [
-            (s.label, schedule, f"x{m:g}", str(s.steps), f"{overhead(cell):.1%}")
+            (
+                s.label,
+                f"x{m:g}",
+                NAMES[policy],
+                str(s.steps),
+                _figures(cell),
+                f"{overhead(cell):.1%}",
+            )
             for s, schedule in long.pairs()
             for m in _multiples(long)
-            if (cell := long.cell("cap", s, schedule, m))
+            for policy in ("none", "cap", "lean")
+            if (cell := long.cell(policy, s, schedule, m))
         ]
-        header = ("task", "schedule", "rate", "steps", "time of the monitor over training")
-        text += f"## What it costs\n\n{table(header, rows)}\n\n"
+        header = ("task", "rate", "control", "steps", "loss / accuracy", "its time over training")
+        text += (
+            '## What it costs\n\nLean: `quantities=["loss"], max_overhead=0.05`.\n\n'
+            f"{table(header, rows)}\n\n"
+        )
     if edge := extras.get("edge"):
         rows = []
         for s, schedule in edge.pairs():
