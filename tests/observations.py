@@ -77,7 +77,7 @@ def random_run(seed: int) -> list[Observation]:
                 margin=Estimate(value, error, "residual", status=status),
                 fresh=fresh,
                 gradient_margin=Estimate(rng.uniform(-1, 5)),
-                gradient_fresh=fresh,
+                gradient_fresh=fresh or i % 2 == 0,  # a sentinel, where no probe is
                 peak=(30 * lr,),
                 deterministic=deterministic,
                 estimates=random_estimates(rng, i // 20 % 2) if fresh else None,

@@ -86,6 +86,13 @@ def test_only_what_was_measured_now_counts():
     assert not alerts(GradientMargin(), course, gradient_fresh=False)
 
 
+def test_of_a_probe_the_rule_on_its_margin_speaks():
+    rule = GradientMargin()
+    assert not alerts(rule, {step: 5.0 for step in range(20, 300, 20)}, fresh=True)
+    (alert,) = alerts(rule, {300: 0.1})
+    assert alert.severity == "warning"  # what probes measured counts in the mean
+
+
 def test_it_resumes_where_it_stopped():
     whole, first, second = GradientMargin(), GradientMargin(), GradientMargin()
     course = {s: 0.2 + s / 500 for s in range(20, 400, 20)}

@@ -876,7 +876,7 @@ def test_the_memory_of_the_rules_survives_a_checkpoint():
 def test_a_checkpoint_of_other_rules_is_refused():
     model, optimizer = small()
     saved = Monitor(model, cross_entropy, optimizer, rules=[NonFinite()]).state_dict()
-    with pytest.raises(UsageError, match=r"state must hold 9 rules, got 1"):
+    with pytest.raises(UsageError, match=r"state must hold 10 rules, got 1"):
         Monitor(model, cross_entropy, optimizer).load_state_dict(saved)
 
 

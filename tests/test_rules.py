@@ -29,6 +29,7 @@ from geomwatch.records import Estimate
 from geomwatch.rules import (
     CriticalBatchSize,
     FlatButRough,
+    GradientMargin,
     GradNormSpike,
     LossRise,
     NonFinite,
@@ -578,6 +579,7 @@ def test_every_monitor_gets_rules_of_its_own():
         NonFinite,
         LossRise,
         StabilityMargin,
+        GradientMargin,
         PlannedRate,
         RateJump,
         GradNormSpike,

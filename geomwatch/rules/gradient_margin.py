@@ -39,7 +39,7 @@ class GradientMargin:
         self._latch = Latch()
 
     def __call__(self, seen: Observation) -> Alert | None:
-        """Judge a sentinel, or the gradient of a probe."""
+        """Judge a sentinel, beside what was measured along the gradient by probes."""
         margin = seen.gradient_margin
         if not seen.gradient_fresh or margin is None or margin.value is None:
             return None
@@ -48,6 +48,8 @@ class GradientMargin:
             return None
         now = margin.value / seen.noise_ratio
         self._recent.append((seen.step, max(now, 0.0) / lr))
+        if seen.fresh:  # of a probe StabilityMargin speaks
+            return None
         recent = [lr * m for step, m in self._recent if seen.step - step <= _SPAN]
         mean = statistics.geometric_mean(max(m, _LEAST) for m in recent)
         at_once = _EDGE_AT_ONCE if seen.deterministic else _AT_ONCE

@@ -53,7 +53,7 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restor
     assert after["difficulty"].value == pytest.approx(before["difficulty"].value, rel=1e-3)
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     state = saved["stateful_callbacks"]["GeomwatchCallback"]["attributes"]["saved_state"]
-    assert (state["step"], state["prober"]["probes"]) == (12, 3)
+    assert (state["step"], state["prober"]["plan"]["probes"]) == (12, 3)
 
 
 def test_what_json_can_not_hold_is_taken_from_the_users_own_callback(tmp_path):
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_can_not_be_read_is_told_of_and_training_goes_on(tmp_p
 
 def test_other_rules_than_those_saved_are_refused(tmp_path):
     train(tmp_path, GeomwatchCallback(**WATCH))
-    with pytest.raises(geomwatch.UsageError, match="state must hold 0 rules, got 3"):
+    with pytest.raises(geomwatch.UsageError, match="state must hold 0 rules, got 10"):
         train(tmp_path, GeomwatchCallback(**WATCH, rules=[]), resume=True)
 
 
