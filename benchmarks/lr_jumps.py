@@ -142,14 +142,19 @@ def run(job: Job) -> Run:
     )
 
 
+def stored() -> dict[Job, Run]:
+    """Return the runs there are."""
+    done: dict[Job, Run] = {}
+    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
+        found = json.loads(line)
+        job = Job(**found.pop("job"))
+        done[job] = Run(job, **{**found, "alerts": tuple(found["alerts"])})
+    return done
+
+
 def results(quick: bool, part: tuple[int, int]) -> list[Run]:
     """Run what is missing; with a part of (i, n) only each n-th job, from i."""
-    done: dict[Job, Run] = {}
-    if RESULTS.exists() and not quick:
-        for line in RESULTS.read_text().splitlines():
-            found = json.loads(line)
-            job = Job(**found.pop("job"))
-            done[job] = Run(job, **{**found, "alerts": tuple(found["alerts"])})
+    done = {} if quick else stored()
     first, each = part
     wanted = list(jobs(quick))[first::each]
     for number, job in enumerate(wanted, 1):
@@ -167,12 +172,13 @@ def results(quick: bool, part: tuple[int, int]) -> list[Run]:
 def report(runs: Sequence[Run]) -> str:
     chosen = [r for r in runs if not r.job.held_back]
     held = [r for r in runs if r.job.held_back]
+    wanted = sum(1 for _ in jobs(quick=False))
     excluded = sum(r.label == "excluded" for r in runs)
     early = sum(r.earlier > 0 for r in runs)
     cost = sorted(r.overhead for r in runs)[len(runs) // 2]
     return f"""# Jumps of the learning rate
 
-Written by `benchmarks/lr_jumps.py`: {len(runs)} runs with the monitor's defaults, in which a torch
+Written by `benchmarks/lr_jumps.py`: {len(runs)} of {wanted} runs, with the monitor's defaults, in which a torch
 scheduler multiplies the rate by 4, 8, 16 or 30 at step {JUMP}, from the tuned rate or 0.3 x that.
 Announced means: a critical alert at that step, before it is taken. Whether a jump is fatal is told
 by training on for {STEPS - JUMP} steps (`benchmarks/forecasting/outcome.py`): fatal if the loss
@@ -247,12 +253,18 @@ def _shares(runs: Sequence[Run], announced: Choice) -> tuple[Share, Share]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true", help="from the runs there are")
     parser.add_argument("--part", default="0/1", help="i/n: each n-th run, from i; no report")
     options = parser.parse_args()
     quick, part = options.quick, tuple(map(int, options.part.split("/")))
     logging.getLogger("geomwatch").setLevel(logging.CRITICAL + 1)
     torch.set_num_threads(1)
-    text = report(results(quick, part))
+    if options.report:
+        done = stored()
+        runs = [done[job] for job in jobs(quick=False) if job in done]
+    else:
+        runs = results(quick, part)
+    text = report(runs)
     print(text)
     if not quick and part == (0, 1):
         OUT.write_text(text, encoding="utf-8")
