@@ -61,7 +61,8 @@ def _verdicts(claims: Sequence[Claim]) -> str:
         "",
         "Ratios are of geometric means over seeds, with Welch's 95 % interval; a condition holds "
         "or fails if its whole interval says so. One condition that fails makes a claim fail. With "
-        f"{len(claims)} claims one or two verdicts may be chance. What is in parentheses is ours.",
+        f"{len(claims)} claims one or two verdicts may be chance. What is in parentheses is ours. "
+        "SGD as a sampler has [a page of its own](../../benchmarks/sgd_sampler.md).",
     ]
     for verdict, title in ((HOLDS, "What holds"), (FAILS, "What fails"), (OPEN, "Undecided")):
         own = [claim for claim in claims if claim.verdict == verdict]

@@ -56,11 +56,12 @@ def quick() -> Settings:
     """The same questions at sizes that take some minutes: the numbers are coarse."""
     return Settings(
         seeds=(0, 1),
-        steps=100,
-        items=64,
+        steps=80,
+        batch=32,
+        items=48,
         widths=(64, 8, 32),
-        lanczos=20,
-        samples=8,
+        lanczos=12,
+        samples=6,
         directions=2,
         points=11,
         plane=11,
