@@ -178,8 +178,9 @@ def report(runs: Sequence[Run]) -> str:
     cost = sorted(r.overhead for r in runs)[len(runs) // 2]
     return f"""# Jumps of the learning rate
 
-Written by `benchmarks/lr_jumps.py`: {len(runs)} of {wanted} runs, with the monitor's defaults, in which a torch
-scheduler multiplies the rate by 4, 8, 16 or 30 at step {JUMP}, from the tuned rate or 0.3 x that.
+Written by `benchmarks/lr_jumps.py`: {len(runs)} of {wanted} runs, with the monitor's
+defaults, in which a torch scheduler multiplies the rate by 4, 8, 16 or 30 at step {JUMP}, from the
+tuned rate or 0.3 x that.
 Announced means: a critical alert at that step, before it is taken. Whether a jump is fatal is told
 by training on for {STEPS - JUMP} steps (`benchmarks/forecasting/outcome.py`): fatal if the loss
 blows up and more than a third of what can be learnt is left at the end; harmless if it does not
