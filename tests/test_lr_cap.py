@@ -18,13 +18,14 @@ def glanced(step: int, margin: float | None, *, lr=0.1, status="ok", **more) -> 
     """The margin along the gradient, at the user's rate, was measured just now."""
     rates = lr if isinstance(lr, tuple) else (lr,)
     estimate = Estimate(margin, status=status)
+    more = {"optimizer": "SGD momentum 0.9"} | more
     return Observation(step=step, lr=rates, gradient_margin=estimate, gradient_fresh=True, **more)
 
 
 def passed(step: int, *, lr=0.1, **more) -> Observation:
     """Nothing was measured at this step."""
     rates = lr if isinstance(lr, tuple) else (lr,)
-    return Observation(step=step, lr=rates, **more)
+    return Observation(step=step, lr=rates, **{"optimizer": "SGD momentum 0.9"} | more)
 
 
 class Applied:
@@ -55,6 +56,12 @@ def test_a_margin_within_the_limit_leaves_the_rate_alone():
 
 def test_the_first_step_is_taken_at_the_limit():
     assert Applied(LearningRateCap())(glanced(0, 8.0)) == pytest.approx(0.1 * 2 / 8)
+
+
+def test_methods_that_adapt_are_held_to_half_of_that_unless_told_otherwise():
+    seen = glanced(0, 8.0, optimizer="AdamW weight_decay 0.01")
+    assert Applied(LearningRateCap())(seen) == pytest.approx(0.1 / 8)
+    assert Applied(LearningRateCap(c_bs=4.0))(seen) == pytest.approx(0.4 / 8)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -18,8 +18,8 @@ from geomwatch.actuators import (
     Memory,
     StepClip,
 )
-from geomwatch.controllers.controller import Controller, Knobs, Move
-from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.controllers.controller import Controller, Knobs, Move, check_controllers
+from geomwatch.errors import UsageError
 from geomwatch.records import Adjustment, Alert, Effect, Estimate
 from geomwatch.rules import Observation
 from geomwatch.sinks import logger
@@ -43,7 +43,7 @@ class Control:
     def __init__(
         self, controllers: Sequence[Controller], optimizer: Any, *, dry_run: bool = False
     ) -> None:
-        _check(controllers)
+        check_controllers(controllers)
         self._controllers = sorted(controllers, key=lambda c: KNOBS.index(c.knob))
         self._dry_run = dry_run
         self._rate: LearningRate | None = None
@@ -220,25 +220,6 @@ class Control:
             return move.to
         largest = max(rates, default=0.0)
         return 1.0 if largest <= move.to else move.to / largest
-
-
-def _check(controllers: Sequence[Controller]) -> None:
-    for controller in controllers:
-        if not callable(controller) or not hasattr(controller, "knob"):
-            raise UsageTypeError(
-                f"controllers must hold controllers such as LearningRateCap(), got {controller!r}."
-            )
-        if controller.knob not in KNOBS:
-            raise UsageError(
-                f"a controller's knob must be one of {', '.join(KNOBS)}, got {controller.knob!r}."
-            )
-    knobs = [c.knob for c in controllers]
-    for knob in knobs:
-        if knobs.count(knob) > 1:
-            raise UsageError(
-                f"controllers must hold one for each knob, got {knobs.count(knob)} for {knob!r}: "
-                "they would fight. Leave one of them."
-            )
 
 
 def _scaled(margin: Estimate | None, factor: float) -> Estimate | None:

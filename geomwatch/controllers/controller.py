@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from geomwatch.errors import UsageError
+from geomwatch.actuators import KNOBS
+from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
@@ -62,6 +63,26 @@ def copies(controllers: Sequence[Controller]) -> list[Controller]:
     """
     kept = {id(t): t for c in controllers if (t := getattr(c, "through", None)) is not None}
     return copy.deepcopy(list(controllers), kept)
+
+
+def check_controllers(controllers: Sequence[Controller]) -> None:
+    """Refuse what is no controller, and two that would fight over a knob."""
+    for controller in controllers:
+        if not callable(controller) or not hasattr(controller, "knob"):
+            raise UsageTypeError(
+                f"controllers must hold controllers such as LearningRateCap(), got {controller!r}."
+            )
+        if controller.knob not in KNOBS:
+            raise UsageError(
+                f"a controller's knob must be one of {', '.join(KNOBS)}, got {controller.knob!r}."
+            )
+    knobs = [c.knob for c in controllers]
+    for knob in knobs:
+        if knobs.count(knob) > 1:
+            raise UsageError(
+                f"controllers must hold one for each knob, got {knobs.count(knob)} for {knob!r}: "
+                "they would fight. Leave one of them."
+            )
 
 
 def check_above(name: str, value: object, least: float, *, inclusive: bool = False) -> None:

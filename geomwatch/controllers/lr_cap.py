@@ -14,6 +14,7 @@ from geomwatch.controllers.margins import SmoothedMargin, growth
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
+_SGD, _ADAPTIVE = 2.0, 1.0  # small-batch limits along the gradient
 _LONG = 50  # steps: a longer gap between measurements releases no more than this one
 _WINDOW = 100  # measurements
 _OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high
@@ -29,7 +30,7 @@ class LearningRateCap:
 
         eta_applied = max(min_scale eta, min(eta, c_bs eta / mean(m_s))):
 
-    eta |BS| stays at `c_bs` times what is stable when the noise of small batches dominates
+    eta |BS| stays at `c_bs` times what is stable where the noise of small batches dominates
     (Andreyev et al. 2026). The absolute value, because BS is negative early on in nets with
     BatchNorm. Where every step sees the same data its share of the full-batch limit counts, which
     momentum makes larger. The mean is exponential, weight `smoothing` on what was known before. A
@@ -40,7 +41,8 @@ class LearningRateCap:
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
 
     Args:
-        c_bs: the margin along the gradient to stay below.
+        c_bs: the margin along the gradient to stay below; by default 2 for SGD, 1 for methods that
+            adapt their steps to gradients, as Adam (docs/decisions/013).
         c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
         smoothing: weight of the past in the mean of margins.
         release: largest factor by which the cap rises in five steps.
@@ -57,7 +59,7 @@ class LearningRateCap:
     def __init__(
         self,
         *,
-        c_bs: float = 2.0,
+        c_bs: float | None = None,
         c_lambda: float | None = None,
         smoothing: float = 0.8,
         release: float = 1.25,
@@ -65,15 +67,15 @@ class LearningRateCap:
         patience: int = 0,
         cooldown: int = 0,
     ) -> None:
-        check_above("c_bs", c_bs, 0)
-        if c_lambda is not None:
-            check_above("c_lambda", c_lambda, 0)
+        for name, given in (("c_bs", c_bs), ("c_lambda", c_lambda)):
+            if given is not None:
+                check_above(name, given, 0)
         check_share("smoothing", smoothing)
         check_above("release", release, 1)
         check_share("min_scale", min_scale)
         check_count("patience", patience, 0)
         check_count("cooldown", cooldown, 0)
-        self._c_bs, self._c_lambda = float(c_bs), c_lambda
+        self._c_bs, self._c_lambda = c_bs, c_lambda
         self._release, self._min_scale = release ** (1 / 5), min_scale
         self._patience, self._cooldown = patience, cooldown
         self._along = SmoothedMargin(smoothing)
@@ -152,13 +154,18 @@ class LearningRateCap:
 
     def _target(self, seen: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
-        limits = ((self._along, self._c_bs * self._unit), (self._top, self._c_lambda))
+        limits = ((self._along, self._limit(seen)), (self._top, self._c_lambda))
         allowed = math.inf
         for margin, limit in limits:
             value = margin.at(seen.lr) * seen.cold_start
             if limit is not None and value > 0:
                 allowed = min(allowed, limit / value)
         return allowed
+
+    def _limit(self, seen: Observation) -> float:
+        """Return what the margin along the gradient has to stay below."""
+        usual = _SGD if seen.optimizer.startswith(("SGD", "ASGD")) else _ADAPTIVE
+        return (self._c_bs or usual) * self._unit
 
     def _is_too_high(self) -> bool:
         if self._advised or len(self._recent) < _ENOUGH:
@@ -180,7 +187,7 @@ class LearningRateCap:
         if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
         along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
-        limit = self._c_bs * self._unit
+        limit = self._limit(seen)
         if self._c_lambda is not None and top / self._c_lambda > along / limit:
             along, limit, what = top, self._c_lambda, "λ_max"
         else:
