@@ -150,6 +150,14 @@ def test_where_batches_agree_in_curvature_the_margin_alone_counts(mean_square, b
     assert heard(RateJump(), [first, *after(0.1, 1.6, factor=breaks)])
 
 
+def test_methods_that_adapt_survive_more_where_batches_agree_too():
+    whole = {"estimates": {"stochastic_margin": Estimate(0.15, 0.01, "stderr")}}
+    run = [jumped(0, 0.1, 1.6, **whole), *after(0.1, 1.6, factor=13)]
+    adaptive = [Observation(**{**fields(seen), "optimizer": "AdamW"}) for seen in run]
+    assert heard(RateJump(), run)
+    assert not heard(RateJump(), adaptive)
+
+
 def test_a_rate_that_rises_by_less_than_half_a_doubling_is_no_jump():
     rates = [0.1 * 1.9**t for t in range(12)]
     run = [jumped(t, lr, 10 * lr, lr=lr) for t, lr in enumerate(rates)]

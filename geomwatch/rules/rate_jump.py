@@ -20,7 +20,7 @@ _LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this
 _ITEMS = 64  # the batch that the levels below are for
 _SGD, _ADAPTIVE = 2.4, 5.0  # of the geometric mean of both margins
 _FULL_BATCH = 2.2  # of the margin, where every step sees the same data,
-_QUIET = 1.2  # where batch noise was measured and does not dominate,
+_QUIET = 1.2  # of SGD where batch noise was measured and does not dominate,
 _AT_ONCE = 2.0  # and at whatever noise
 _HELD = 2.0  # times higher, where this step was not measured
 _TARGET = 0.5  # of the level, that the advice aims for
@@ -36,9 +36,9 @@ class RateJump:
 
         sqrt(M G) > 2.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
 
-    and at M > 2; where it does not dominate (see `regime`) at M > 1.2, and where every step sees
-    the same data at 2.2. M and G are geometric means of the last three measurements, at the new
-    rate. Where no probe fell on the step, levels are twice those.
+    and at M > 2; where it does not dominate (see `regime`) at M > 1.2 and M > 2 alone, and where
+    every step sees the same data at 2.2. M and G are geometric means of the last three
+    measurements, at the new rate. Where no probe fell on the step, levels are twice those.
     """
 
     name = "rate_jump"
@@ -82,11 +82,12 @@ class RateJump:
             # One measurement will do: there is no noise of batches to average.
             now = (seen.margin.value if seen.margin else None) or margin
             return _share_of(now, held * _FULL_BATCH)
+        is_sgd = seen.optimizer.startswith("SGD")
         if self._regime.is_noisy(seen) is False:
-            return _share_of(margin, held * _QUIET)
+            return _share_of(margin, held * (_QUIET if is_sgd else _AT_ONCE))
         gradient = max(self._gradients.mean(seen) or 0.0, margin)
         both = math.sqrt(margin * gradient)
-        level = _SGD if seen.optimizer.startswith("SGD") else _ADAPTIVE
+        level = _SGD if is_sgd else _ADAPTIVE
         level *= held * math.sqrt(max(self._items, 1) / _ITEMS)
         if margin / (held * _AT_ONCE) > both / level:
             return _share_of(margin, held * _AT_ONCE)

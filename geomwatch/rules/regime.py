@@ -7,7 +7,7 @@ from typing import Any
 from geomwatch.rules.observation import Observation
 
 EDGE = 0.9  # of the limit: from here on full-batch training is at the edge of stability
-_NOISY = 2.0  # mean-square over full-batch margin
+_NOISY = 2.5  # mean-square over full-batch margin
 
 
 class Regime:
@@ -18,8 +18,8 @@ class Regime:
     of curvature *within* the batch is not enough: at the start of mini-batch runs, those that fail
     included, the mean-square margin is within a few percent of the full-batch one.
 
-    Noise dominates where the mean-square margin is more than twice the full-batch one: half of it
-    and more is then what a larger batch would take away.
+    Noise dominates where the mean-square margin is more than 2.5 x the full-batch one: most of it
+    is then what a larger batch would take away.
     """
 
     def __init__(self) -> None:
