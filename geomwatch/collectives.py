@@ -36,7 +36,7 @@ class _Collectives(TorchDispatchMode):
     """Notes the collectives of torch.distributed that are called meanwhile."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
         self.names: set[str] = set()
 
     def __torch_dispatch__(

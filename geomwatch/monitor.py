@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,14 +18,14 @@ from geomwatch.guard import Guard
 from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
 from geomwatch.options import is_disabled
+from geomwatch.pace import Pace
 from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities import resolve
-from geomwatch.records import Adjustment, Alert, Estimate, Record
+from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
-from geomwatch.schedule import make_schedule
 from geomwatch.sinks import Sink, run_line
 from geomwatch.stability import cold_start, learning_rates, planned_rates, unwrap
 from geomwatch.vectors import Layout
@@ -111,7 +110,6 @@ class Monitor:
         self._ranks = Ranks.of(model)
         model = unwrapped(model)
         layout = Layout.of(model, params)
-        self._schedule = make_schedule(schedule, every)
         self._guard = Guard(
             Prober(
                 model,
@@ -133,6 +131,7 @@ class Monitor:
                 needed=needed,
             )
         )
+        self._pace = Pace(schedule, every, self._guard, self._ranks, max_overhead)
         self._disabled = is_disabled()
         self._control = Control(() if self._disabled else controllers, optimizer, dry_run=dry_run)
         self._judge = Judge(rules, sinks, on_alert, self._control)
@@ -141,14 +140,11 @@ class Monitor:
         self._optimizer_name = _describe(optimizer)
         self._params = layout.params
         self._fixed_window = fixed_window(probe_batch)
-        self._max_overhead = max_overhead
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars = StepScalars(self._ranks)
         self._window: list[Any] = []
         self._lr: tuple[float, ...] = ()  # of the last call
-        self._last_probe = -1
         self._called = False
-        self._began = time.perf_counter()
         self._facts = {
             "torch": torch.__version__,
             "optimizer": self._optimizer_name,
@@ -231,9 +227,10 @@ class Monitor:
             self._check_place(window)
         self._control.lift()
         settled = self._exchange(loss, grad_norm, grad_scale)
-        if self._is_due(self._schedule.due):
+        now = self._counter.steps, self._lr, self._control.scale
+        if self._pace.probe_due(*now):
             return self._conclude(settled, self._probe(window, loss, grad_scale))
-        due = self._is_due(self._schedule.glance_due, is_cheap=True)
+        due = self._pace.glance_due(*now)
         return self._conclude(settled, None, glanced=due and self._glance(window, loss, grad_scale))
 
     def equip(self, *actuators: Actuator) -> None:
@@ -277,7 +274,7 @@ class Monitor:
             "lr": list(self._lr),
             "last": self._scalars.state_dict(),
             "guard": self._guard.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "schedule": self._pace.state_dict(),
             "prober": self._guard.prober.state_dict(),
             "rules": self._judge.state_dict(),
             "control": self._control.state_dict(),
@@ -296,8 +293,7 @@ class Monitor:
         uncounted = not self._counter.is_automatic and bool(self._lr)
         self._counter.steps = state["step"] - uncounted
         self._scalars.load_state_dict(state["last"])
-        self._last_probe = state["step"] - 1
-        self._schedule.load_state_dict(state["schedule"])
+        self._pace.load_state_dict(state["schedule"], step=state["step"])
         self._guard.load_state_dict(state["guard"])
         self._guard.prober.load_state_dict(state["prober"])
         if self._difficulty and state["difficulty"]:
@@ -337,33 +333,6 @@ class Monitor:
         self._lr = learning_rates(self._optimizer)
         return settled
 
-    def _is_due(self, due: Callable[..., bool], *, is_cheap: bool = False) -> bool:
-        step = self._counter.steps
-        if step <= self._last_probe:  # a skipped step is the same step
-            return False
-        value = self._applied(self._guard.margin.at(self._lr))
-        held = self._guard.gradient_margin if is_cheap else self._guard.margin
-        ratio = held.ratio(self._lr)
-        if not due(step, lr_ratio=ratio, margin=value):
-            return False
-        affordable = self._is_affordable(is_cheap=is_cheap)
-        return self._ranks.all(not self._guard.paused and affordable)
-
-    def _applied(self, margin: Estimate | None) -> float | None:
-        """Return a margin at the rate that a cap, if any, let the last step take."""
-        if margin is None or margin.value is None:
-            return None
-        return self._control.scale * margin.value
-
-    def _is_affordable(self, *, is_cheap: bool) -> bool:
-        if self._max_overhead is None or self._guard.last is None:
-            return True
-        guard = self._guard
-        rest = time.perf_counter() - self._began - guard.seconds
-        if is_cheap:
-            return guard.glance_seconds <= self._max_overhead / 2 * rest
-        return guard.seconds - guard.glance_seconds <= self._max_overhead * rest
-
     def _glance(
         self, window: Sequence[Any], loss: Tensor | float | None, grad_scale: float
     ) -> bool:
@@ -371,10 +340,7 @@ class Monitor:
         if not self._ranks.any(bool(own)):
             return False
         seen = self._guard.glance(own, self._lr, loss=_number(loss), grad_scale=grad_scale)
-        margin = self._applied(self._guard.gradient_margin.at(self._lr))
-        if margin is not None and self._guard.last is not None:
-            margin /= self._guard.last.noise_ratio  # as the other margin counts
-        self._schedule.glanced(self._counter.steps, margin=margin)
+        self._pace.glanced(self._counter.steps, self._lr, self._control.scale)
         return seen
 
     def _probe(
@@ -387,12 +353,11 @@ class Monitor:
                 "or call observe(batch) for each micro-batch."
             )
             return None
-        step = self._last_probe = self._counter.steps
+        step = self._pace.last_probe = self._counter.steps
         probed = self._guard.probe(
             own, step, same_data=window, loss=_number(loss), grad_scale=grad_scale
         )
-        margin = self._applied(None if probed is None else probed.margin)
-        self._schedule.probed(step, margin=margin)
+        self._pace.probed(step, None if probed is None else probed.margin, self._control.scale)
         return probed
 
     def _conclude(
@@ -413,7 +378,7 @@ class Monitor:
             gradient_fresh=glanced or probed is not None,
             cold_start=cold_start(self._optimizer, self._counter.steps),
             noise_ratio=last.noise_ratio if last is not None else 1.0,
-            peak=planned_rates(self._optimizer),
+            peak=planned_rates(self._optimizer, self._lr),
             deterministic=last is not None and last.deterministic,
             estimates=record.estimates if record is not None else None,
             how=record.how if record is not None else None,
@@ -425,8 +390,8 @@ class Monitor:
         return self._judge(seen, record)
 
     def _tell_of_a_short_run(self) -> None:
-        steps, every = self._counter.steps, self._schedule.every
-        if self._last_probe == 0 and 1 < steps <= every:
+        steps, every = self._counter.steps, self._pace.every
+        if self._pace.last_probe == 0 and 1 < steps <= every:
             self._guard.tell(
                 f"every must be smaller than the run, got every={every} for {steps} steps: only "
                 f"the first was probed. Pass every={max(1, steps // 10)}, say, or leave out "

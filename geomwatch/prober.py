@@ -8,15 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.distributed import Ranks
-from geomwatch.errors import UsageError
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.locate import operation_in
 from geomwatch.objective import LossFn, Objective
+from geomwatch.own_step import OwnStep, gradient_of_step
 from geomwatch.plan import Plan
 from geomwatch.probe import Probe, WarmStart
 from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
@@ -32,7 +31,6 @@ _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
     None, status="failed", reason="the gradient that the step would use is not finite"
 )
-_SAME_GRADIENT = 1e-4  # relative: the step's own and the probe's
 _LAYERS_NAMED = 3
 _LAYER_SHARE = 0.1
 
@@ -100,11 +98,10 @@ class Prober:
         self._invariance = ScaleInvariance()
         self._invariant: frozenset[str] = frozenset()
         self._sentinel = Sentinel()
-        self._replays = self._knows_loss = False  # of the step: its gradient, its loss
+        self._own = OwnStep()
         self._trace = RunningTrace()
         self._held = Held()
         self._fingerprint: tuple[float, ...] | None = None
-        self._compared = False  # the training gradient with the probe's own
         self._obstacle = ""  # why this model has no HVPs
         self.surprises: list[str] = []  # things to tell the user once
 
@@ -124,13 +121,12 @@ class Prober:
         start = time.perf_counter()
         self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
-        gradient = self._training_gradient(grad_scale)
+        gradient = gradient_of_step(self._layout, grad_scale)
         with self._objective(window) as objective:
             steady = gradient is None or math.isfinite(float(gradient.norm()))
             finite = objective.is_finite()
-            if gradient is not None and steady and finite and not self._compared:
-                _refuse_scaled(gradient, objective.gradient())
-                self._compared = True
+            if gradient is not None and steady and finite:
+                self._own.refuse_scaled(gradient, objective.gradient())
             probe = self._shared(objective, gradient)
             names = self._choose(probe, step)
             fresh = evaluate(probe, names)
@@ -141,7 +137,7 @@ class Prober:
             if not steady:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
-            self._compare(objective, gradient if window is same_data else None, loss)
+            self._own.compare(objective, gradient if window is same_data else None, loss)
             along = self._along_gradient(probe, gradient)
             how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
             how |= self._sharding or {}
@@ -168,7 +164,8 @@ class Prober:
         self, window: Sequence[Any], *, loss: float | None = None, grad_scale: float = 1.0
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
-        gradient = self._training_gradient(grad_scale)
+        self._choose_shards()
+        gradient = gradient_of_step(self._layout, grad_scale)
         with Objective(
             self._model, self._loss_fn, window, products=False, **self._options
         ) as objective:
@@ -176,9 +173,9 @@ class Prober:
             stability = stability_of(
                 self._optimizer, self._layout, gradient=used, exclude=self._invariant
             )
-            known = loss if self._knows_loss and len(window) == 1 else None
-            point = Point(stability, used, self._replays or gradient is None, known)
-            return self._sentinel.measure(objective, point)
+            known = loss if self._own.has_loss and len(window) == 1 else None
+            is_own = self._own.has_gradient or gradient is None
+            return self._sentinel.measure(objective, Point(stability, used, is_own, known))
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
@@ -240,16 +237,6 @@ class Prober:
             last_lambda=self.lambda_max(),
         )
 
-    def _compare(self, objective: Objective, gradient: Tensor | None, loss: float | None) -> None:
-        """Note whether the step has this very gradient and loss: no dropout, clip or autocast."""
-        own = objective.gradient()
-        self._replays = gradient is not None and (
-            float((gradient - own).norm()) <= _SAME_GRADIENT * float(own.norm())
-        )
-        alone = self.ranks.size == 1
-        same = loss is not None and math.isclose(loss, objective.loss(), rel_tol=1e-6)
-        self._knows_loss = self._replays and alone and same
-
     def _along_gradient(self, probe: Probe, gradient: Tensor | None) -> Estimate:
         """Return the margin along the coming step: an HVP's where there is one for free."""
         stability = probe.stability
@@ -260,8 +247,8 @@ class Prober:
             return Estimate(stability.noise_ratio * exact, 0.0, "none")
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
-        point = Point(stability, used, self._replays or gradient is None, objective.loss())
-        return self._sentinel.measure(objective, point)
+        is_own = self._own.has_gradient or gradient is None
+        return self._sentinel.measure(objective, Point(stability, used, is_own, objective.loss()))
 
     def _choose(self, probe: Probe, step: int) -> list[str]:
         """Choose what to measure, and set what that may cost."""
@@ -295,16 +282,6 @@ class Prober:
         named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]
         return tuple(f"{m} ({share:.0%})" for m, share in named[:_LAYERS_NAMED])
 
-    def _training_gradient(self, scale: float) -> Tensor | None:
-        gradients = [p.grad for p in self._layout.params]
-        if all(g is None for g in gradients):
-            return None
-        filled = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self._layout.params, gradients, strict=True)
-        ]
-        return self._layout.flatten(filled).div_(scale)
-
     def _items(self, objective: Objective) -> int:
         own = objective.items
         return own if self.ranks.size == 1 else round(self.ranks.total(float(own)))
@@ -332,6 +309,7 @@ class Prober:
             "trace": self._trace.state_dict(),
             "held": self._held.state_dict(),
             "sentinel": self._sentinel.state_dict(),
+            "own": self._own.state_dict(),
             "invariant": sorted(self._invariant),
         }
 
@@ -343,20 +321,6 @@ class Prober:
         self._trace.load_state_dict(state["trace"])
         self._held.load_state_dict(state["held"])
         self._sentinel.load_state_dict(state["sentinel"])
+        self._own.load_state_dict(state["own"])
         self._invariant = frozenset(state["invariant"])
         self._warm = WarmStart()
-
-
-def _refuse_scaled(used: Tensor, own: Tensor) -> None:
-    """Recognise the gradient of a scaled loss: parallel to the probe's and 2^k times as long."""
-    ratio = float(used.norm() / own.norm()) if float(own.norm()) > 0 else 0.0
-    if not math.isfinite(ratio) or ratio < 64:
-        return
-    cosine = float(used @ own / (used.norm() * own.norm()))
-    power = round(math.log2(ratio))
-    if cosine > 0.9 and abs(ratio / 2.0**power - 1) < 0.2:
-        raise UsageError(
-            f"gradients must be unscaled before monitor.step(), got gradients 2^{power} times the "
-            "loss's own. Call scaler.unscale_(optimizer) first, then clip, then monitor.step(); or "
-            "pass grad_scale=scaler.get_scale()."
-        )

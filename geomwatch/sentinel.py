@@ -62,9 +62,9 @@ class Sentinel:
             found = self._by_three(objective, d, slope)
         if found is None:
             return Estimate(None, status="withheld", reason="the loss next to the weights is not")
+        self._margin = found
         if point.stability.decay is not None:
             found += float(d @ (point.stability.decay * d)) / slope
-        self._margin = found
         margin = point.stability.noise_ratio * found
         reason = "by differences of losses"
         return Estimate(margin, _ERROR * abs(margin), "residual", reason=reason)

@@ -142,19 +142,18 @@ def cold_start(optimizer: object, taken: int) -> float:
     return max((1 / (1 - float(g["betas"][0]) ** (taken + 1)) for g in groups), default=1.0)
 
 
-def planned_rates(optimizer: object) -> tuple[float, ...]:
-    """Return the highest rate each group is known to be headed for: its present one, or more.
+def planned_rates(optimizer: object, present: Sequence[float]) -> tuple[float, ...]:
+    """Return the highest rate each group is known to be headed for: its `present` one, or more.
 
     A torch scheduler that starts below its base rate leaves that as "initial_lr" in the group, a
     OneCycleLR its peak as "max_lr".
     """
     groups = getattr(unwrap(optimizer), "param_groups", ())
-    pairs = zip(groups, learning_rates(optimizer), strict=True)
-    known = (
-        [float(group[key]) for key in ("initial_lr", "max_lr") if group.get(key)] + [lr]
-        for group, lr in pairs
+    pairs = zip(groups, present, strict=True)
+    return tuple(
+        max([lr, *(float(g[key]) for key in ("initial_lr", "max_lr") if g.get(key))])
+        for g, lr in pairs
     )
-    return tuple(max(rates) for rates in known)
 
 
 def _coming(

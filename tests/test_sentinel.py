@@ -16,7 +16,7 @@ from geomwatch.records import Estimate
 from geomwatch.rescaled import Rescaled
 from geomwatch.rules import Observation
 from geomwatch.sentinel import Point, Sentinel
-from geomwatch.stability import cold_start, planned_rates, stability_of
+from geomwatch.stability import cold_start, learning_rates, planned_rates, stability_of
 from geomwatch.vectors import Layout
 
 EIGENVALUES = torch.tensor([4.0, 1.0, 0.25, 0.0])
@@ -182,13 +182,13 @@ def test_adam_s_cold_start_is_told_apart():
 
 def test_the_rates_a_scheduler_is_headed_for_are_known():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.4)
-    assert planned_rates(optimizer) == (0.4,)
+    assert planned_rates(optimizer, learning_rates(optimizer)) == (0.4,)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
-    assert planned_rates(optimizer) == pytest.approx((0.4,))
+    assert planned_rates(optimizer, learning_rates(optimizer)) == pytest.approx((0.4,))
     other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.4)
     torch.optim.lr_scheduler.OneCycleLR(other, max_lr=3.0, total_steps=100)
-    assert planned_rates(other) == pytest.approx((3.0,))
+    assert planned_rates(other, learning_rates(other)) == pytest.approx((3.0,))
 
 
 def test_cold_start_is_that_of_the_stability_problem():

@@ -61,6 +61,9 @@ class GradNormSpike:
         if len(self._logs) < _YOUNG:
             return 0.0
         middle = statistics.median(self._logs)
+        most = (log - middle) / _FLOOR
+        if most < _LEVEL / 2:  # calm, whatever the spread, which takes three times as long
+            return most
         spread = _NORMAL * statistics.median(abs(x - middle) for x in self._logs)
         return (log - middle) / max(spread, _FLOOR)
 
