@@ -64,9 +64,13 @@ def test_rules_and_difficulty_see_each_step_once_across_a_resume():
 
     def train(steps, *, resume_at=None):
         heard.clear()
-        options = {"rules": [Listening()], "quantities": ["difficulty"], "every": 100}
+        options = {
+            "rules": [Listening()],
+            "quantities": ["lambda_max", "difficulty"],
+            "every": 100,  # lambda_max is measured at step 0, and held from there
+            "schedule": "fixed",
+        }
         model, optimizer, monitor = watched(**options)
-        monitor._guard.prober._resumed_lambda = 2.0  # known from the start, and never measured
         for t in range(steps):
             if t == resume_at:
                 saved, monitor = monitor.state_dict(), None
@@ -80,8 +84,10 @@ def test_rules_and_difficulty_see_each_step_once_across_a_resume():
         return list(heard), monitor.state_dict()["difficulty"]
 
     heard, batch = [], digits(64)
-    assert train(6, resume_at=3) == train(6)
+    whole = train(6)
+    assert train(6, resume_at=3) == whole
     assert [step for step, _, _ in heard] == [0, 1, 2, 3, 4]
+    assert whole[1]["total"] > 0
 
 
 def test_an_infinite_gradient_has_no_margin_but_a_reason():
