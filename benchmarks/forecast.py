@@ -28,8 +28,9 @@ from forecasting.pool import predicted_seconds, work
 from forecasting.replay import differences, replay
 from forecasting.report import write
 from forecasting.scoring import failed
-from forecasting.store import Store, code
+from forecasting.store import Store
 from forecasting.story import Story, read
+from side_by_side import code
 
 ROOT = Path(__file__).parents[1]
 RUNS, DOCS = ROOT / "runs/forecast", ROOT / "docs/benchmarks"

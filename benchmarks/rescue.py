@@ -27,7 +27,8 @@ from rescuing.policies import BASELINES
 from rescuing.pool import predicted_seconds, work
 from rescuing.report import write
 from rescuing.settings import compare
-from rescuing.store import Job, Store, code
+from rescuing.store import Job, Store
+from side_by_side import code
 
 ROOT = Path(__file__).parents[1]
 FOLDER, DOCS = ROOT / "runs/rescue", ROOT / "docs/benchmarks"

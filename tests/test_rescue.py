@@ -192,15 +192,8 @@ def test_the_whole_runs_restarts_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rescue, "BASELINES", ("clip",))
     assert rescue.main(["list", *arguments]) == 0
     assert "16 missing" in capsys.readouterr().out
-    monkeypatch.setattr(rescue, "work", _in_this_process)
     assert rescue.main(arguments) == 0
     assert rescue.main(["list", *arguments]) == 0
     assert "0 missing" in capsys.readouterr().out
     assert "| tune | x4 to x30: rescued |" in (tmp_path / "rescue.md").read_text("utf-8")
     assert (tmp_path / "rescue.png").stat().st_size > 1000
-
-
-def _in_this_process(jobs, folder, *, workers):
-    for job in jobs:
-        Store(folder).save(job, execute(*job))
-    return []

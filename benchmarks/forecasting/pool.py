@@ -1,16 +1,12 @@
-"""Runs done one beside the other, the longest first, each on one thread."""
+"""The jobs of this benchmark: a run and a policy, kept when done."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+import side_by_side
 
 from forecasting.execute import execute
 from forecasting.grid import Run
@@ -31,48 +27,15 @@ def predicted_seconds(job: Job) -> float:
 
 def work(jobs: Sequence[Job], folder: Path, *, workers: int) -> list[tuple[Job, str]]:
     """Do all jobs and return those that failed, with their tracebacks; the others go on."""
-    ordered = sorted(jobs, key=predicted_seconds, reverse=True)
-    failures: list[tuple[Job, str]] = []
-    total = sum(map(predicted_seconds, jobs))
-    form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-    with tqdm(total=total, bar_format=form, disable=not jobs) as bar:
-        for number, (job, error) in enumerate(_results(ordered, folder, workers), 1):
-            if error:
-                failures.append((job, error))
-            bar.set_postfix_str(f"{number}/{len(jobs)} {job[0].name} {job[1]}", refresh=False)
-            bar.update(predicted_seconds(job))
-    return failures
+    return side_by_side.work(
+        jobs, partial(_do, folder), seconds=predicted_seconds, name=_name, workers=workers
+    )
 
 
-def _results(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, str]]:
-    if workers == 1:
-        _prepare()
-        for job in jobs:
-            yield job, _do(job, folder)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
-        pending = {pool.submit(_do, job, folder): job for job in jobs}
-        try:
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield pending.pop(future), future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _prepare() -> None:
-    """One thread for torch: runs side by side must not fight over the cores."""
-    torch.set_num_threads(1)
-    logging.getLogger("geomwatch").setLevel(logging.CRITICAL + 1)
-
-
-def _do(job: Job, folder: Path) -> str:
+def _do(folder: Path, job: Job) -> None:
     run, policy = job
-    try:
-        Store(folder).save(run, policy, execute(run, POLICIES[policy]))
-    except Exception:  # told, so that the other runs go on
-        return traceback.format_exc()
-    return ""
+    Store(folder).save(run, policy, execute(run, POLICIES[policy]))
+
+
+def _name(job: Job) -> str:
+    return f"{job[0].name} {job[1]}"

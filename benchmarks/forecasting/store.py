@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import json
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import code
 
-import geomwatch
 from forecasting.grid import Run
 from forecasting.policies import POLICIES
 
@@ -74,12 +73,3 @@ def fingerprint(run: Run, policy: str) -> str:
     settings = {"version": VERSION, "run": asdict(run), "options": POLICIES[policy].options}
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def code() -> str:
-    """Return a hash of geomwatch's sources; the report says when runs differ in it."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(geomwatch.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]

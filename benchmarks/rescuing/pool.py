@@ -1,16 +1,12 @@
-"""Jobs done one beside the other, the longest first, each on one thread."""
+"""The jobs of this benchmark: a run and a policy, kept when done."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+import side_by_side
 
 from rescuing.execute import execute
 from rescuing.store import Job, Store
@@ -25,41 +21,14 @@ def predicted_seconds(job: Job) -> float:
 
 def work(jobs: Sequence[Job], folder: Path, *, workers: int) -> list[tuple[Job, str]]:
     """Do all jobs and return those that failed, with their tracebacks; the others go on."""
-    ordered = sorted(jobs, key=predicted_seconds, reverse=True)
-    failures: list[tuple[Job, str]] = []
-    form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-    with tqdm(total=sum(map(predicted_seconds, jobs)), bar_format=form, disable=not jobs) as bar:
-        for number, (job, error) in enumerate(_results(ordered, folder, workers), 1):
-            if error:
-                failures.append((job, error))
-            bar.set_postfix_str(f"{number}/{len(jobs)} {job[0].name} {job[1]}", refresh=False)
-            bar.update(predicted_seconds(job))
-    return failures
+    return side_by_side.work(
+        jobs, partial(_do, folder), seconds=predicted_seconds, name=_name, workers=workers
+    )
 
 
-def _results(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, str]]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
-        pending = {pool.submit(_do, job, folder): job for job in jobs}
-        try:
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield pending.pop(future), future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _do(folder: Path, job: Job) -> None:
+    Store(folder).save(job, execute(*job))
 
 
-def _prepare() -> None:
-    """One thread for torch: runs side by side must not fight over the cores."""
-    torch.set_num_threads(1)
-    logging.getLogger("geomwatch").setLevel(logging.CRITICAL + 1)
-
-
-def _do(job: Job, folder: Path) -> str:
-    try:
-        Store(folder).save(job, execute(*job))
-    except Exception:  # told, so that the other runs go on
-        return traceback.format_exc()
-    return ""
+def _name(job: Job) -> str:
+    return f"{job[0].name} {job[1]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import geomwatch
+from side_by_side import code
+
 from rescuing.grid import Run
 
 VERSION = 1  # of what a file holds; raise it when a run has to be done again for it
@@ -54,12 +54,3 @@ def fingerprint(job: Job) -> str:
     run, policy = job
     settings = {"version": VERSION, "run": asdict(run), "rate": run.rate, "policy": policy}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.cache
-def code() -> str:
-    """Return a hash of geomwatch's sources; the report says when runs differ in it."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(geomwatch.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
