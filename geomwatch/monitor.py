@@ -17,6 +17,7 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
+from geomwatch.optimizers import is_adaptive
 from geomwatch.options import is_disabled
 from geomwatch.pace import Pace
 from geomwatch.probe_data import fixed_window
@@ -138,6 +139,7 @@ class Monitor:
         self._difficulty = Difficulty() if "difficulty" in names else None
         self._optimizer = optimizer
         self._optimizer_name = _describe(optimizer)
+        self._adaptive = is_adaptive(unwrap(optimizer))
         self._params = layout.params
         self._fixed_window = fixed_window(probe_batch)
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
@@ -377,6 +379,7 @@ class Monitor:
             gradient_margin=self._guard.gradient_margin.at(self._lr),
             gradient_fresh=glanced or probed is not None,
             cold_start=cold_start(self._optimizer, self._counter.steps),
+            adaptive=self._adaptive,
             noise_ratio=last.noise_ratio if last is not None else 1.0,
             peak=planned_rates(self._optimizer, self._lr),
             deterministic=last is not None and last.deterministic,

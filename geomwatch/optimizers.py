@@ -91,6 +91,11 @@ def algorithm(optimizer: object) -> str:
     return str(step.__qualname__).removesuffix(".step") if module.startswith("torch.optim.") else ""
 
 
+def is_adaptive(optimizer: object) -> bool:
+    """Tell whether an optimizer preconditions its steps by the gradients it has seen."""
+    return algorithm(optimizer) not in ("SGD", "ASGD")
+
+
 def _sgd(c: Coming) -> Step:
     mu, dampening = float(c.group["momentum"]), float(c.group["dampening"])
     if mu == 0:

@@ -59,7 +59,7 @@ def test_the_first_step_is_taken_at_the_limit():
 
 
 def test_methods_that_adapt_are_held_to_half_of_that_unless_told_otherwise():
-    seen = glanced(0, 8.0, optimizer="AdamW weight_decay 0.01")
+    seen = glanced(0, 8.0, adaptive=True)
     assert Applied(LearningRateCap())(seen) == pytest.approx(0.1 / 8)
     assert Applied(LearningRateCap(c_bs=4.0))(seen) == pytest.approx(0.4 / 8)
 

@@ -120,7 +120,7 @@ def test_what_a_large_batch_survives_breaks_a_small_one():
 def test_methods_that_adapt_survive_more():
     def adaptive(factor: float) -> list[Observation]:
         return [
-            Observation(**{**fields(seen), "optimizer": "AdamW"})
+            Observation(**{**fields(seen), "adaptive": True})
             for seen in after(0.1, 1.6, factor=factor)
         ]
 
@@ -153,7 +153,7 @@ def test_where_batches_agree_in_curvature_the_margin_alone_counts(mean_square, b
 def test_methods_that_adapt_survive_more_where_batches_agree_too():
     whole = {"estimates": {"stochastic_margin": Estimate(0.15, 0.01, "stderr")}}
     run = [jumped(0, 0.1, 1.6, **whole), *after(0.1, 1.6, factor=13)]
-    adaptive = [Observation(**{**fields(seen), "optimizer": "AdamW"}) for seen in run]
+    adaptive = [Observation(**{**fields(seen), "adaptive": True}) for seen in run]
     assert heard(RateJump(), run)
     assert not heard(RateJump(), adaptive)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from geomwatch.optimizers import is_adaptive
 from geomwatch.recursion import Recursion
 from geomwatch.stability import Stability, learning_rates, stability_of, unwrap
 from geomwatch.vectors import Layout
@@ -681,3 +682,15 @@ def test_a_wrong_number_of_rates_is_refused(ready: Ready) -> None:
     model, layout = ready
     with pytest.raises(ValueError, match=r"rates must have one entry for each of 1 .* got \(0.1, "):
         stability_of(optim.Adam(model.parameters()), layout, rates=[0.1, 0.2])
+
+
+def test_adaptive_is_what_preconditions_its_steps():
+    class Renamed(torch.optim.SGD):
+        """A subclass that steps as SGD does."""
+
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert not is_adaptive(torch.optim.SGD(weights, lr=0.1))
+    assert not is_adaptive(Renamed(weights, lr=0.1))
+    assert not is_adaptive(torch.optim.ASGD(weights, lr=0.1))
+    assert is_adaptive(torch.optim.AdamW(weights, lr=0.1))
+    assert is_adaptive(torch.optim.RMSprop(weights, lr=0.1))

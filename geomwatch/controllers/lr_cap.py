@@ -164,7 +164,7 @@ class LearningRateCap:
 
     def _limit(self, seen: Observation) -> float:
         """Return what the margin along the gradient has to stay below."""
-        usual = _SGD if seen.optimizer.startswith(("SGD", "ASGD")) else _ADAPTIVE
+        usual = _ADAPTIVE if seen.adaptive else _SGD
         return (self._c_bs or usual) * self._unit
 
     def _is_too_high(self) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from typing import Any
 
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+from geomwatch.rules.recent import RecentMargins
 
 _AT_ONCE = 2.0  # of a single measurement: beyond the limit in the steps' own direction
 _EDGE_AT_ONCE = 3.0
@@ -17,7 +16,6 @@ _EDGE_LEVEL = 1.3  # where every step sees the same data, which lives at 1
 _RELEASE = 0.7  # of the level
 _SPAN = 60  # steps that the mean looks back
 _ENOUGH = 4  # measurements in a mean
-_LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this
 _WARM_UP = 20  # steps
 
 
@@ -35,7 +33,7 @@ class GradientMargin:
     name = "gradient_margin"
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_SPAN)  # step, margin / lr
+        self._recent = RecentMargins(most=_SPAN, steps=_SPAN)
         self._latch = Latch()
 
     def __call__(self, seen: Observation) -> Alert | None:
@@ -47,19 +45,19 @@ class GradientMargin:
         if lr <= 0 or (seen.margin is not None and seen.margin.status != "ok"):
             return None
         now = margin.value / seen.noise_ratio
-        self._recent.append((seen.step, max(now, 0.0) / lr))
+        self._recent.add(seen, now)
         if seen.fresh:  # of a probe StabilityMargin speaks
             return None
-        recent = [lr * m for step, m in self._recent if seen.step - step <= _SPAN]
-        mean = statistics.geometric_mean(max(m, _LEAST) for m in recent)
+        mean, count = self._recent.mean(seen)
+        assert mean is not None  # of this one at least
         at_once = _EDGE_AT_ONCE if seen.deterministic else _AT_ONCE
         if now > at_once and seen.step > 0:
             return self._raise("critical", seen, now, at_once, "measured once")
         level = _EDGE_LEVEL if seen.deterministic else _LEVEL
-        if mean <= level or len(recent) < _ENOUGH or seen.step < _WARM_UP:
+        if mean <= level or count < _ENOUGH or seen.step < _WARM_UP:
             self._latch.calm(seen.step) if mean < _RELEASE * level else self._latch.between()
             return None
-        shown = f"mean of {len(recent)} measurements in {_SPAN} steps"
+        shown = f"mean of {count} measurements in {_SPAN} steps"
         return self._raise("warning", seen, mean, level, shown)
 
     def _raise(
@@ -79,9 +77,8 @@ class GradientMargin:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent measurements and the latch."""
-        return state_of({"latch": self._latch}) | {"recent": [list(pair) for pair in self._recent]}
+        return state_of({"latch": self._latch, "recent": self._recent})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the recent measurements and the latch."""
-        load_into({"latch": self._latch}, state)
-        self._recent = deque(((int(s), float(m)) for s, m in state["recent"]), maxlen=_SPAN)
+        load_into({"latch": self._latch, "recent": self._recent}, state)

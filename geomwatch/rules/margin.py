@@ -10,6 +10,7 @@ from typing import Any
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.margin_message import Levels, Usual, Verdict, beyond_usual, described
 from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.rules.recent import RecentMargins
 from geomwatch.rules.regime import Regime
 from geomwatch.rules.trust import Trust
 
@@ -25,7 +26,6 @@ _RELATIVE_LOSS = 1.5  # while the loss is this many times its median
 _ENOUGH = 5  # measurements for such a median
 _PROBES = 3  # averaged, if they are recent:
 _RECENT = 60  # steps
-_LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this in the mean
 _WARM_UP = 10  # steps without warnings; critical alerts are possible from the first
 
 
@@ -51,7 +51,7 @@ class StabilityMargin:
         self._latch = Latch()
         self._regime = Regime()
         self._trust = Trust()
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
+        self._recent = RecentMargins(most=_PROBES, steps=_RECENT)
         self._history: deque[tuple[float, float]] = deque(maxlen=20)  # lr * lambda_max, loss
         self._loss_before: float | None = None
 
@@ -64,7 +64,10 @@ class StabilityMargin:
         if seen.margin.status != "ok":
             return self._relative(seen, seen.margin.value)
         levels = _FULL_BATCH if seen.deterministic else _NOISY
-        mean, count = self._mean(seen, seen.margin.value)
+        self._recent.add(seen, seen.margin.value)
+        mean, count = self._recent.mean(seen)
+        if mean is None:  # at a rate of 0
+            mean, count = seen.margin.value, 1
         severity = self._severity(seen, mean, count, levels)
         if severity is None:
             if mean < _RELEASE * levels.warning:
@@ -88,14 +91,6 @@ class StabilityMargin:
         noise = self._regime.noise(seen)
         found = Verdict(severity, mean, count, single=single, level=level, noise=noise)
         return described(self.name, seen, found, levels)
-
-    def _mean(self, seen: Observation, margin: float) -> tuple[float, int]:
-        """Return the geometric mean of the recent margins at this learning rate."""
-        lr = max(seen.lr, default=1.0)
-        if lr > 0:  # at 0 nothing is learnt of other rates
-            self._recent.append((seen.step, margin / lr))
-        recent = [lr * m for step, m in self._recent if seen.step - step <= _RECENT] or [margin]
-        return statistics.geometric_mean(max(m, _LEAST) for m in recent), len(recent)
 
     def _severity(
         self, seen: Observation, mean: float, count: int, levels: Levels
@@ -152,6 +147,7 @@ class StabilityMargin:
             "persistent": self._persistent,
             "lasting": self._lasting,
             "latch": self._latch,
+            "recent": self._recent,
             "regime": self._regime,
             "trust": self._trust,
         }
@@ -159,7 +155,6 @@ class StabilityMargin:
     def state_dict(self) -> dict[str, Any]:
         """Return persistence, latch, regime and the recent measurements."""
         return state_of(self._parts) | {
-            "recent": [list(pair) for pair in self._recent],
             "history": [list(pair) for pair in self._history],
             "loss_before": self._loss_before,
         }
@@ -167,6 +162,5 @@ class StabilityMargin:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over persistence, latch, regime and the recent measurements."""
         load_into(self._parts, state)
-        self._recent = deque(((int(s), float(m)) for s, m in state["recent"]), maxlen=_PROBES)
         self._history = deque(((float(m), float(x)) for m, x in state["history"]), maxlen=20)
         self._loss_before = state["loss_before"]

@@ -29,6 +29,7 @@ class Observation:
     gradient_margin: Estimate | None = None
     gradient_fresh: bool = False
     cold_start: float = 1.0  # factor of Adam's first steps that both margins leave out
+    adaptive: bool = False  # the optimizer preconditions its steps, as Adam does
     noise_ratio: float = 1.0  # full-batch over small-batch limit of the coming step
     peak: tuple[float, ...] = ()  # the highest rate each group is known to be headed for
     deterministic: bool = False  # every step sees the same data, as in full-batch training

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
 from typing import Any
 
-from geomwatch.records import Alert, Estimate
+from geomwatch.records import Alert
 from geomwatch.rules.message import alert, carried_by, lower_rate
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+from geomwatch.rules.recent import RecentMargins
 from geomwatch.rules.regime import Regime
 from geomwatch.rules.trust import Trust
 
 _JUMP = 2.0  # times the rate of the step before
 _PROBES = 3  # averaged, of the last
 _RECENT = 200  # steps
-_LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this
 _ITEMS = 64  # the batch that the levels below are for
 _SGD, _ADAPTIVE = 2.4, 5.0  # of the geometric mean of both margins
 _FULL_BATCH = 2.2  # of the margin, where every step sees the same data,
@@ -45,8 +43,8 @@ class RateJump:
 
     def __init__(self) -> None:
         self._lr: tuple[float, ...] = ()
-        self._margins = _Recent()
-        self._gradients = _Recent()
+        self._margins = RecentMargins(most=_PROBES, steps=_RECENT)
+        self._gradients = RecentMargins(most=_PROBES, steps=_RECENT)
         self._items = 0
         self._latch = Latch()
         self._trust = Trust()
@@ -57,17 +55,18 @@ class RateJump:
         self._items = seen.items or self._items
         trusted = not self._trust(seen)
         self._regime(seen)
-        if seen.fresh and trusted:
-            self._margins.add(seen, seen.margin)
-        if seen.gradient_fresh and trusted:
-            self._gradients.add(seen, seen.gradient_margin)
+        if seen.fresh and trusted and seen.margin and seen.margin.value is not None:
+            self._margins.add(seen, seen.margin.value)
+        along = seen.gradient_margin
+        if seen.gradient_fresh and trusted and along and along.value is not None:
+            self._gradients.add(seen, along.value)
         before, self._lr = self._lr, seen.lr
         pairs = zip(seen.lr, before, strict=False)
         jump = max((now / then for now, then in pairs if then > 0), default=1.0)
         if jump < _JUMP:
             self._latch.calm(seen.step)
             return None
-        margin = self._margins.mean(seen)
+        margin, _ = self._margins.mean(seen)
         if margin is None or not trusted or seen.margin is None or seen.margin.status != "ok":
             return None
         share, reason = self._share(seen, margin)
@@ -82,12 +81,11 @@ class RateJump:
             # One measurement will do: there is no noise of batches to average.
             now = (seen.margin.value if seen.margin else None) or margin
             return _share_of(now, held * _FULL_BATCH)
-        is_sgd = seen.optimizer.startswith("SGD")
         if self._regime.is_noisy(seen) is False:
-            return _share_of(margin, held * (_QUIET if is_sgd else _AT_ONCE))
-        gradient = max(self._gradients.mean(seen) or 0.0, margin)
+            return _share_of(margin, held * (_AT_ONCE if seen.adaptive else _QUIET))
+        gradient = max(self._gradients.mean(seen)[0] or 0.0, margin)
         both = math.sqrt(margin * gradient)
-        level = _SGD if is_sgd else _ADAPTIVE
+        level = _ADAPTIVE if seen.adaptive else _SGD
         level *= held * math.sqrt(max(self._items, 1) / _ITEMS)
         if margin / (held * _AT_ONCE) > both / level:
             return _share_of(margin, held * _AT_ONCE)
@@ -112,34 +110,6 @@ class RateJump:
         """Take over the last rates, the recent measurements and the latch."""
         load_into(self._parts, state)
         self._lr, self._items = tuple(state["lr"]), state["items"]
-
-
-class _Recent:
-    """The last few margins, per learning rate."""
-
-    def __init__(self) -> None:
-        self._measured: deque[tuple[int, float]] = deque(maxlen=_PROBES)  # step, margin / lr
-
-    def add(self, seen: Observation, margin: Estimate | None) -> None:
-        """Add one that was measured at this step's rate."""
-        lr = max(seen.lr, default=0.0)
-        if lr > 0 and margin is not None and margin.value is not None:
-            self._measured.append((seen.step, margin.value / lr))
-
-    def mean(self, seen: Observation) -> float | None:
-        """Return the geometric mean of those that are recent, at this step's rate."""
-        lr = max(seen.lr, default=0.0)
-        recent = [lr * m for step, m in self._measured if seen.step - step <= _RECENT]
-        return statistics.geometric_mean(max(m, _LEAST) for m in recent) if recent else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the measurements."""
-        return {"measured": [list(pair) for pair in self._measured]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over."""
-        pairs = ((int(step), float(m)) for step, m in state["measured"])
-        self._measured = deque(pairs, maxlen=_PROBES)
 
 
 def _share_of(margin: float, level: float) -> tuple[float, str]:
