@@ -187,25 +187,46 @@ def probe_cost(name: str, build: Callable[[], nn.Module]) -> None:
             times["build"].append(middle - start)
             times["hvp"].append((time.perf_counter() - middle) / 4)
     monitor.close()
+    times["sentinel"] = sentinel_seconds(model, optimizer)
     logging.getLogger("geomwatch").setLevel(logging.INFO)
     report_cost(name, times)
+
+
+def sentinel_seconds(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return what each look of a sentinel takes, in 300 steps of an adaptive schedule."""
+    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1000)
+    batch, spent = pick(*digits()), []
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        before = monitor.probe_seconds
+        record = monitor.step(batch, loss=loss)
+        optimizer.step()
+        if record is None and monitor.probe_seconds > before:
+            spent.append(monitor.probe_seconds - before)
+    monitor.close()
+    return spent
 
 
 def report_cost(name: str, times: dict[str, list[float]]) -> None:
     """Log what probes have cost, from the seconds of 30 steps."""
     median = {k: statistics.median(v[5:]) for k, v in times.items()}
-    build_cost, hvp_cost, cost = (median[k] / median["step"] for k in ("build", "hvp", "probe"))
+    build, hvp, cost, look = (
+        median[k] / median["step"] for k in ("build", "hvp", "probe", "sentinel")
+    )
     dear = statistics.median(times["probe"][10::10]) / median["step"]  # every tenth one
     logger.info(
-        "%s: a recurring probe costs %.1f training steps, every tenth %.0f: %.0f %% of a calm run "
-        "at every=100 (gradient graph %.2f + 8 HVPs at %.2f = %.1f)",
+        "%s: a recurring probe costs %.1f training steps, every tenth %.0f, a sentinel %.2f: %.0f "
+        "%% of a long calm run at every=100 (gradient graph %.2f + 7 HVPs at %.2f = %.1f)",
         name,
         cost,
         dear,
-        (9 * cost + dear) / 10,
-        build_cost,
-        hvp_cost,
-        build_cost + 8 * hvp_cost,
+        look,
+        (9 * cost + dear) / 10 + 4 * look,  # four looks between two probes
+        build,
+        hvp,
+        build + 7 * hvp,
     )
 
 
