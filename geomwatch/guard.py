@@ -15,6 +15,7 @@ from geomwatch.rescaled import Rescaled
 from geomwatch.sinks import logger
 
 _PATIENCE = 3  # failed probes in a row before probing is paused
+_GRADIENTS, _PRODUCT, _GLANCE = 2.0, 2.2, 0.5  # steps' worth of a probe, of an HVP, of a sentinel
 
 
 class Guard:
@@ -25,6 +26,7 @@ class Guard:
         self.paused = False
         self.seconds = 0.0  # spent in probes and sentinels so far
         self.glance_seconds = 0.0  # in sentinels
+        self.work = 0.0  # steps' worth of sentinels and recurring probes so far
         self.last: Probed | None = None
         self.margin = Rescaled()
         self.gradient_margin = Rescaled()
@@ -49,6 +51,7 @@ class Guard:
             self.seconds += time.perf_counter() - start
         self._failures = 0
         self.last = probed
+        self.work += self._work_of(probed)
         self.margin.update(probed.margin, probed.record.lr)
         self.gradient_margin.update(probed.gradient_margin, probed.record.lr)
         self._tell_surprises()
@@ -68,10 +71,17 @@ class Guard:
             return False
         finally:
             spent = time.perf_counter() - start
+            self.work += _GLANCE
             self.seconds += spent
             self.glance_seconds += spent
         self.gradient_margin.update(found, lr)
         return found.value is not None
+
+    def _work_of(self, probed: Probed) -> float:
+        """Return the steps' worth of a probe; what is dear has a period of its own (see `plan`)."""
+        if self.prober.plan.is_whole and self.prober.plan.probes > 1:
+            return 0.0
+        return _GRADIENTS + _PRODUCT * int(probed.record.how["hvps"])
 
     def resume(self) -> None:
         """Probe again after a pause."""
@@ -85,14 +95,16 @@ class Guard:
             logger.warning("%s", message)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last margins and their learning rates."""
+        """Return the last margins and their learning rates, and the work so far."""
         return {
+            "work": self.work,
             "margin": self.margin.state_dict(),
             "gradient_margin": self.gradient_margin.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the last margins and their learning rates."""
+        """Take over the last margins and their learning rates, and the work so far."""
+        self.work = state["work"]
         self.margin.load_state_dict(state["margin"])
         self.gradient_margin.load_state_dict(state["gradient_margin"])
 

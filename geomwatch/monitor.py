@@ -19,7 +19,7 @@ from geomwatch.judge import Judge
 from geomwatch.objective import LossFn
 from geomwatch.optimizers import is_adaptive
 from geomwatch.options import is_disabled
-from geomwatch.pace import Pace
+from geomwatch.pace import Pace, is_frugal
 from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
@@ -47,10 +47,12 @@ class Monitor:
         model: the module in training.
         loss_fn: (model, batch) -> the scalar loss that is trained on, evaluated again by probes.
         optimizer: the optimizer in use; it sets the limit that the margin is measured against.
-        every: optimizer steps between two probes of a calm run.
+        every: optimizer steps between two probes of a calm run, at most. From 100 on an adaptive
+            schedule is also held to a tenth of the work of training, so that the probes of a young
+            run lie further apart; an interval below 100 is taken as asked for.
         schedule: "adaptive" (denser when it matters) or "fixed".
-        max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05.
-            Sentinels may take half as much beside.
+        max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05,
+            by the clock and instead of that tenth. Sentinels may take half as much beside.
         quantities: "default", "all", or names of quantities.
         probe_batch: measure on this batch always, or on all of a DataLoader's, read once, instead
             of the step's own.
@@ -126,7 +128,8 @@ class Monitor:
                 hvp=hvp,
                 precision=precision,
                 every=every if quantities == "default" else None,
-                settled=every if schedule == "adaptive" else 0,
+                warms_up=schedule == "adaptive",
+                frugal=is_frugal(schedule, every, max_overhead),
                 seed=seed,
                 ranks=self._ranks,
                 needed=needed,
@@ -341,7 +344,9 @@ class Monitor:
         own = self._fixed_window or window
         if not self._ranks.any(bool(own)):
             return False
-        seen = self._guard.glance(own, self._lr, loss=_number(loss), grad_scale=grad_scale)
+        seen = self._guard.glance(
+            own, self._lr, same_data=window, loss=_number(loss), grad_scale=grad_scale
+        )
         self._pace.glanced(self._counter.steps, self._lr, self._control.scale)
         return seen
 
@@ -382,7 +387,7 @@ class Monitor:
             adaptive=self._adaptive,
             noise_ratio=last.noise_ratio if last is not None else 1.0,
             peak=planned_rates(self._optimizer, self._lr),
-            deterministic=last is not None and last.deterministic,
+            deterministic=self._guard.prober.is_deterministic,
             estimates=record.estimates if record is not None else None,
             how=record.how if record is not None else None,
             loss=record.loss if record is not None else None,
@@ -394,7 +399,8 @@ class Monitor:
 
     def _tell_of_a_short_run(self) -> None:
         steps, every = self._counter.steps, self._pace.every
-        if self._pace.last_probe == 0 and 1 < steps <= every:
+        is_fixed = self._facts["schedule"] == "fixed"
+        if is_fixed and self._pace.last_probe == 0 and 1 < steps <= every:
             self._guard.tell(
                 f"every must be smaller than the run, got every={every} for {steps} steps: only "
                 f"the first was probed. Pass every={max(1, steps // 10)}, say, or leave out "

@@ -1,4 +1,4 @@
-"""When to measure: what the schedule asks for, as far as time allows, alike on all ranks."""
+"""When to measure: what the schedule asks for, as far as it is affordable, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from geomwatch.records import Estimate
 from geomwatch.schedule import make_schedule
 
 _FOR_SENTINELS = 0.5  # of the time that probes may take, beside it
+_ASKED_FOR_MORE = 100  # an `every` below this sets its own budget, and is what it costs
+_WORK = 0.08  # steps' worth of sentinels and recurring probes, for each step taken
+_PROBE = 14.0  # steps' worth: what a recurring probe is taken to need
+_JUMP = 2.0  # times the rate of the step before
+_START, _BEYOND = 8, 1.0  # steps, while a margin beyond this is not let out of sight
 
 
 class Pace:
     """Decides before each step whether a probe or a sentinel is due.
 
-    `scale` is what a controller lets a step take of the user's rates `lr`: margins are judged as
-    they are applied. Without `max_overhead` the clock plays no part.
+    An adaptive schedule is held to a share of the work of training, counted in gradients and
+    products and not by the clock; sentinels go ahead of probes. The first probe, those at a jump of
+    the rate and those of a start beyond the limit are made in any case, and paid for by the ones to
+    come. With `max_overhead` the clock decides instead. `scale` is what a controller lets a step
+    take of the user's rates `lr`: margins are judged as they are applied.
     """
 
     def __init__(
@@ -29,6 +37,8 @@ class Pace:
         self._schedule = make_schedule(schedule, every)
         self._guard, self._ranks = guard, ranks
         self._max_overhead = max_overhead
+        self._counts_work = is_frugal(schedule, every, max_overhead)
+        self._lr: tuple[float, ...] = ()  # of the last call
         self._began = time.perf_counter()
 
     def probe_due(self, step: int, lr: Sequence[float], scale: float) -> bool:
@@ -36,7 +46,11 @@ class Pace:
         margin = _applied(self._guard.margin.at(lr), scale)
         ratio = self._guard.margin.ratio(lr)
         due = self._schedule.due(step, lr_ratio=ratio, margin=margin)
-        return due and self._may(step, self._has_time_for_probes)
+        before, self._lr = self._lr, tuple(lr)
+        jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
+        urgent = jumped or (step <= _START and margin is not None and margin > _BEYOND)
+        afforded = self._has_time_for_probes and (urgent or self._is_paid_for(step))
+        return due and self._may(step, afforded)
 
     def glance_due(self, step: int, lr: Sequence[float], scale: float) -> bool:
         """Tell whether to look at the coming step where no probe is due."""
@@ -61,6 +75,11 @@ class Pace:
             return False
         return self._ranks.all(has_time and not self._guard.paused)
 
+    def _is_paid_for(self, step: int) -> bool:
+        if not self._counts_work or self._guard.last is None:
+            return True
+        return self._guard.work + _PROBE <= _WORK * step
+
     @property
     def _has_time_for_probes(self) -> bool:
         guard = self._guard
@@ -77,13 +96,19 @@ class Pace:
         return spent <= share * self._max_overhead * rest
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the schedule."""
-        return self._schedule.state_dict()
+        """Return the state of the schedule and the last rates."""
+        return {"schedule": self._schedule.state_dict(), "lr": list(self._lr)}
 
     def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
         """Take over the state of the schedule, at the step to come."""
-        self._schedule.load_state_dict(state)
+        self._schedule.load_state_dict(state["schedule"])
+        self._lr = tuple(state["lr"])
         self.last_probe = step - 1
+
+
+def is_frugal(schedule: str, every: int, max_overhead: float | None) -> bool:
+    """Tell whether probes are held to a tenth of the work of training, for want of a wish."""
+    return schedule == "adaptive" and every >= _ASKED_FOR_MORE and max_overhead is None
 
 
 def _applied(margin: Estimate | None, scale: float) -> float | None:

@@ -8,18 +8,21 @@ from dataclasses import replace
 from geomwatch.probe import Budget
 from geomwatch.quantities import LIGHT, SLOW
 
-_SLOW = 10  # intervals between two measurements of what is costly and moves slowly
+_SLOW, _SLOW_FRUGAL = 10, 25  # intervals between two measurements of what is costly and slow,
+_SETTLED, _SETTLED_FRUGAL = 1, 10  # and before the first
 _WARM = Budget(lanczos=5, samples=1, tol=1e-2)
 _COLD = Budget(lanczos=12, samples=2, tol=1e-3)  # nothing to start from yet
+_COLD_FRUGAL = Budget(lanczos=8, samples=1, tol=1e-2)
 _WHOLE = Budget(lanczos=8, samples=5, tol=1e-3)  # all to measure
 
 
 class Plan:
     """Chooses quantities and budgets, probe by probe.
 
-    With `every`, the choice is ours: everything every 10 x `every` steps, for the first time at the
-    first probe from step `settled` on (before, a run that starts is watched, not described); else
-    without what is costly and slow to move, and without HVPs of another operator than the margin's;
+    With `every`, the choice is ours: everything every 10 x `every` steps (25 x if `frugal`), for
+    the first time at the first probe after an interval of one `every` (10) that `warms_up`, since a
+    run that starts is watched, not described; else without what is costly and slow to move, and
+    without HVPs of another operator than the margin's;
     and while probes are dense, little more than the margin.
     With `every` None all of `names` are measured at each probe. What controllers need is measured
     at each.
@@ -30,7 +33,8 @@ class Plan:
         names: Sequence[str],
         *,
         every: int | None,
-        settled: int,
+        warms_up: bool,
+        frugal: bool,
         per_layer: bool,
         needed: Collection[str] = (),
     ) -> None:
@@ -40,7 +44,10 @@ class Plan:
         self._per_layer = per_layer
         self.probes = 0  # so far
         self.last_full = 0  # step of the last one that was not dense
-        self._next_whole = settled
+        settled = _SETTLED_FRUGAL if frugal else _SETTLED
+        self._next_whole = settled * (every or 0) if warms_up else 0
+        self._slow = _SLOW_FRUGAL if frugal else _SLOW
+        self._cold = _COLD_FRUGAL if frugal and every is not None else _COLD
         self.is_whole = False  # whether the present probe measures what is costly as well
 
     def names(self, step: int, *, separate: bool) -> list[str]:
@@ -49,7 +56,7 @@ class Plan:
         self.is_whole = self._every is None or step >= self._next_whole
         if self._every is None or self.is_whole:
             self.last_full = step
-            self._next_whole = step + _SLOW * (self._every or 0)
+            self._next_whole = step + self._slow * (self._every or 0)
             return names
         names = [n for n in names if n not in SLOW or n in self._needed]
         if separate and self.probes:
@@ -62,7 +69,7 @@ class Plan:
     def budget(self, names: Sequence[str], *, cold: bool) -> Budget:
         """Return what these quantities may cost."""
         whole = self.is_whole and self._every is not None
-        budget = _COLD if cold else _WHOLE if whole else _WARM
+        budget = self._cold if cold else _WHOLE if whole else _WARM
         # What is not pooled over probes needs an error bar from the samples of one.
         single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
         return replace(budget, samples=_WHOLE.samples) if single else budget

@@ -43,7 +43,6 @@ class Probed:
     margin: Estimate | None
     gradient_margin: Estimate
     layers: tuple[str, ...]
-    deterministic: bool
     noise_ratio: float
     items: int  # of all ranks
 
@@ -70,7 +69,8 @@ class Prober:
         hvp: str,
         precision: str,
         every: int | None,
-        settled: int,
+        warms_up: bool,
+        frugal: bool,
         seed: int,
         ranks: Ranks,
         needed: Collection[str] = (),
@@ -91,7 +91,14 @@ class Prober:
             "micro_batch": micro_batch,
             "ranks": ranks,
         }
-        self.plan = Plan(names, every=every, settled=settled, per_layer=per_layer, needed=needed)
+        self.plan = Plan(
+            names,
+            every=every,
+            warms_up=warms_up,
+            frugal=frugal,
+            per_layer=per_layer,
+            needed=needed,
+        )
         self._per_layer = per_layer
         self._rng = generator(seed)
         self._warm = WarmStart()
@@ -101,6 +108,7 @@ class Prober:
         self._own = OwnStep()
         self._trace = RunningTrace()
         self._held = Held()
+        self.is_deterministic = False  # each step sees the same data
         self._fingerprint: tuple[float, ...] | None = None
         self._obstacle = ""  # why this model has no HVPs
         self.surprises: list[str] = []  # things to tell the user once
@@ -147,7 +155,7 @@ class Prober:
                 "loss_fn= that leaves it alone, or name its owner in also=(...)."
                 for name in objective.changed_objects
             ]
-        deterministic = self._sees_the_same_data(same_data)
+        self._compare_data(same_data)
         self.plan.probes += 1
         record = Record(
             step=step,
@@ -155,21 +163,29 @@ class Prober:
             lr=learning_rates(self._optimizer),
             seconds=time.perf_counter() - start,
             estimates=self._ordered(self._held.merge(step, fresh)),
-            how=how | {"deterministic": deterministic},
+            how=how | {"deterministic": self.is_deterministic},
         )
         margin = fresh.get("stability_margin")
-        return Probed(record, margin, along, layers, deterministic, probe.noise_ratio, items)
+        return Probed(record, margin, along, layers, probe.noise_ratio, items)
 
     def glance(
-        self, window: Sequence[Any], *, loss: float | None = None, grad_scale: float = 1.0
+        self,
+        window: Sequence[Any],
+        *,
+        same_data: Sequence[Any],
+        loss: float | None = None,
+        grad_scale: float = 1.0,
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
         self._choose_shards()
+        self._compare_data(same_data)
         gradient = gradient_of_step(self._layout, grad_scale)
         with Objective(
             self._model, self._loss_fn, window, products=False, **self._options
         ) as objective:
             used = objective.gradient() if gradient is None else gradient
+            if self._own.has_gradient:
+                self._invariant = self._invariance.update(self._layout, used)
             stability = stability_of(
                 self._optimizer, self._layout, gradient=used, exclude=self._invariant
             )
@@ -286,7 +302,8 @@ class Prober:
         own = objective.items
         return own if self.ranks.size == 1 else round(self.ranks.total(float(own)))
 
-    def _sees_the_same_data(self, window: Sequence[Any]) -> bool:
+    def _compare_data(self, window: Sequence[Any]) -> None:
+        """Tell whether this step sees the data that the last measured one has seen."""
         now = tuple(number for batch in window for number in batches.fingerprint(batch))
         before, self._fingerprint = self._fingerprint, now
         same = (
@@ -294,7 +311,7 @@ class Prober:
             and len(before) == len(now) > 0
             and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(before, now, strict=True))
         )
-        return self.ranks.all(same)
+        self.is_deterministic = self.ranks.all(same)
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self._names if name in estimates}

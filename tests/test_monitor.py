@@ -86,7 +86,7 @@ def weights(model: nn.Module) -> Tensor:
 
 def test_step_returns_the_record_when_a_probe_was_due():
     model, optimizer = small()
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     returned = train(model, optimizer, monitor, 12)
     assert [t for t, record in enumerate(returned) if record is not None] == DENSE
     assert [record for record in returned if record is not None] == monitor.history
@@ -134,7 +134,7 @@ def test_the_margin_is_rate_times_curvature_over_the_limit_of_the_optimizer():
 
 def test_scalars_are_flat_and_finite_under_the_prefix():
     model, optimizer = small()
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     train(model, optimizer, monitor, 4)
     record = monitor.history[-1]
     flat = record.scalars()
@@ -236,7 +236,7 @@ def test_a_window_ends_with_its_step():
 def test_a_probe_batch_is_measured_instead_of_the_steps_own():
     model, optimizer = small()
     probe_batch = digits(100)
-    monitor = Monitor(model, cross_entropy, optimizer, probe_batch=probe_batch)
+    monitor = Monitor(model, cross_entropy, optimizer, probe_batch=probe_batch, every=50)
     for batch in itertools.islice(draws(), 4):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
@@ -348,7 +348,7 @@ def test_a_failing_probe_is_reported_once_and_training_goes_on(caplog):
 def test_probes_go_on_after_resume_or_when_failures_are_few():
     loss_fn = Failing()
     model, optimizer = small()
-    monitor = Monitor(model, loss_fn, optimizer)
+    monitor = Monitor(model, loss_fn, optimizer, every=50)
     batches = draws()
     train(model, optimizer, monitor, 2, batches=batches, loss_fn=loss_fn)
     loss_fn.broken = False
@@ -443,7 +443,7 @@ def test_loss_and_norm_are_tensors_or_numbers(name, convert):
 
 def test_a_loss_need_not_be_detached():
     model, optimizer = small()
-    monitor = Monitor(model, cross_entropy, optimizer, rules=[])
+    monitor = Monitor(model, cross_entropy, optimizer, rules=[], every=50)
     for batch in itertools.islice(draws(), 3):
         optimizer.zero_grad()
         loss = cross_entropy(model, batch)
@@ -468,7 +468,7 @@ def test_gradients_that_are_still_scaled_are_recognised():
 def test_unscaled_gradients_are_taken():
     model, optimizer = small()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     for batch in itertools.islice(draws(), 4):
         optimizer.zero_grad()
         scaler.scale(cross_entropy(model, batch)).backward()
@@ -488,7 +488,7 @@ def test_gradients_that_nothing_unscales_are_measured_through_their_scale():
         model = mlp(64, 16, 10)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        monitor = Monitor(model, cross_entropy, optimizer)
+        monitor = Monitor(model, cross_entropy, optimizer, every=50)
         for batch in itertools.islice(draws(), 6):
             optimizer.zero_grad()
             scaler.scale(cross_entropy(model, batch)).backward()
@@ -545,7 +545,7 @@ def test_sparse_gradients_do_not_stop_a_run():
     model = nn.Sequential(nn.Embedding(17, 4, sparse=True), nn.Flatten(), nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     batches = (((16 * x).long(), y) for x, y in draws())
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     train(model, optimizer, monitor, 10, batches=batches)
     monitor.close()
     assert [r.step for r in monitor.history] == DENSE
@@ -575,6 +575,7 @@ def test_a_jump_of_the_rate_is_critical_before_the_step_that_it_ruins():
     assert record.step == 60
     assert [(a.rule, a.severity, a.step) for a in record.alerts] == [
         ("stability_margin", "critical", 60),
+        ("gradient_margin", "warning", 60),
         ("rate_jump", "critical", 60),
     ]
     assert record.alerts[0].value > 2
@@ -614,7 +615,7 @@ def test_alerts_go_to_the_list_the_record_the_callback_and_the_log(caplog):
     told: list[Alert] = []
     model = mlp(64, 16, 10)
     optimizer = sgd(model, lr=20.0)
-    monitor = Monitor(model, cross_entropy, optimizer, on_alert=told.append)
+    monitor = Monitor(model, cross_entropy, optimizer, on_alert=told.append, every=50)
     train(model, optimizer, monitor, 3)
     assert told == monitor.alerts
     assert [a for r in monitor.history for a in r.alerts] == told
@@ -626,7 +627,7 @@ def test_alerts_go_to_the_list_the_record_the_callback_and_the_log(caplog):
 def test_layers_are_named_in_a_margin_alert():
     model = mlp(64, 16, 10)
     optimizer = sgd(model, lr=20.0)
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     train(model, optimizer, monitor, 3)
     alert = next(a for a in monitor.alerts if a.rule == "stability_margin")
     assert {layer.split(" ")[0] for layer in alert.layers} <= {"0", "2"}
@@ -661,7 +662,7 @@ def test_a_callback_sink_or_rule_that_raises_does_not_stop_the_run(part, caplog)
     told: list[Alert] = []
     options: dict[str, Any] = {"on_alert": told.append, "rules": [Talkative()]}
     parts = {"on_alert": broken, "sinks": [broken], "rules": [broken, Talkative()]}
-    monitor = Monitor(model, cross_entropy, optimizer, **options | {part: parts[part]})
+    monitor = Monitor(model, cross_entropy, optimizer, **options | {part: parts[part]}, every=50)
     train(model, optimizer, monitor, 12)
     assert broken.calls >= 12
     assert len(monitor.alerts) == 12
@@ -924,7 +925,7 @@ class HandMade:
 def test_an_optimizer_without_hooks_is_counted_by_calls_and_has_no_known_limit():
     model = mlp(64, 16, 10)
     optimizer = HandMade(model, lr=0.1)
-    with Monitor(model, cross_entropy, optimizer) as monitor:
+    with Monitor(model, cross_entropy, optimizer, every=50) as monitor:
         train(model, optimizer, monitor, 60)
     assert [r.step for r in monitor.history][:6] == DENSE
     for record in monitor.history:
@@ -938,7 +939,7 @@ def test_an_optimizer_without_hooks_is_counted_by_calls_and_has_no_known_limit()
 def test_a_hand_made_optimizer_that_breaks_down_is_warned_of():
     model = mlp(64, 16, 10)
     optimizer = HandMade(model, lr=0.1)
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
 
     def ramp(step: int) -> None:
         optimizer.param_groups[0]["lr"] = 0.1 * 1.02**step
@@ -949,7 +950,7 @@ def test_a_hand_made_optimizer_that_breaks_down_is_warned_of():
 
 def test_the_optimizer_can_be_copied_and_pickled_while_it_is_watched():
     model, optimizer = small()
-    monitor = Monitor(model, cross_entropy, optimizer)
+    monitor = Monitor(model, cross_entropy, optimizer, every=50)
     train(model, optimizer, monitor, 3)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert twin.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]

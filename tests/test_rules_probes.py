@@ -279,7 +279,7 @@ def test_a_wrong_backward_is_told_of_where_it_is_used_all_the_same(hvp, expected
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(64, 16), Silent(), nn.Linear(16, 10)), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, hvp=hvp)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, hvp=hvp, every=10)
     for _ in range(10):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
@@ -299,9 +299,9 @@ def whole(step: int, margin: float, mean_square: float, **more) -> Observation:
 
 
 def test_the_factor_of_the_batch_brings_the_mean_square_margin_down_to_one():
-    # D = 0.6, N = 1.9: ceil(1.9 / 0.4) = 5, and 0.6 + 1.9 / 5 < 1
-    alerts = heard(StabilityMargin(), [whole(20, 0.6, 2.5), measured(22, 0.6)])
-    assert "make the batch 5 x larger: 76% of the mean-square margin 2.5" in alerts[0].message
+    # D = 0.7, N = 1.8: ceil(1.8 / 0.3) = 6, and 0.7 + 1.8 / 6 = 1
+    alerts = heard(StabilityMargin(), [whole(20, 0.7, 2.5), measured(22, 0.7)])
+    assert "make the batch 6 x larger: 72% of the mean-square margin 2.5" in alerts[0].message
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,9 @@ def alert(severity: str = "warning", **changes: Any) -> Alert:
 def watched_run(path: Path, *, lr: float = 0.05, steps: int = 4, **options: Any) -> Monitor:
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    with Monitor(model, cross_entropy, optimizer, sinks=[JsonLines(path)], **options) as monitor:
+    with Monitor(
+        model, cross_entropy, optimizer, sinks=[JsonLines(path)], **{"every": 50, **options}
+    ) as monitor:
         for _ in range(steps):
             optimizer.zero_grad()
             cross_entropy(model, batch).backward()

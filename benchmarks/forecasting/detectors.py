@@ -103,7 +103,7 @@ RAW_MARGIN = Detector("margin, one probe", margin, "probes")
 DETECTORS = (*LOSS_AND_GRADIENT, RAW_LAMBDA, RAW_MARGIN)
 
 _LOUD = ("warning", "critical")
-_SCALAR_RULES = ("loss", "grad", "non_finite")  # how the names of rules without geometry begin
+_SCALAR_RULES = ("loss", "grad_norm", "non_finite")  # how the names of rules without geometry begin
 
 
 def above(detector: Detector, threshold: float) -> Alarm:

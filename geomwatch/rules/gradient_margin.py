@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.message import alert
+from geomwatch.rules.message import alert, lower_rate
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
 
-_AT_ONCE = 2.0  # of a single measurement: beyond the limit in the steps' own direction
-_EDGE_AT_ONCE = 3.0
-_LEVEL = 0.4  # of the geometric mean, in units of the full-batch limit
-_EDGE_LEVEL = 1.3  # where every step sees the same data, which lives at 1
+_ITEMS, _RATIO = 64, 19.0  # the batch and the noise ratio (momentum 0.9) of the levels below:
+_LONG, _LONG_ADAPTIVE = 6.0, 10.0  # of the mean over 60 steps,
+_SHORT = 10.0  # of SGD over the last three,
+_FIRST = 18.0  # and of SGD in one of the first steps, all in units of the small-batch limit
+_GROWTH = 1 / 3  # power of the batch that they grow with
+_EDGE = 1.3  # no level lies beyond so many times the limit of the full batch, or below
+_AT_ONCE, _EDGE_AT_ONCE = 2.0, 3.0  # of one measurement, in units of the full-batch limit
 _RELEASE = 0.7  # of the level
-_SPAN = 60  # steps that the mean looks back
-_ENOUGH = 4  # measurements in a mean
+_TARGET = 0.5  # of the level, that the advice aims for
+_LONG_SPAN, _SHORT_SPAN = 60, 40  # steps that the means look back
+_ENOUGH, _THREE = 4, 3  # measurements in them
+_YOUNG = range(3, 13)  # steps
 _WARM_UP = 20  # steps
 
 
-class GradientMargin:
-    """Warns when the curvature along the gradient nears the limit of the optimizer for long.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    share: float  # of the level
+    value: float
+    level: float
+    shown: str
+    severity: Severity = "warning"
 
-    d'(H + W)d / g'd along the coming step d = S^2 g, in units of the full-batch limit: what
-    sentinels measure between probes, at a fraction of their cost. One value says little, since
-    batches differ; the geometric mean over the last 60 steps, re-scaled to the present rate, must
-    exceed 0.4. It lies below the margin of λ_max, which no single direction reaches, but follows a
-    rate that rises within tens of steps, where two probes lie further apart. A single value
-    above 2 is critical.
+
+class GradientMargin:
+    """Warns when the curvature along the steps is more than batches of this size survive.
+
+    G = d'(H + W)d / g'd along the coming step d = S^2 g, in units of the limit of small batches
+    (`noise_ratio` times further off is that of the full batch): what sentinels measure between
+    probes, at a fraction of their cost. Healthy runs settle between the two limits, the higher the
+    larger the batch B. Of geometric means, re-scaled to the present rate, it is a warning when
+
+        over 60 steps   G > 6 (B/64)^(1/3)    (10 for methods that adapt),
+        over three      G > 10 (B/64)^(1/3)   (SGD),
+
+    times sqrt(noise_ratio / 19), and critical when a single value in steps 3 to 12 exceeds 18
+    (B/64)^(1/3) (SGD), or one at any step twice the limit of the full batch. Where every step sees
+    the same data the level is 1.3 of that limit.
     """
 
     name = "gradient_margin"
 
     def __init__(self) -> None:
-        self._recent = RecentMargins(most=_SPAN, steps=_SPAN)
+        self._long = RecentMargins(most=_LONG_SPAN, steps=_LONG_SPAN)
+        self._short = RecentMargins(most=_THREE, steps=_SHORT_SPAN)
         self._latch = Latch()
 
     def __call__(self, seen: Observation) -> Alert | None:
@@ -44,41 +66,75 @@ class GradientMargin:
         lr = max(seen.lr, default=1.0)
         if lr <= 0 or (seen.margin is not None and seen.margin.status != "ok"):
             return None
-        now = margin.value / seen.noise_ratio
-        self._recent.add(seen, now)
-        if seen.fresh:  # of a probe StabilityMargin speaks
+        self._long.add(seen, margin.value)
+        self._short.add(seen, margin.value)
+        found = max(self._judged(seen, margin.value), key=lambda f: f.share)
+        if found.share <= 1:
+            self._latch.calm(seen.step) if found.share < _RELEASE else self._latch.between()
             return None
-        mean, count = self._recent.mean(seen)
-        assert mean is not None  # of this one at least
-        at_once = _EDGE_AT_ONCE if seen.deterministic else _AT_ONCE
-        if now > at_once and seen.step > 0:
-            return self._raise("critical", seen, now, at_once, "measured once")
-        level = _EDGE_LEVEL if seen.deterministic else _LEVEL
-        if mean <= level or count < _ENOUGH or seen.step < _WARM_UP:
-            self._latch.calm(seen.step) if mean < _RELEASE * level else self._latch.between()
+        if not self._latch.admit(found.severity, seen.step):
             return None
-        shown = f"mean of {count} measurements in {_SPAN} steps"
-        return self._raise("warning", seen, mean, level, shown)
+        return self._alert(seen, found)
 
-    def _raise(
-        self, severity: Severity, seen: Observation, value: float, level: float, shown: str
-    ) -> Alert | None:
-        if not self._latch.admit(severity, seen.step):
-            return None
-        lr, factor = max(seen.lr), _RELEASE * _LEVEL / value
-        relation = "is beyond" if value > 1 else "comes close to"
-        message = (
-            f"learning rate {lr:.3g} {relation} what the curvature along the steps allows for "
-            f"{seen.optimizer}: {value:.2f} of the limit, {shown} (alert above {level:g}). Lower "
-            f"the learning rate to about {lr * factor:.1g} ({factor:.2g} x), or end its warm-up "
+    def _judged(self, seen: Observation, now: float) -> list[_Found]:
+        """Hold one value and the means against their levels."""
+        judged = [_Found(0.0, now, math.inf, "")]
+        at_once = seen.noise_ratio * (_EDGE_AT_ONCE if seen.deterministic else _AT_ONCE)
+        if seen.step > 0 and not seen.fresh:  # of a probe StabilityMargin speaks
+            judged.append(_found(now, at_once, "measured once", "critical"))
+        mean, count = self._long.mean(seen)
+        if mean is not None and count >= _ENOUGH and seen.step >= _WARM_UP:
+            level = _LONG_ADAPTIVE if seen.adaptive else _LONG
+            shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
+            judged.append(_found(mean, _level(seen, level), shown))
+        if seen.adaptive or seen.deterministic:
+            return judged
+        if seen.step in _YOUNG:
+            judged.append(_found(now, _level(seen, _FIRST), "measured once", "critical"))
+        mean, count = self._short.mean(seen)
+        if mean is not None and count >= _THREE and seen.step >= _YOUNG.start:
+            judged.append(_found(mean, _level(seen, _SHORT), "mean of the last three measurements"))
+        return judged
+
+    def _alert(self, seen: Observation, found: _Found) -> Alert:
+        lr = max(seen.lr)
+        batch = "full-batch training" if seen.deterministic else f"batches of {_items(seen)}"
+        text = (
+            f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
+            f"survive for long with {seen.optimizer}: {found.value:.3g} x the limit of small "
+            f"batches, {found.shown} (alert above {found.level:.3g}; the full batch would allow "
+            f"{seen.noise_ratio:.3g}). {lower_rate(lr, _TARGET / found.share)}, or end its warm-up "
             "there."
         )
-        return alert(self.name, severity, message, value=value, limit=level, step=seen.step)
+        return alert(
+            self.name, found.severity, text, value=found.value, limit=found.level, step=seen.step
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent measurements and the latch."""
-        return state_of({"latch": self._latch, "recent": self._recent})
+        return state_of(self._parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the recent measurements and the latch."""
-        load_into({"latch": self._latch, "recent": self._recent}, state)
+        load_into(self._parts, state)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"latch": self._latch, "long": self._long, "short": self._short}
+
+
+def _items(seen: Observation) -> int:
+    return seen.items or _ITEMS
+
+
+def _level(seen: Observation, at_64: float) -> float:
+    """Return a level for this batch and this optimizer."""
+    edge = _EDGE * seen.noise_ratio
+    if seen.deterministic:
+        return edge
+    level = at_64 * (_items(seen) / _ITEMS) ** _GROWTH * math.sqrt(seen.noise_ratio / _RATIO)
+    return float(min(max(level, _EDGE), edge))
+
+
+def _found(value: float, level: float, shown: str, severity: Severity = "warning") -> _Found:
+    return _Found(value / level, value, level, shown, severity)

@@ -12,17 +12,21 @@ from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _SMOOTHING = 0.8
 _NOISE_SMOOTHING = 0.98
-_SHARE = 0.22  # of the first loss: 0.5 nats of the 2.3 that ten classes start from
+_SHARE = 0.3  # of the first loss: 0.7 nats of the 2.3 that ten classes start from
 _NOISE = 3.0  # standard deviations of a single loss
 _YOUNG = 10  # losses until the noise is known
 _IN_A_ROW = 3  # losses: a single bad batch of few items lifts a healthy run's mean above the limit
+_START_SHARE, _START_ROW = 0.5, 4  # of the first loss, and losses beyond it in a row, among
+_START = 10  # losses: adaptive methods and BatchNorm often begin with a spike that heals;
+_START_ITEMS = 16  # of fewer items a single loss, the first, says little
 
 
 class LossRise:
     """Warns when the smoothed loss rises above its running minimum.
 
-    EMA(loss) - min EMA > max(0.22 |first loss|, 3 sd of a single loss), and the last three losses
-    as well; critical at once when the EMA exceeds the first loss by the same amount. Curvature
+    EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
+    as well; critical at once when the EMA exceeds the first loss by the same amount, or when four
+    of the first ten losses in a row exceed it by half, in batches of 16 items or more. Curvature
     does not announce every failure (bad data, for one); this is the rule beside it.
     """
 
@@ -30,7 +34,7 @@ class LossRise:
 
     def __init__(self) -> None:
         self._first: float | None = None
-        self._last: deque[float] = deque(maxlen=_IN_A_ROW)
+        self._last: deque[float] = deque(maxlen=_START_ROW)
         self._count = 0
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
@@ -45,22 +49,34 @@ class LossRise:
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
+        if seen.items >= _START_ITEMS and self._starts_badly():
+            return self._alert("critical", min(self._last), self._first, step)
         rise = smooth - self._lowest
         if rise <= limit:
             self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
             return None
         severity: Severity = "critical" if smooth > self._first + limit else "warning"
-        if severity == "warning" and min(self._last) <= self._lowest + limit:
+        recent = list(self._last)[-_IN_A_ROW:]
+        if severity == "warning" and min(recent) <= self._lowest + limit:
             return None
+        return self._alert(severity, smooth, self._lowest + limit, step)
+
+    def _starts_badly(self) -> bool:
+        """Tell whether the first losses are far above the very first."""
+        assert self._first is not None
+        limit = self._first + _START_SHARE * abs(self._first)
+        return _START_ROW < self._count <= _START and min(self._last) > limit
+
+    def _alert(self, severity: Severity, loss: float, limit: float, step: int) -> Alert | None:
         if not self._latch.admit(severity, step):
             return None
+        lowest = self._lowest if math.isfinite(self._lowest) else self._first
         message = (
-            f"the loss has risen to {smooth:.4g} from its lowest {self._lowest:.4g} (smoothed; "
-            f"limit {self._lowest + limit:.4g}, first loss {self._first:.4g}). Lower the learning "
-            "rate or go back to a checkpoint from before the rise, and look at the last batches."
+            f"the loss has risen to {loss:.4g} from its lowest {lowest:.4g} (limit {limit:.4g}, "
+            f"first loss {self._first:.4g}). Lower the learning rate or go back to a checkpoint "
+            "from before the rise, and look at the last batches."
         )
-        limit += self._lowest
-        return alert(self.name, severity, message, value=smooth, limit=limit, step=step)
+        return alert(self.name, severity, message, value=loss, limit=limit, step=step)
 
     def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
         if seen.settled is not None and seen.settled.loss is not None:
@@ -103,6 +119,6 @@ class LossRise:
         """Take over the moving averages, the last losses and the latch."""
         load_into({"latch": self._latch}, state)
         self._first, self._count = state["first"], state["count"]
-        self._last = deque(state["last"], maxlen=_IN_A_ROW)
+        self._last = deque(state["last"], maxlen=_START_ROW)
         self._mean, self._variance = state["mean"], state["variance"]
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
