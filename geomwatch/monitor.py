@@ -60,7 +60,7 @@ class Monitor:
         operator: "hessian", or "ggn" for the generalised Gauss-Newton matrix, where the loss is a
             function of the model's outputs.
         micro_batch: evaluate so many items at a time, to bound the memory of a probe.
-        per_layer: lambda_max and trace of each module too, at every 10th probe.
+        per_layer: lambda_max and trace of each module too, at whole probes.
         hvp: how HVPs are computed: "auto", "double_backward" or "finite_difference". Of a model
             that fully_shard has cut: on a replica or on its local shards by memory, on a replica,
             or on the shards.
