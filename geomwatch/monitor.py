@@ -49,7 +49,8 @@ class Monitor:
         optimizer: the optimizer in use; it sets the limit that the margin is measured against.
         every: optimizer steps between two probes of a calm run, at most. From 100 on an adaptive
             schedule is also held to a tenth of the work of training, so that the probes of a young
-            run lie further apart; an interval below 100 is taken as asked for.
+            run lie further apart; an interval below 100 is taken as asked for, and so are the
+            measurements that a controller needs.
         schedule: "adaptive" (denser when it matters) or "fixed".
         max_overhead: upper bound on probe time over the rest of the run's time, for example 0.05,
             by the clock and instead of that tenth. Sentinels may take half as much beside.
@@ -113,6 +114,7 @@ class Monitor:
         self._ranks = Ranks.of(model)
         model = unwrapped(model)
         layout = Layout.of(model, params)
+        frugal = is_frugal(schedule, every, max_overhead, needed)
         self._guard = Guard(
             Prober(
                 model,
@@ -129,13 +131,15 @@ class Monitor:
                 precision=precision,
                 every=every if quantities == "default" else None,
                 warms_up=schedule == "adaptive",
-                frugal=is_frugal(schedule, every, max_overhead),
+                frugal=frugal,
                 seed=seed,
                 ranks=self._ranks,
                 needed=needed,
             )
         )
-        self._pace = Pace(schedule, every, self._guard, self._ranks, max_overhead)
+        self._pace = Pace(
+            schedule, every, self._guard, self._ranks, max_overhead=max_overhead, frugal=frugal
+        )
         self._disabled = is_disabled()
         self._control = Control(() if self._disabled else controllers, optimizer, dry_run=dry_run)
         self._judge = Judge(rules, sinks, on_alert, self._control)

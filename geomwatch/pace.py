@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from geomwatch.distributed import Ranks
@@ -22,22 +22,29 @@ _START, _BEYOND = 8, 1.0  # steps, while a margin beyond this is not let out of 
 class Pace:
     """Decides before each step whether a probe or a sentinel is due.
 
-    An adaptive schedule is held to a share of the work of training, counted in gradients and
-    products and not by the clock; sentinels go ahead of probes. The first probe, those at a jump of
-    the rate and those of a start beyond the limit are made in any case, and paid for by the ones to
-    come. With `max_overhead` the clock decides instead. `scale` is what a controller lets a step
-    take of the user's rates `lr`: margins are judged as they are applied.
+    Where `frugal`, an adaptive schedule is held to a share of the work of training, counted in
+    gradients and products and not by the clock; sentinels go ahead of probes. The first probe,
+    those at a jump of the rate and those of a start beyond the limit are made in any case, and paid
+    for by the ones to come. With `max_overhead` the clock decides instead. `scale` is what a
+    controller lets a step take of the user's rates `lr`: margins are judged as they are applied.
     """
 
     def __init__(
-        self, schedule: str, every: int, guard: Guard, ranks: Ranks, max_overhead: float | None
+        self,
+        schedule: str,
+        every: int,
+        guard: Guard,
+        ranks: Ranks,
+        *,
+        max_overhead: float | None,
+        frugal: bool,
     ) -> None:
         self.every = every
         self.last_probe = -1  # its step
         self._schedule = make_schedule(schedule, every)
         self._guard, self._ranks = guard, ranks
         self._max_overhead = max_overhead
-        self._counts_work = is_frugal(schedule, every, max_overhead)
+        self._counts_work = frugal
         self._lr: tuple[float, ...] = ()  # of the last call
         self._began = time.perf_counter()
 
@@ -106,9 +113,12 @@ class Pace:
         self.last_probe = step - 1
 
 
-def is_frugal(schedule: str, every: int, max_overhead: float | None) -> bool:
-    """Tell whether probes are held to a tenth of the work of training, for want of a wish."""
-    return schedule == "adaptive" and every >= _ASKED_FOR_MORE and max_overhead is None
+def is_frugal(
+    schedule: str, every: int, max_overhead: float | None, needed: Collection[str]
+) -> bool:
+    """Tell whether probes are held to a tenth of the work, as nobody needs or wants more."""
+    is_asked_for = bool(needed) or every < _ASKED_FOR_MORE or max_overhead is not None
+    return schedule == "adaptive" and not is_asked_for
 
 
 def _applied(margin: Estimate | None, scale: float) -> float | None:

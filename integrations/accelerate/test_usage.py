@@ -179,7 +179,7 @@ def test_a_first_window_may_be_what_is_left_of_an_epoch(make_accelerator):
     accelerator = make_accelerator(gradient_accumulation_steps=4)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*digits(8)), batch_size=8)
     loader = accelerator.prepare(loader)
-    model, optimizer, monitor = watched(accelerator)
+    model, optimizer, monitor = watched(accelerator, every=50)
     for _ in range(2):
         for batch in loader:
             with accelerator.accumulate(model):

@@ -42,7 +42,7 @@ def test_a_loader_draws_the_batches_that_a_controller_wants():
     sampler = ResizableBatchSampler(RandomSampler(DATA), 32)
     loader = DataLoader(DATA, batch_sampler=sampler)
     controllers = [Through({1: 2.0, 3: 1.0}, SampledBatches(sampler))]
-    monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers)
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers, every=50)
     sizes = []
     for batch in itertools.islice(loader, 6):
         cross_entropy(model, batch).backward()
