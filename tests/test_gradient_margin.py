@@ -93,6 +93,11 @@ def test_one_value_beyond_twice_the_limit_of_the_full_batch_is_critical(step):
     assert not alerts(GradientMargin(), {step: 37.0})
 
 
+def test_what_is_critical_goes_before_a_warning_that_is_further_beyond_its_level():
+    course = {100: 30.0, 110: 30.0, 120: 39.0}  # 3.3 times the level of three, once 1.03 x the edge
+    assert brief(alerts(GradientMargin(), course)) == [(120, "critical")]
+
+
 def test_weights_that_are_too_sharp_at_step_0_may_be_left_behind():
     assert not alerts(GradientMargin(), {0: 95.0})
 

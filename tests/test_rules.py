@@ -9,6 +9,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -391,6 +392,29 @@ def test_a_loss_above_the_first_is_critical():
     assert [a.severity for a in alerts] == ["warning", "critical"]
     assert alerts[0].value > alerts[0].limit
     assert alerts[1].value > 2.5 + 0.3 * 2.5  # above the first loss by the same amount
+
+
+def started(*values: float, items: int = 16) -> list[Observation]:
+    return [replace(seen, items=items) for seen in losses(values)]
+
+
+def test_four_first_losses_far_above_the_very_first_are_critical():
+    (alert,) = heard(LossRise(), started(2.0, 80.0, 30.0, 9.0, 3.1, 2.0, 1.9))
+    assert (alert.step, alert.severity) == (4, "critical")
+    assert (alert.value, alert.limit) == (pytest.approx(3.1), pytest.approx(3.0))
+    assert "risen to 3.1 from its lowest 2 (limit 3, first loss 2)" in alert.message
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        started(2.0, 80.0, 30.0, 9.0, 2.9, 2.0, 1.9),  # a spike that heals
+        started(2.0, 80.0, 30.0, 9.0, 3.1, 2.0, 1.9, items=15),
+        started(*[2.0] * 7, *[3.1] * 3),
+    ],
+)
+def test_a_spike_few_items_and_a_late_rise_are_no_bad_start(run):
+    assert not heard(LossRise(), run)
 
 
 def test_a_loss_that_comes_down_again_may_rise_again():

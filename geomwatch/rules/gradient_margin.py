@@ -68,7 +68,8 @@ class GradientMargin:
             return None
         self._long.add(seen, margin.value)
         self._short.add(seen, margin.value)
-        found = max(self._judged(seen, margin.value), key=lambda f: f.share)
+        judged = self._judged(seen, margin.value)
+        found = max(judged, key=lambda f: (f.share > 1 and f.severity == "critical", f.share))
         if found.share <= 1:
             self._latch.calm(seen.step) if found.share < _RELEASE else self._latch.between()
             return None

@@ -49,8 +49,10 @@ class LossRise:
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
-        if seen.items >= _START_ITEMS and self._starts_badly():
-            return self._alert("critical", min(self._last), self._first, step)
+        start_limit = self._first + _START_SHARE * abs(self._first)
+        is_young = _START_ROW < self._count <= _START and seen.items >= _START_ITEMS
+        if is_young and min(self._last) > start_limit:
+            return self._alert("critical", min(self._last), self._first, start_limit, step)
         rise = smooth - self._lowest
         if rise <= limit:
             self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
@@ -59,18 +61,13 @@ class LossRise:
         recent = list(self._last)[-_IN_A_ROW:]
         if severity == "warning" and min(recent) <= self._lowest + limit:
             return None
-        return self._alert(severity, smooth, self._lowest + limit, step)
+        return self._alert(severity, smooth, self._lowest, self._lowest + limit, step)
 
-    def _starts_badly(self) -> bool:
-        """Tell whether the first losses are far above the very first."""
-        assert self._first is not None
-        limit = self._first + _START_SHARE * abs(self._first)
-        return _START_ROW < self._count <= _START and min(self._last) > limit
-
-    def _alert(self, severity: Severity, loss: float, limit: float, step: int) -> Alert | None:
+    def _alert(
+        self, severity: Severity, loss: float, lowest: float, limit: float, step: int
+    ) -> Alert | None:
         if not self._latch.admit(severity, step):
             return None
-        lowest = self._lowest if math.isfinite(self._lowest) else self._first
         message = (
             f"the loss has risen to {loss:.4g} from its lowest {lowest:.4g} (limit {limit:.4g}, "
             f"first loss {self._first:.4g}). Lower the learning rate or go back to a checkpoint "
