@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import importlib.util
@@ -175,6 +176,8 @@ def _rank(
         "TORCHELASTIC_RUN_ID": "scene",  # by which Lightning knows torchrun
         "HF_HUB_OFFLINE": "1",
     }
+    # A rank that hangs says where.
+    faulthandler.dump_traceback_later(0.9 * _LONGEST, file=sys.__stderr__)
     began = time.monotonic()
     try:
         if group:
