@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterable
 
 import pytest
 
 from geomwatch.controllers import LearningRateCap, Move
 from geomwatch.errors import UsageError
+from geomwatch.progress import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
@@ -192,6 +194,46 @@ def test_cooldown_keeps_the_rate_down_for_some_steps():
     assert applied(glanced(20, 0.1)) > 0.005
 
 
+def trained(losses, *, margin=4.0, start=0, **more) -> list[Observation]:
+    """Steps after which these losses became known."""
+    return [
+        glanced(start + t, margin, settled=Settled(start + t, loss, 1.0, stepped=True), **more)
+        for t, loss in enumerate(losses)
+    ]
+
+
+def noisy(number, falling=0.0):
+    noise = random.Random(0)
+    return [2 - falling * t + noise.gauss(0, 0.1) for t in range(number)]
+
+
+def test_the_limit_falls_once_the_loss_has_stopped_falling_at_a_high_rate():
+    applied = Applied(LearningRateCap(factor=0.25))
+    rates = applied.rates(trained([2.0] * 310))
+    assert rates[:149] == pytest.approx([0.05] * 149)
+    assert rates[149:299] == pytest.approx([0.0125] * 150)
+    assert rates[299:] == pytest.approx([0.0125 / 4] * 11)
+    (move,) = LearningRateCap()(glanced(0, 4.0))
+    assert "stopped falling" not in move.reason
+    (move,) = applied.cap(glanced(310, 16.0))
+    assert "(to stay below 0.125, 16 x lower since the loss stopped falling" in move.reason
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"losses": noisy(600, falling=0.001)},  # it falls, if slowly
+        {"losses": noisy(600), "margin": 0.9},  # the rate is not what keeps the loss up
+        {"losses": noisy(600), "deterministic": True, "fresh": True},  # no noise to be averaged out
+        {"losses": [None] * 600},
+        {"losses": [math.nan] * 600},
+    ],
+)
+def test_the_limit_stays_where_the_rate_is_not_why_the_loss_does_not_fall(given):
+    capped, plain = (Applied(LearningRateCap(factor=f)) for f in (0.25, 1.0))
+    assert capped.rates(trained(**given)) == plain.rates(trained(**given))
+
+
 def test_a_base_rate_that_is_lowered_often_is_said_to_be_too_high_once():
     applied = Applied(LearningRateCap())
     applied.rates(glanced(t, 6.0) for t in range(200))
@@ -206,19 +248,21 @@ def test_a_base_rate_that_is_lowered_now_and_then_is_not_complained_of():
     assert not applied.advice
 
 
-def test_a_cap_goes_on_from_its_state_as_if_it_had_not_stopped():
+@pytest.mark.parametrize("number", [50, 263, 400])
+def test_a_cap_goes_on_from_its_state_as_if_it_had_not_stopped(number):
     run = [
         glanced(t, 3 + math.sin(t), lr=0.1 + 0.05 * math.cos(t)) if t % 3 == 0 else passed(t)
         for t in range(120)
     ]
+    run += trained(noisy(300), start=120)
     whole = Applied(LearningRateCap())
     expected = whole.rates(run)
     first = Applied(LearningRateCap())
-    begun = first.rates(run[:50])
+    begun = first.rates(run[:number])
     second = Applied(LearningRateCap())
     second.cap.load_state_dict(json.loads(json.dumps(first.cap.state_dict())))
     second.setting = first.setting
-    assert begun + second.rates(run[50:]) == expected
+    assert begun + second.rates(run[number:]) == expected
 
 
 @pytest.mark.parametrize(
@@ -228,6 +272,7 @@ def test_a_cap_goes_on_from_its_state_as_if_it_had_not_stopped():
         ({"c_lambda": -1.0}, "c_lambda must be a number above 0, got -1.0"),
         ({"release": 1.0}, "release must be a number above 1, got 1.0"),
         ({"smoothing": 1.0}, "smoothing must be a number between 0 and 1, got 1.0"),
+        ({"factor": 0}, "factor must be a number between 0 and 1, got 0"),
         ({"min_scale": "low"}, "min_scale must be a number between 0 and 1, got 'low'"),
         ({"patience": -1}, "patience must be an integer >= 0, got -1"),
     ],

@@ -11,6 +11,7 @@ from geomwatch.actuators import LR
 from geomwatch.checks import check_count
 from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
 from geomwatch.controllers.margins import SmoothedMargin, growth
+from geomwatch.controllers.stall import Stall
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
@@ -19,6 +20,7 @@ _LONG = 50  # steps: a longer gap between measurements releases no more than thi
 _WINDOW = 100  # measurements
 _OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high
 _ENOUGH = 30  # measurements to say so from
+_HIGH = 0.5  # of its limit: a margin from which on noise may be all that keeps the loss up
 _SAME = 1e-9  # relative: caps that differ by less are one
 
 
@@ -37,6 +39,11 @@ class LearningRateCap:
     lower cap holds at once (after `patience` steps above it), a higher one is approached by at most
     `release` in five steps, and not within `cooldown` steps of a lower one.
 
+    A rate just below the limit is stable, but where it stays there the noise of batches keeps the
+    loss up, as any rate that is never lowered does. While the user's rate is above half the limit
+    and the loss has stopped falling (`Stall`), the limit is lowered by `factor`, at most once in
+    150 steps.
+
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
 
@@ -46,6 +53,7 @@ class LearningRateCap:
         c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
         smoothing: weight of the past in the mean of margins.
         release: largest factor by which the cap rises in five steps.
+        factor: by which the limit is lowered where the loss has stopped falling; 1 leaves it.
         min_scale: the rate is never lowered by more than this factor.
         patience: optimizer steps that a margin must lie above its limit before the rate goes down.
         cooldown: optimizer steps after the rate went down before it may rise again.
@@ -63,6 +71,7 @@ class LearningRateCap:
         c_lambda: float | None = None,
         smoothing: float = 0.8,
         release: float = 1.25,
+        factor: float = 0.25,
         min_scale: float = 1e-3,
         patience: int = 0,
         cooldown: int = 0,
@@ -72,6 +81,8 @@ class LearningRateCap:
                 check_above(name, given, 0)
         check_share("smoothing", smoothing)
         check_above("release", release, 1)
+        if factor != 1:
+            check_share("factor", factor)
         check_share("min_scale", min_scale)
         check_count("patience", patience, 0)
         check_count("cooldown", cooldown, 0)
@@ -80,6 +91,8 @@ class LearningRateCap:
         self._patience, self._cooldown = patience, cooldown
         self._along = SmoothedMargin(smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
+        self._decay, self._stall = factor, Stall()
+        self._settled = 1.0  # what the loss has lowered the limit by
         self._unit = 1.0  # small-batch limits that the limit of this run is
         self._factor = math.inf  # the cap, of these rates:
         self._reference: tuple[float, ...] = ()
@@ -100,6 +113,7 @@ class LearningRateCap:
         largest = max(seen.lr, default=0.0)
         if not largest > 0 or not (self._along.known or self._top.known):
             return ()
+        self._settle(seen)
         scale = self._approach(seen, fresh)
         if fresh:
             self._recent.append(min(1.0, scale))
@@ -126,6 +140,16 @@ class LearningRateCap:
             if unit > self._unit:  # what was capped before was capped by mistake
                 self._factor = math.inf
             self._unit = unit
+
+    def _settle(self, seen: Observation) -> None:
+        """Lower the limit where the rate is high and the loss does not fall."""
+        loss = None if seen.settled is None else seen.settled.loss
+        if loss is None or seen.deterministic or self._decay == 1:
+            return
+        high = _HIGH * self._limit(seen) / self._settled
+        if self._along.at(seen.lr) * seen.cold_start > high and self._stall(loss):
+            self._settled *= self._decay
+            self._stall.restart()
 
     def _approach(self, seen: Observation, fresh: bool) -> float:
         """Return the cap as a factor of the present rates.
@@ -165,7 +189,7 @@ class LearningRateCap:
     def _limit(self, seen: Observation) -> float:
         """Return what the margin along the gradient has to stay below."""
         usual = _ADAPTIVE if seen.adaptive else _SGD
-        return (self._c_bs or usual) * self._unit
+        return (self._c_bs or usual) * self._unit * self._settled
 
     def _is_too_high(self) -> bool:
         if self._advised or len(self._recent) < _ENOUGH:
@@ -192,7 +216,9 @@ class LearningRateCap:
             along, limit, what = top, self._c_lambda, "λ_max"
         else:
             what = "curvature along the gradient"
-        bound = f"to stay below {limit:g}"
+        bound = f"to stay below {limit:.3g}"
+        if self._settled < 1:
+            bound = f"{bound}, {1 / self._settled:.3g} x lower since the loss stopped falling"
         if along * cap < 0.99 * limit * largest:
             bound = f"{bound}, approached in small steps"
         return (
@@ -205,6 +231,8 @@ class LearningRateCap:
         return {
             "along": self._along.state_dict(),
             "top": self._top.state_dict(),
+            "settled": self._settled,
+            "stall": self._stall.state_dict(),
             "unit": self._unit,
             "factor": _finite(self._factor),
             "sent": _finite(self._sent),
@@ -221,7 +249,8 @@ class LearningRateCap:
         """Take over the smoothed margins and the cap."""
         self._along.load_state_dict(state["along"])
         self._top.load_state_dict(state["top"])
-        self._unit = state["unit"]
+        self._settled, self._unit = state["settled"], state["unit"]
+        self._stall.load_state_dict(state["stall"])
         self._factor = math.inf if state["factor"] is None else state["factor"]
         self._sent = math.inf if state["sent"] is None else state["sent"]
         self._reference = tuple(state["reference"])
