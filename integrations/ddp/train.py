@@ -177,6 +177,7 @@ def main(args: argparse.Namespace) -> None:
     training.save(args.out / "last.pt")
     if dist.get_rank() == 0:
         logger.info("last loss %.3f, %d probes", loss, len(monitor.history))
+    dist.barrier()  # gloo's threads may still be letting go of the last tensors
     dist.destroy_process_group()
 
 
