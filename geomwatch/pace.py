@@ -16,7 +16,7 @@ _ASKED_FOR_MORE = 100  # an `every` below this sets its own budget, and is what 
 _WORK = 0.08  # steps' worth of sentinels and recurring probes, for each step taken
 _PROBE = 14.0  # steps' worth: what a recurring probe is taken to need
 _JUMP = 2.0  # times the rate of the step before
-_START, _BEYOND = 8, 1.0  # steps, while a margin beyond this is not let out of sight
+_START, _BEYOND = 8, 1.0  # steps that are looked at; a margin beyond this is not let out of sight
 
 
 class Pace:
@@ -25,7 +25,8 @@ class Pace:
     Where `frugal`, an adaptive schedule is held to a share of the work of training, counted in
     gradients and products and not by the clock; sentinels go ahead of probes. The first probe,
     those at a jump of the rate and those of a start beyond the limit are made in any case, and paid
-    for by the ones to come. With `max_overhead` the clock decides instead. `scale` is what a
+    for by the ones to come. With `max_overhead` the clock decides instead, but for the sentinels of
+    the start: some half a dozen, before there is time to have a share of. `scale` is what a
     controller lets a step take of the user's rates `lr`: margins are judged as they are applied.
     """
 
@@ -64,7 +65,7 @@ class Pace:
         margin = _applied(self._guard.margin.at(lr), scale)
         ratio = self._guard.gradient_margin.ratio(lr)
         due = self._schedule.glance_due(step, lr_ratio=ratio, margin=margin)
-        return due and self._may(step, self._has_time_for_sentinels)
+        return due and self._may(step, step <= _START or self._has_time_for_sentinels)
 
     def probed(self, step: int, margin: Estimate | None, scale: float) -> None:
         """Take note of the margin a probe at the present rates has found."""

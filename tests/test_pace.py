@@ -78,18 +78,30 @@ def test_a_start_beyond_the_limit_is_probed_at_any_price():
     assert min(r["stability_margin"].value for r in found[:-1]) > 1
 
 
-def test_sentinels_go_on_where_probes_are_too_dear(monkeypatch):
-    looks: list[int] = []
+@pytest.fixture
+def looks(monkeypatch):
+    """The steps at which a sentinel looks."""
+    steps: list[int] = []
     monitor_glance = geomwatch.Monitor._glance
 
     def noted(self: geomwatch.Monitor, *arguments: Any) -> bool:
-        looks.append(self._counter.steps)
+        steps.append(self._counter.steps)
         return monitor_glance(self, *arguments)
 
     monkeypatch.setattr(geomwatch.Monitor, "_glance", noted)
+    return steps
+
+
+def test_sentinels_go_on_where_probes_are_too_dear(looks):
     trained(60)
     assert looks[:5] == [1, 2, 3, 5, 8]
     assert max(b - a for a, b in itertools.pairwise(looks)) <= 11
+
+
+def test_a_start_is_looked_at_however_little_time_there_is(looks):
+    monitor = trained(60, max_overhead=1e-9)
+    assert [r.step for r in monitor.history] == [0]
+    assert looks == [1, 2, 3, 5, 8]
 
 
 def test_a_resumed_run_pays_for_what_was_spent_before():

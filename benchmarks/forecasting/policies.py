@@ -14,7 +14,8 @@ DEFAULT, ADVICE = "default", "advice"
 class Policy:
     """Options of the Monitor. Who `follows` lowers the rate as soon as an alert says so.
 
-    A `partial` one is tried on the half that is reported, and not on MiniLM: 25 s a run.
+    A `partial` one is tried on the half that is reported, without jumps, full-batch descent and
+    MiniLM: 25 s a run.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -24,7 +25,11 @@ class Policy:
 
     def concerns(self, run: Run) -> bool:
         """Tell whether the benchmark tries this policy on a run."""
-        return not self.partial or (run.half == "held" and not run.task_name.startswith("minilm"))
+        return not self.partial or (
+            run.half == "held"
+            and run.scenario in ("steady", "start", "ramp")
+            and not run.task_name.startswith("minilm")
+        )
 
 
 POLICIES = {

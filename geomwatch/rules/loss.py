@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from typing import Any
 
@@ -16,8 +17,10 @@ _SHARE = 0.3  # of the first loss: 0.7 nats of the 2.3 that ten classes start fr
 _NOISE = 3.0  # standard deviations of a single loss
 _YOUNG = 10  # losses until the noise is known
 _IN_A_ROW = 3  # losses: a single bad batch of few items lifts a healthy run's mean above the limit
-_START_SHARE, _START_ROW = 0.5, 4  # of the first loss, and losses beyond it in a row, among
-_START = 10  # losses: adaptive methods and BatchNorm often begin with a spike that heals;
+_START, _START_LAST = 10, 5  # losses of a start, and the last of them, when a spike has healed that
+_START_RISE = 0.05  # adaptive methods and BatchNorm often begin with: still above the first by this
+_START_MARGIN = 0.6  # the stability margin that makes the rate a likely reason,
+_START_FULL_BATCH = 3.0  # and in full-batch training, which survives a catapult
 _START_ITEMS = 16  # of fewer items a single loss, the first, says little
 
 
@@ -25,16 +28,18 @@ class LossRise:
     """Warns when the smoothed loss rises above its running minimum.
 
     EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
-    as well; critical at once when the EMA exceeds the first loss by the same amount, or when four
-    of the first ten losses in a row exceed it by half, in batches of 16 items or more. Curvature
-    does not announce every failure (bad data, for one); this is the rule beside it.
+    as well; critical at once when the EMA exceeds the first loss by the same amount. Warns as well
+    when ten steps near the limit have taught nothing: the median of the last five losses is 5 %
+    above the first, in batches of 16 items or more, and the stability margin above 0.6 (3 where
+    every step sees the same data). Curvature does not announce every failure (bad data, for one);
+    this is the rule beside it.
     """
 
     name = "loss_rise"
 
     def __init__(self) -> None:
         self._first: float | None = None
-        self._last: deque[float] = deque(maxlen=_START_ROW)
+        self._last: deque[float] = deque(maxlen=_START_LAST)
         self._count = 0
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
@@ -49,10 +54,11 @@ class LossRise:
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
-        start_limit = self._first + _START_SHARE * abs(self._first)
-        is_young = _START_ROW < self._count <= _START and seen.items >= _START_ITEMS
-        if is_young and min(self._last) > start_limit:
-            return self._alert("critical", min(self._last), self._first, start_limit, step)
+        if self._count == _START and _is_suspect(seen):
+            last = statistics.median(self._last)
+            start_limit = self._first + _START_RISE * abs(self._first)
+            if last > start_limit:
+                return self._alert("warning", last, self._lowest, start_limit, step)
         rise = smooth - self._lowest
         if rise <= limit:
             self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
@@ -116,6 +122,13 @@ class LossRise:
         """Take over the moving averages, the last losses and the latch."""
         load_into({"latch": self._latch}, state)
         self._first, self._count = state["first"], state["count"]
-        self._last = deque(state["last"], maxlen=_START_ROW)
+        self._last = deque(state["last"], maxlen=_START_LAST)
         self._mean, self._variance = state["mean"], state["variance"]
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
+
+
+def _is_suspect(seen: Observation) -> bool:
+    """Tell whether the rate is a likely reason for a loss that does not fall at the start."""
+    margin = None if seen.margin is None else seen.margin.value
+    level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
+    return margin is not None and margin > level and seen.items >= _START_ITEMS
