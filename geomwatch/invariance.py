@@ -10,6 +10,7 @@ from torch import Tensor
 from geomwatch.vectors import Layout, whole
 
 _LARGEST_COSINE = 1e-3
+_TESTS = 6  # by sentinels and probes, after which probes alone go on testing
 
 
 class ScaleInvariance:
@@ -29,9 +30,16 @@ class ScaleInvariance:
 
     def __init__(self) -> None:
         self._failed: set[str] = set()
+        self._tests = 0
+
+    @property
+    def is_young(self) -> bool:
+        """Whether a few more gradients may tell what the first could not."""
+        return self._tests < _TESTS
 
     def update(self, layout: Layout, gradient: Tensor) -> frozenset[str]:
         """Test one more gradient, (D,), and return the names that have passed every time."""
+        self._tests += 1
         passed: set[str] = set()
         for name, w, g in zip(layout.names, layout.params, layout.unflatten(gradient), strict=True):
             if w.dim() < 2 or name in self._failed:
@@ -42,12 +50,12 @@ class ScaleInvariance:
         return frozenset(passed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names that have failed."""
-        return {"failed": sorted(self._failed)}
+        """Return the names that have failed, and the number of tests."""
+        return {"failed": sorted(self._failed), "tests": self._tests}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the names that have failed."""
-        self._failed = set(state["failed"])
+        """Take over the names that have failed, and the number of tests."""
+        self._failed, self._tests = set(state["failed"]), state["tests"]
 
 
 def _cosine(w: Tensor, g: Tensor) -> float | None:

@@ -184,7 +184,7 @@ class Prober:
             self._model, self._loss_fn, window, products=False, **self._options
         ) as objective:
             used = objective.gradient() if gradient is None else gradient
-            if self._own.has_gradient:
+            if self._own.has_gradient and self._invariance.is_young:
                 self._invariant = self._invariance.update(self._layout, used)
             stability = stability_of(
                 self._optimizer, self._layout, gradient=used, exclude=self._invariant

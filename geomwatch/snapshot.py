@@ -27,6 +27,7 @@ from geomwatch.saved import (
 
 HOOKS = ("_backward_hooks", "_backward_pre_hooks")  # of a module; `isolation` looks after them
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset({int, float, bool, str, type(None)})
 _ITSELF = (nn.Module, Tensor, np.ndarray, tuple, *CONTAINERS, *GENERATORS)
 _UNNAMED = ("_parameters", "_buffers", "_modules")
 _LARGEST_SEARCH = 1_000  # items of a container that are looked into one by one
@@ -112,8 +113,10 @@ class Snapshot:
             return
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
         for key, item in pairs:
-            if key not in HOOKS:
-                self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
+            # Most of what a module holds, and a walk over a large model is long: no call for it.
+            if type(item) in _PLAIN or key in HOOKS:
+                continue
+            self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
 
 
 class RandomState:
