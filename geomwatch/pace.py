@@ -13,7 +13,8 @@ from geomwatch.schedule import make_schedule
 
 _FOR_SENTINELS = 0.5  # of the time that probes may take, beside it
 _ASKED_FOR_MORE = 100  # an `every` below this sets its own budget, and is what it costs
-_WORK = 0.08  # steps' worth of sentinels and recurring probes, for each step taken
+_WORK = 0.08  # steps' worth of sentinels and recurring probes, for each step taken,
+_FULL_BATCH = 2.0  # times as much where every step sees the same data
 _PROBE = 14.0  # steps' worth: what a recurring probe is taken to need
 _JUMP = 2.0  # times the rate of the step before
 _START, _BEYOND = 8, 1.0  # steps that are looked at; a margin beyond this is not let out of sight
@@ -86,7 +87,9 @@ class Pace:
     def _is_paid_for(self, step: int) -> bool:
         if not self._counts_work or self._guard.last is None:
             return True
-        return self._guard.work + _PROBE <= _WORK * step
+        # There the edge of stability is all there is to see, and sentinels look past it.
+        more = _FULL_BATCH if self._guard.prober.is_deterministic else 1.0
+        return self._guard.work + _PROBE <= more * _WORK * step
 
     @property
     def _has_time_for_probes(self) -> bool:

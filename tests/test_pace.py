@@ -136,3 +136,14 @@ def test_full_batch_training_is_known_from_the_second_look():
     go_on(monitor, model, optimizer, itertools.repeat(digits(256), 5))
     assert seen == [False, True, True, True, True]
     assert len(monitor.history) == 1
+
+
+def test_full_batch_training_is_probed_more_often():
+    torch.manual_seed(0)
+    model = mlp(64, 16, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer)
+    go_on(monitor, model, optimizer, itertools.repeat(digits(64), 400))
+    assert len(trained(400).history) == 1
+    assert len(monitor.history) == 2
+    assert work(monitor) < 0.2 * 400
