@@ -82,7 +82,7 @@ a checkpoint. A run trains when less than {HEALTHY:.0%} of what can be learnt is
 
 ## Budgets
 
-The held-back half without MiniLM, whose runs take too long to do them five times.
+The held-back half without jumps, full-batch descent and MiniLM.
 
 {budgets({name: by_policy[name] for name in BUDGETS if name in by_policy})}
 """
