@@ -46,10 +46,16 @@ def by_task(halves: Halves) -> str:
 
 
 def budgets(by_policy: dict[str, Halves]) -> str:
-    """Show what a smaller or larger budget for probes does, on the held-back half."""
+    """Show what a smaller or larger budget for probes does, on the held-back half.
+
+    Over the runs that were done with each of the budgets.
+    """
     rows = []
+    by_policy = {name: halves for name, halves in by_policy.items() if halves.held}
+    names = [{s.run.name for s in halves.held} for halves in by_policy.values()]
+    everywhere = set.intersection(*names) if names else set()
     for policy, stories in by_policy.items():
-        held = [s for s in stories.held if POLICIES["10%"].concerns(s.run)]
+        held = [s for s in stories.held if s.run.name in everywhere]
         if not held:
             continue
         halves = Halves([], held)

@@ -30,7 +30,7 @@ class LossRise:
     EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
     as well; critical at once when the EMA exceeds the first loss by the same amount. Warns as well
     when ten steps near the limit have taught nothing: the median of the last five losses is 5 %
-    above the first, in batches of 16 items or more, and the stability margin above 0.6 (3 where
+    above the first, in batches of 16 items or more, and a stability margin above 0.6 (3 where
     every step sees the same data). Curvature does not announce every failure (bad data, for one);
     this is the rule beside it.
     """
@@ -41,6 +41,7 @@ class LossRise:
         self._first: float | None = None
         self._last: deque[float] = deque(maxlen=_START_LAST)
         self._count = 0
+        self._margin = 0.0  # the largest of the start
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
         self._lowest = math.inf
@@ -54,7 +55,9 @@ class LossRise:
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
-        if self._count == _START and _is_suspect(seen):
+        if self._count <= _START and seen.margin is not None:
+            self._margin = max(self._margin, seen.margin.value or 0.0)
+        if self._count == _START and self._is_suspect(seen):
             last = statistics.median(self._last)
             start_limit = self._first + _START_RISE * abs(self._first)
             if last > start_limit:
@@ -80,6 +83,11 @@ class LossRise:
             "from before the rise, and look at the last batches."
         )
         return alert(self.name, severity, message, value=loss, limit=limit, step=step)
+
+    def _is_suspect(self, seen: Observation) -> bool:
+        """Tell whether the rate is a likely reason for a loss that does not fall at the start."""
+        level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
+        return self._margin > level and seen.items >= _START_ITEMS
 
     def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
         if seen.settled is not None and seen.settled.loss is not None:
@@ -113,6 +121,7 @@ class LossRise:
             "first": self._first,
             "last": list(self._last),
             "count": self._count,
+            "margin": self._margin,
             "mean": self._mean,
             "variance": self._variance,
             "lowest": self._lowest if math.isfinite(self._lowest) else None,
@@ -122,13 +131,7 @@ class LossRise:
         """Take over the moving averages, the last losses and the latch."""
         load_into({"latch": self._latch}, state)
         self._first, self._count = state["first"], state["count"]
+        self._margin = state["margin"]
         self._last = deque(state["last"], maxlen=_START_LAST)
         self._mean, self._variance = state["mean"], state["variance"]
         self._lowest = math.inf if state["lowest"] is None else state["lowest"]
-
-
-def _is_suspect(seen: Observation) -> bool:
-    """Tell whether the rate is a likely reason for a loss that does not fall at the start."""
-    margin = None if seen.margin is None else seen.margin.value
-    level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
-    return margin is not None and margin > level and seen.items >= _START_ITEMS
