@@ -82,7 +82,7 @@ a checkpoint. A run trains when less than {HEALTHY:.0%} of what can be learnt is
 
 ## Budgets
 
-The held-back half without jumps, full-batch descent and MiniLM.
+Runs of the held-back half that were done with each of these budgets.
 
 {budgets({name: by_policy[name] for name in BUDGETS if name in by_policy})}
 """
