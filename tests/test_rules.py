@@ -9,7 +9,6 @@ import math
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from observations import (
     random_run,
     trained,
 )
-from problems import cross_entropy, digits, mlp
 
 from geomwatch.progress import Settled
 from geomwatch.records import Estimate
@@ -327,158 +325,6 @@ def test_a_new_usual_is_learnt_from_the_last_twenty_measurements():
 def test_a_run_that_has_had_no_curvature_has_no_usual():
     flat = [unknown(t, 0.0, 1.0, lr=0.0) for t in range(10)]
     assert not heard(StabilityMargin(), flat + [unknown(t, 0.5, 2.0) for t in range(10, 30)])
-
-
-# Loss
-
-
-def noisy(rng: random.Random, mean: float, batch: int = 4) -> float:
-    """The mean of a few losses with a heavy tail, as those of single items have."""
-    return statistics.fmean(mean * rng.lognormvariate(-0.5, 1.0) for _ in range(batch))
-
-
-def healthy(rng: random.Random, steps: int) -> list[float]:
-    return [noisy(rng, 0.3 + 2.0 * math.exp(-t / 80)) for t in range(steps)]
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_noise_of_batches_of_four_is_quiet(seed):
-    assert not heard(LossRise(), losses(healthy(random.Random(seed), 800)))
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_training_on_batches_of_four_digits_is_quiet(seed):
-    torch.manual_seed(seed)
-    model, (inputs, targets) = mlp(64, 64, 10), digits(1797)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    rng, rule = torch.Generator().manual_seed(seed), LossRise()
-    for step in range(2000):
-        pick = torch.randint(0, len(inputs), (4,), generator=rng)
-        optimizer.zero_grad()
-        loss = cross_entropy(model, (inputs[pick], targets[pick]))
-        loss.backward()
-        optimizer.step()
-        assert rule(trained(step, loss.item())) is None
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_blow_up_is_loud_in_the_same_noise(seed):
-    rng, rule = random.Random(seed), LossRise()
-    assert not heard(rule, losses(healthy(rng, 300)))
-    blow_up = [noisy(rng, 0.3 * 1.15**t) for t in range(40)]
-    alerts = heard(rule, losses(blow_up, start=300))
-    assert [a.severity for a in alerts] in (["warning", "critical"], ["critical"])
-    assert alerts[0].step <= 300 + 20  # the loss is at twice the first
-    assert alerts[-1].step <= 300 + 26  # at five times
-
-
-def test_a_blow_up_does_not_pass_for_its_own_noise():
-    rng, rule = random.Random(0), LossRise()
-    heard(rule, losses([2.3 * math.exp(-t / 50) + rng.uniform(0.2, 0.4) for t in range(200)]))
-    assert brief(heard(rule, losses([50.0] * 20, start=200))) == [(200, "critical")]
-
-
-def test_one_bad_batch_is_no_rise():
-    rule = LossRise()
-    heard(rule, losses([2.3 * math.exp(-t / 50) + 0.2 for t in range(300)]))
-    assert not heard(rule, losses([4.0] + [0.2] * 100, start=300))
-    assert brief(heard(rule, losses([1.5] * 30, start=401))) == [(404, "warning")]
-
-
-def test_a_loss_above_the_first_is_critical():
-    rule = LossRise()
-    heard(rule, losses([2.3 * math.exp(-t / 50) + 0.2 for t in range(300)]))
-    alerts = heard(rule, losses([0.2 + 0.2 * t for t in range(40)], start=300))
-    assert [a.severity for a in alerts] == ["warning", "critical"]
-    assert alerts[0].value > alerts[0].limit
-    assert alerts[1].value > 2.5 + 0.3 * 2.5  # above the first loss by the same amount
-
-
-def started(*values: float, margin: float | None = 0.7, items: int = 16, **more):
-    known = None if margin is None else Estimate(margin)
-    return [replace(seen, items=items, margin=known, **more) for seen in losses(values)]
-
-
-STUCK = (2.0, 8.0, 3.0, 2.5, 2.2, 2.3, 1.9, 2.2, 2.0, 2.4)
-
-
-def test_a_start_near_the_limit_that_has_taught_nothing_is_a_warning_after_ten_steps():
-    (alert,) = heard(LossRise(), started(*STUCK))
-    assert (alert.step, alert.severity) == (9, "warning")
-    assert (alert.value, alert.limit) == (pytest.approx(2.2), pytest.approx(2.1))
-    assert heard(LossRise(), started(*STUCK, margin=3.1, deterministic=True))
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        started(2.0, 8.0, 3.0, 2.5, 2.4, 2.3, 1.9, 1.8, 2.0, 2.4),  # a spike that heals
-        started(*STUCK, margin=0.5),  # the rate is not why
-        started(*STUCK, margin=None),
-        started(*STUCK, margin=2.9, deterministic=True),  # a catapult
-        started(*STUCK, items=15),
-        started(*[2.0] * 8, *[2.3] * 10),
-    ],
-)
-def test_what_may_be_no_bad_start_is_left_alone(run):
-    assert not heard(LossRise(), run)
-
-
-def test_a_loss_that_comes_down_again_may_rise_again():
-    rule = LossRise()
-    low, high = [0.2] * 100, [1.5] * 30
-    heard(rule, losses([2.3 * math.exp(-t / 50) + 0.2 for t in range(300)]))
-    alerts = heard(rule, losses(high + low + high, start=300))
-    assert [a.severity for a in alerts] == ["warning", "warning"]
-
-
-def test_a_loss_that_comes_down_half_way_has_not_come_down():
-    rule = LossRise()
-    heard(rule, losses([1.0] * 5 + [0.1] * 200))
-    half_way = [0.6] * 10 + ([0.1] * 10 + [0.3] * 10) * 5 + [0.6] * 10
-    assert [a.severity for a in heard(rule, losses(half_way, start=205))] == ["warning"]
-
-
-def test_the_losses_of_probes_do_where_the_loop_passes_none():
-    falling = [2.3 * math.exp(-t / 5) + 0.2 for t in range(20)]
-    rising = [0.2 + 0.4 * t for t in range(16)]
-    run = [
-        Observation(step=50 * t, lr=(0.1,), loss=loss, settled=Settled(50 * t - 1, None, 1.0, True))
-        for t, loss in enumerate(falling + rising)
-    ]
-    alerts = heard(LossRise(), run)
-    assert [a.severity for a in alerts] == ["warning", "critical"]
-    assert all(a.step >= 1000 and a.step % 50 == 0 for a in alerts)
-
-
-def test_the_training_loss_goes_before_that_of_the_probe():
-    rule = LossRise()
-    heard(rule, losses([1.0] * 50))
-    both = [
-        Observation(step=51 + t, lr=(0.1,), loss=90.0, settled=Settled(50 + t, 1.0, 1.0, True))
-        for t in range(20)
-    ]
-    assert not heard(rule, both)
-
-
-def test_a_loss_that_is_not_finite_is_left_to_the_other_rule():
-    rule = LossRise()
-    heard(rule, losses([1.0] * 50))
-    assert not heard(rule, losses([math.nan, math.inf, -math.inf] * 5, start=50))
-    assert not heard(rule, losses([1.0] * 50, start=65))
-
-
-def test_a_loss_near_the_largest_double_is_an_alert_and_no_overflow():
-    rule = LossRise()
-    heard(rule, losses([1.0] * 20))
-    assert brief(heard(rule, losses([1e300] * 3, start=20))) == [(20, "critical")]
-    heard(LossRise(), losses([1.0, 1e300, 1.0]))
-
-
-def test_a_loss_below_zero_can_rise_too():
-    rule = LossRise()
-    heard(rule, losses([-1.0 - 9 * t / 100 for t in range(101)]))
-    assert [a.severity for a in heard(rule, losses([-6.0] * 10, start=101))] == ["warning"]
 
 
 # NaN and Inf

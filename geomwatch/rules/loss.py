@@ -55,13 +55,10 @@ class LossRise:
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
-        if self._count <= _START and seen.margin is not None:
-            self._margin = max(self._margin, seen.margin.value or 0.0)
-        if self._count == _START and self._is_suspect(seen):
-            last = statistics.median(self._last)
-            start_limit = self._first + _START_RISE * abs(self._first)
-            if last > start_limit:
-                return self._alert("warning", last, self._lowest, start_limit, step)
+        if self._count <= _START:
+            stuck = self._judge_start(seen, step)
+            if stuck is not None:
+                return stuck
         rise = smooth - self._lowest
         if rise <= limit:
             self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
@@ -84,10 +81,26 @@ class LossRise:
         )
         return alert(self.name, severity, message, value=loss, limit=limit, step=step)
 
-    def _is_suspect(self, seen: Observation) -> bool:
-        """Tell whether the rate is a likely reason for a loss that does not fall at the start."""
+    def _judge_start(self, seen: Observation, step: int) -> Alert | None:
+        """Warn of ten steps that have taught nothing, where the rate is a likely reason."""
+        # Without a formula for the optimizer it is no share of a limit.
+        if seen.margin is not None and seen.margin.status == "ok":
+            self._margin = max(self._margin, seen.margin.value or 0.0)
         level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
-        return self._margin > level and seen.items >= _START_ITEMS
+        is_suspect = self._margin > level and seen.items >= _START_ITEMS
+        if self._count < _START or not is_suspect:
+            return None
+        assert self._first is not None
+        last, limit = statistics.median(self._last), self._first + _START_RISE * abs(self._first)
+        if last <= limit or not self._latch.admit("warning", step):
+            return None
+        message = (
+            f"the first {_START} losses have not fallen: the median of the last {_START_LAST} is "
+            f"{last:.4g}, the first was {self._first:.4g} (limit {limit:.4g}), and the stability "
+            f"margin has been up to {self._margin:.2g}. Start again with a lower learning rate, or "
+            "with a warm-up."
+        )
+        return alert(self.name, "warning", message, value=last, limit=limit, step=step)
 
     def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
         if seen.settled is not None and seen.settled.loss is not None:
