@@ -109,7 +109,7 @@ def _note(stories: Sequence[Story], wanted: int, options: argparse.Namespace) ->
     versions = Counter(s.data["code"] for s in stories)
     if options.replay:
         notes.append("Alerts: today's rules on stored observations.")
-    elif len(versions) > 1:
+    if len(versions) > 1:
         notes.append(f"**The runs were done with {len(versions)} versions of geomwatch.**")
     elif versions and code() not in versions:
         notes.append("**geomwatch has changed since.**")

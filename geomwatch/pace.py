@@ -24,11 +24,12 @@ class Pace:
     """Decides before each step whether a probe or a sentinel is due.
 
     Where `frugal`, an adaptive schedule is held to a share of the work of training, counted in
-    gradients and products and not by the clock; sentinels go ahead of probes. The first probe,
-    those at a jump of the rate and those of a start beyond the limit are made in any case, and paid
-    for by the ones to come. With `max_overhead` the clock decides instead, but for the sentinels of
-    the start: some half a dozen, before there is time to have a share of. `scale` is what a
-    controller lets a step take of the user's rates `lr`: margins are judged as they are applied.
+    gradients and products and not by the clock, to twice that where every step sees the same data;
+    sentinels go ahead of probes. The first probe, those at a jump of the rate and those of a start
+    beyond the limit are made in any case, and paid for by the ones to come. With `max_overhead` the
+    clock decides instead, but for the sentinels of the start: half a dozen at most, before there is
+    time to have a share of. `scale` is what a controller lets a step take of the user's rates `lr`:
+    margins are judged as they are applied.
     """
 
     def __init__(

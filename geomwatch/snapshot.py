@@ -27,7 +27,7 @@ from geomwatch.saved import (
 
 HOOKS = ("_backward_hooks", "_backward_pre_hooks")  # of a module; `isolation` looks after them
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
-_PLAIN = frozenset({int, float, bool, str, type(None)})
+_PLAIN = frozenset(_SCALARS)  # what most of them are, without their subclasses
 _ITSELF = (nn.Module, Tensor, np.ndarray, tuple, *CONTAINERS, *GENERATORS)
 _UNNAMED = ("_parameters", "_buffers", "_modules")
 _LARGEST_SEARCH = 1_000  # items of a container that are looked into one by one

@@ -179,8 +179,9 @@ def _rank(
     # A rank that hangs says where.
     faulthandler.dump_traceback_later(0.9 * _LONGEST, file=sys.__stderr__)
     # The group ends with the process: taken down while a thread of gloo lets go of a tensor, it may
-    # wait for that thread, which waits for the interpreter.
-    dist.destroy_process_group = lambda *_: None  # type: ignore[assignment]
+    # wait for that thread, which waits for the interpreter. Hosts and scripts call it by this name,
+    # in this process alone.
+    dist.destroy_process_group = lambda *_: None  # type: ignore[assignment]  # a function's place
     began = time.monotonic()
     try:
         if group:

@@ -10,6 +10,7 @@ import torch
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
+from geomwatch.invariance import ScaleInvariance
 
 
 def minibatches():
@@ -102,6 +103,20 @@ def test_a_start_is_looked_at_however_little_time_there_is(looks):
     monitor = trained(60, max_overhead=1e-9)
     assert [r.step for r in monitor.history] == [0]
     assert looks == [1, 2, 3, 5, 8]
+
+
+def test_only_the_first_looks_ask_which_weights_are_scale_invariant(looks, monkeypatch):
+    asked = []
+    update = ScaleInvariance.update
+
+    def noted(self: ScaleInvariance, *arguments: Any) -> frozenset[str]:
+        asked.append(len(looks))
+        return update(self, *arguments)
+
+    monkeypatch.setattr(ScaleInvariance, "update", noted)
+    trained(60)
+    assert len(looks) > 6
+    assert asked == [0, 1, 2, 3, 4, 5]  # the first probe, and the looks of the start
 
 
 def test_a_resumed_run_pays_for_what_was_spent_before():

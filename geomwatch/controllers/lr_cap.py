@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from geomwatch.actuators import LR
 from geomwatch.checks import check_count
+from geomwatch.controllers.base_rate import BaseRate
 from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
 from geomwatch.controllers.margins import SmoothedMargin, growth
 from geomwatch.controllers.stall import Stall
@@ -17,9 +17,6 @@ from geomwatch.rules import Observation
 
 _SGD, _ADAPTIVE = 2.0, 1.0  # small-batch limits along the gradient
 _LONG = 50  # steps: a longer gap between measurements releases no more than this one
-_WINDOW = 100  # measurements
-_OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high
-_ENOUGH = 30  # measurements to say so from
 _HIGH = 0.5  # of its limit: a margin from which on noise may be all that keeps the loss up
 _SAME = 1e-9  # relative: caps that differ by less are one
 
@@ -42,7 +39,7 @@ class LearningRateCap:
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
     loss up, as any rate that is never lowered does. While the user's rate is above half the limit
     and the loss has stopped falling (`Stall`), the limit is lowered by `factor`, at most once in
-    150 steps.
+    150 steps; it is not raised again.
 
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
@@ -92,7 +89,7 @@ class LearningRateCap:
         self._along = SmoothedMargin(smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
         self._decay, self._stall = factor, Stall()
-        self._settled = 1.0  # what the loss has lowered the limit by
+        self._settled = 1.0  # what the loss has lowered the limit to, of the usual one
         self._unit = 1.0  # small-batch limits that the limit of this run is
         self._factor = math.inf  # the cap, of these rates:
         self._reference: tuple[float, ...] = ()
@@ -101,8 +98,7 @@ class LearningRateCap:
         self._lowered = -math.inf  # the step at which it last went down
         self._above: int | None = None  # the step since which the target is below the rate
         self._binds = False
-        self._recent: deque[float] = deque(maxlen=_WINDOW)  # scales at measurements
-        self._advised = False
+        self._base_rate = BaseRate()
 
     def __call__(
         self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
@@ -115,10 +111,8 @@ class LearningRateCap:
             return ()
         self._settle(seen)
         scale = self._approach(seen, fresh)
-        if fresh:
-            self._recent.append(min(1.0, scale))
         cap = max(scale, self._min_scale) * largest
-        moves = [self._advice(largest)] if self._is_too_high() else []
+        moves = list(self._base_rate(scale, largest)) if fresh else []
         binds, bound = cap < largest, self._binds
         self._binds = binds
         if binds != bound or not math.isclose(cap, self._sent, rel_tol=_SAME):
@@ -146,8 +140,8 @@ class LearningRateCap:
         loss = None if seen.settled is None else seen.settled.loss
         if loss is None or seen.deterministic or self._decay == 1:
             return
-        high = _HIGH * self._limit(seen) / self._settled
-        if self._along.at(seen.lr) * seen.cold_start > high and self._stall(loss):
+        margin = self._along.at(seen.lr) * seen.cold_start
+        if margin > _HIGH * self._usual_limit(seen) and self._stall(loss):
             self._settled *= self._decay
             self._stall.restart()
 
@@ -188,23 +182,11 @@ class LearningRateCap:
 
     def _limit(self, seen: Observation) -> float:
         """Return what the margin along the gradient has to stay below."""
+        return self._usual_limit(seen) * self._settled
+
+    def _usual_limit(self, seen: Observation) -> float:
         usual = _ADAPTIVE if seen.adaptive else _SGD
-        return (self._c_bs or usual) * self._unit * self._settled
-
-    def _is_too_high(self) -> bool:
-        if self._advised or len(self._recent) < _ENOUGH:
-            return False
-        return sum(scale < 1 for scale in self._recent) > _OFTEN * len(self._recent)
-
-    def _advice(self, largest: float) -> Move:
-        self._advised = True
-        lowered = [scale for scale in self._recent if scale < 1]
-        k = math.exp(-math.fsum(map(math.log, lowered)) / len(lowered))
-        reason = (
-            f"your base rate is about {k:.2g} x too high: {len(lowered)} of the last "
-            f"{len(self._recent)} measurements have lowered it"
-        )
-        return Move(LR, largest / k, reason, advice=True)
+        return (self._c_bs or usual) * self._unit
 
     def _reason(self, seen: Observation, cap: float) -> str:
         largest = max(seen.lr)
@@ -241,8 +223,7 @@ class LearningRateCap:
             "lowered": _finite(self._lowered),
             "above": self._above,
             "binds": self._binds,
-            "recent": list(self._recent),
-            "advised": self._advised,
+            "base_rate": self._base_rate.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,8 +237,8 @@ class LearningRateCap:
         self._reference = tuple(state["reference"])
         self._measured, self._above = state["measured"], state["above"]
         self._lowered = -math.inf if state["lowered"] is None else state["lowered"]
-        self._binds, self._advised = state["binds"], state["advised"]
-        self._recent = deque(state["recent"], maxlen=_WINDOW)
+        self._binds = state["binds"]
+        self._base_rate.load_state_dict(state["base_rate"])
 
 
 def _finite(value: float) -> float | None:
