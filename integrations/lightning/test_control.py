@@ -179,4 +179,4 @@ def test_each_optimizer_of_a_module_gets_a_controller_of_its_own(Net, fit):
     first, last = callback.monitor["first"], callback.monitor["last"]
     assert first.history[0].knobs["lr_scale"] < 0.1
     assert {r.knobs["lr_scale"] for r in last.history} == {1.0}
-    assert not cap.state_dict()["recent"]  # the user's own is as it was
+    assert not cap.state_dict()["base_rate"]["recent"]  # the user's own is as it was
