@@ -35,6 +35,19 @@ def _log_and_trackers() -> Iterator[None]:
         sys.modules["wandb"].teardown()  # it reads WANDB_DIR once
 
 
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Return the URI of an empty file store, which MLflow forgets again: it keeps one a process."""
+    import mlflow
+
+    uri = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # put back, as the next line sets it too
+    mlflow.set_tracking_uri(uri)
+    yield uri
+    mlflow.set_tracking_uri(None)
+
+
 @pytest.fixture(scope="session")
 def needs_data() -> Callable[[str, str], Path]:
     """Return `find(package, file)`: where a data package keeps a file, or skip the test."""

@@ -39,7 +39,7 @@ def wandb_scalars(folder: Path) -> Scalars:
 
 
 def mlflow_scalars(uri: str, experiment: str) -> Scalars:
-    """Read the only run of an experiment; a file store needs MLFLOW_ALLOW_FILE_STORE=true."""
+    """Read the only run of an experiment."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)

@@ -82,14 +82,10 @@ def test_wandb_offline_gets_each_probe_once_at_its_step(make_accelerator, tmp_pa
     expect(wandb_scalars(tmp_path), history)
 
 
-def test_an_mlflow_file_store_gets_each_probe_once_at_its_step(
-    make_accelerator, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tmp_path.as_uri())
+def test_an_mlflow_file_store_gets_each_probe_once_at_its_step(make_accelerator, mlflow_store):
     accelerator = make_accelerator(gradient_accumulation_steps=2, log_with="mlflow")
     history = train(accelerator)
-    expect(mlflow_scalars(tmp_path.as_uri(), "digits"), history)
+    expect(mlflow_scalars(mlflow_store, "digits"), history)
 
 
 class CsvTracker(GeneralTracker):

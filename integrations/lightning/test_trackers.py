@@ -87,11 +87,9 @@ def test_wandb_offline_gets_each_probe_once_at_its_step(watched, host, tmp_path,
     assert [step for step, _ in found["loss_step"]] == [4, 9, 14]
 
 
-def test_mlflow_gets_each_probe_once_at_its_step(watched, host, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    uri = (tmp_path / "mlruns").as_uri()
-    sent = watched(host.loggers.MLFlowLogger("kit", tracking_uri=uri))
-    found = mlflow_scalars(uri, "kit")
+def test_mlflow_gets_each_probe_once_at_its_step(watched, host, mlflow_store):
+    sent = watched(host.loggers.MLFlowLogger("kit", tracking_uri=mlflow_store))
+    found = mlflow_scalars(mlflow_store, "kit")
     assert geometry(found) == sent
     assert [step for step, _ in found["loss_step"]] == [4, 9, 14]
 

@@ -78,17 +78,10 @@ def test_wandb_offline_gets_each_probe_once_at_its_step(tmp_path, monkeypatch):
     assert [step for step, _ in found["train/loss"]] == list(range(1, 9))
 
 
-def test_mlflow_gets_each_probe_once_at_its_step(tmp_path, monkeypatch):
-    import mlflow
-
-    uri = (tmp_path / "mlruns").as_uri()
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # put back, as the next line sets it too
-    mlflow.set_tracking_uri(uri)
+def test_mlflow_gets_each_probe_once_at_its_step(mlflow_store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "kit")
     _, records = train(tmp_path, report_to="mlflow")
-    found = mlflow_scalars(uri, "kit")
-    mlflow.set_tracking_uri(None)
+    found = mlflow_scalars(mlflow_store, "kit")
     assert geometry(found, "") == expected(records)
     assert [step for step, _ in found["loss"]] == list(range(1, 9))
 
