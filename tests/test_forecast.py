@@ -361,11 +361,24 @@ def test_other_rules_on_a_stored_run_differ(told):
 def test_who_follows_the_advice_of_an_alert_trains_at_a_lower_rate(told):
     followed = execute(told.run, POLICIES[ADVICE])
     assert followed["caps"]
-    step, rate = followed["caps"][0]
-    assert rate < ILL.rate
-    assert followed["losses"][: step + 1] == told.losses[: step + 1]
+    assert followed["caps"][0][1] < ILL.rate
+    assert followed["attempts"] > 1  # told to start again, and did
+    assert followed["losses"][0] == told.losses[0]
     assert followed["losses"][-1] < told.losses[-1]
     assert set(followed["rates"]) == {ILL.rate}  # the user's own schedule is left alone
+
+
+def test_only_what_says_so_makes_a_follower_start_again():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    obedience = Obedience(optimizer, [(3, 0.5)])
+    obedience.hear(0, {"severity": "warning", "message": "Lower it to about 0.3 (0.3 x)."})
+    assert not obedience.wants_again
+    obedience.hear(9, {"severity": "info", "message": "Start again at about 0.1 (0.1 x)."})
+    obedience.hear(9, {"severity": "warning", "message": "Start again at about 0.9 (0.9 x)."})
+    assert not obedience.wants_again  # no lower than it is already
+    obedience.hear(9, {"severity": "warning", "message": "Start again at about 0.1 (0.1 x)."})
+    assert obedience.wants_again
+    assert obedience.caps == [(3, 0.5), (0, 0.3), (9, 0.1)]
 
 
 def test_the_advised_rate_is_read_from_the_message_of_an_alert():
@@ -379,7 +392,7 @@ def test_a_lowered_rate_does_not_reach_the_scheduler():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     planned = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     obedience = Obedience(optimizer)
-    obedience.hear(0, {"severity": "warning", "message": "to about 0.3 ("})
+    obedience.hear(0, {"severity": "warning", "message": "to about 0.3 (x"})
     obedience.hear(0, {"severity": "warning", "message": "to about 0.6 ("})  # no lower one
     seen = []
     for _ in range(3):

@@ -43,7 +43,7 @@ def test_a_margin_that_stays_high_is_warned_of_once():
     assert "batches of 64 survive" in alert.message
     assert "7 x the limit of small batches, mean of 4 measurements in 60 steps" in alert.message
     assert "(alert above 6; the full batch would allow 19)" in alert.message
-    assert "about 0.04 (0.43 x)" in alert.message
+    assert "about 0.02 (0.21 x)" in alert.message
     assert not alerts(GradientMargin(), dict.fromkeys(SPARSE, 5.9))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import statistics
 from dataclasses import replace
 
@@ -84,7 +85,7 @@ def started(*values: float, margin: float | None = 0.7, status="ok", items: int 
     return [replace(seen, items=items, margin=known, **more) for seen in losses(values)]
 
 
-STUCK = (2.0, 8.0, 3.0, 2.5, 2.2, 2.3, 1.9, 2.2, 2.0, 2.4)
+STUCK = (2.0, 2.7, 2.75, 2.5, 2.2, 2.3, 1.9, 2.2, 2.0, 2.4)
 
 
 def test_a_start_near_the_limit_that_has_taught_nothing_is_a_warning_after_ten_steps():
@@ -92,8 +93,46 @@ def test_a_start_near_the_limit_that_has_taught_nothing_is_a_warning_after_ten_s
     assert (alert.step, alert.severity) == (9, "warning")
     assert (alert.value, alert.limit) == (pytest.approx(2.2), pytest.approx(2.1))
     assert "the median of the last 5 is 2.2, the first was 2 (limit 2.1)" in alert.message
-    assert "margin has been up to 0.7. Start again with a lower learning rate" in alert.message
+    assert (
+        "margin has been up to 0.7. Start again at a learning rate of about 0.03" in alert.message
+    )
     assert heard(LossRise(), started(*STUCK, margin=3.1, deterministic=True))
+
+
+def test_a_spike_of_the_start_is_a_warning_at_once_where_the_margin_is_high():
+    spiked = (2.0, 1.9, 1.8, 3.0, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2)
+    (alert,) = heard(LossRise(), started(*spiked))
+    assert (alert.step, alert.severity) == (3, "warning")
+    assert (alert.value, alert.limit) == (3.0, pytest.approx(2.8))
+    assert "a loss is 3, the first was 2 (limit 2.8)" in alert.message
+    assert not heard(LossRise(), started(*spiked, margin=0.5))
+    assert not heard(LossRise(), started(*spiked, items=15))
+    later = (2.0, *[1.0] * 10, 3.0, *[1.0] * 10)
+    assert not heard(LossRise(), started(*later))
+
+
+def advised(message: str) -> float:
+    found = re.search(r"learning rate (?:of|to) about \S+ \((\S+) x\)", message)
+    assert found, message
+    return float(found[1])
+
+
+@pytest.mark.parametrize(
+    ("gradient", "factor"),
+    [(None, 0.25), (-3.0, 0.25), (3.0, 0.25), (12.0, 0.125), (1e6, 1 / 30)],
+)
+def test_the_advice_goes_by_the_margins_before_the_rise_within_bounds(gradient, factor):
+    rule = LossRise()
+    for seen in losses([2.0] * 50 + [6.0] * 9):
+        fresh = seen.step < 50
+        known = None if gradient is None else Estimate(gradient)
+        alert = rule(replace(seen, gradient_margin=known, gradient_fresh=fresh, noise_ratio=19.0))
+        if alert is not None:
+            break
+    assert alert is not None
+    assert alert.severity == "critical"
+    assert "Go back to an earlier checkpoint, or start again, at a learning" in alert.message
+    assert advised(alert.message) == pytest.approx(factor, rel=0.05)  # two digits
 
 
 def test_the_largest_margin_of_the_start_counts():
@@ -105,7 +144,7 @@ def test_the_largest_margin_of_the_start_counts():
 @pytest.mark.parametrize(
     "run",
     [
-        started(2.0, 8.0, 3.0, 2.5, 2.4, 2.3, 1.9, 1.8, 2.0, 2.4),  # a spike that heals
+        started(2.0, 2.7, 2.7, 2.5, 2.4, 2.3, 1.9, 1.8, 2.0, 2.4),  # a rise that heals
         started(*STUCK, margin=0.5),  # the rate is not why
         started(*STUCK, margin=None),
         started(*STUCK, status="unknown"),  # no share of a limit

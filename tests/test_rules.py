@@ -481,7 +481,7 @@ def test_a_warning_says_the_number_the_limit_where_and_what_to_do():
         "learning rate 0.2 comes close to what the curvature allows for SGD: stability margin "
         "0.65 over the last 2 probes, 0.70 ± 0.01 now (alert above 0.6, unstable at 1); λ_max "
         "70.0 ± 0.4, stable below 100 at this rate; mostly in layers features.0 (61%), head (20%). "
-        "Lower the learning rate to about 0.1 (0.62 x), or end its warm-up there. More: geomwatch "
+        "Lower the learning rate to about 0.1 (0.57 x), or end its warm-up there. More: geomwatch "
         "explain stability_margin."
     )
     assert alert.layers == ("features.0 (61%)", "head (20%)")
@@ -491,8 +491,8 @@ def test_a_single_measurement_is_judged_by_its_own_level():
     (alert,) = heard(StabilityMargin(), [measured(3, 4.0, lr=0.2)])
     assert alert.message == (
         "learning rate 0.2 is beyond what the curvature allows for SGD: stability margin "
-        "4.00 ± 0.01 (alert above 2, unstable at 1). Lower the learning rate to about 0.02 "
-        "(0.1 x), or end its warm-up there. More: geomwatch explain stability_margin."
+        "4.00 ± 0.01 (alert above 2, unstable at 1). Start again at a learning rate of about "
+        "0.02 (0.1 x), or end its warm-up there. More: geomwatch explain stability_margin."
     )
 
 
@@ -516,7 +516,12 @@ def test_an_old_lambda_max_is_not_quoted():
         (
             LossRise(),
             losses([1.0] * 50 + [3.0] * 9),
-            ["risen to 1.4 from its lowest 1", "limit 1.3", "first loss 1)", "Lower the learning"],
+            [
+                "risen to 1.4 from its lowest 1",
+                "limit 1.3",
+                "first loss 1)",
+                "start again, at a learning rate of",
+            ],
         ),
         (
             StabilityMargin(),
@@ -527,13 +532,13 @@ def test_an_old_lambda_max_is_not_quoted():
         ),
         (
             NonFinite(),
-            [trained(0, math.nan)],
-            ["the loss is nan", "last checkpoint", "lower the learning rate", "bad data"],
+            [trained(90, math.nan)],
+            ["the loss is nan", "earlier checkpoint", "at a learning rate of about", "bad data"],
         ),
         (
             NonFinite(),
-            [trained(0, 1.0, grad_norm=math.inf)],
-            ["the gradient norm is inf", "stepped with it", "last checkpoint"],
+            [trained(90, 1.0, grad_norm=math.inf)],
+            ["the gradient norm is inf", "stepped with it", "earlier checkpoint"],
         ),
         (
             NonFinite(),

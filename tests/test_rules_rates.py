@@ -66,9 +66,8 @@ def test_the_message_names_peak_forecast_and_remedy():
         "the schedule is headed for a learning rate of 6, at which the stability margin of SGD "
         "would be 6 in the present weights (alert above 5, unstable at 1; 0.10 ± 0.01 at the 0.1 "
         "of this step); mostly in layers head (90%). Curvature may give way during a warm-up, but "
-        "no peak above 5 trained in the runs behind this level. Lower the learning rate to "
-        "about 1 (0.17 x), as the peak, or warm up for longer. More: geomwatch explain "
-        "planned_rate."
+        "no peak above 5 trained in the runs behind this level. Lower the peak to about 1 "
+        "(0.17 x), or warm up for longer. More: geomwatch explain planned_rate."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,16 @@ from forecasting.policies import Policy
 from geomwatch.records import Alert
 from geomwatch.rules import Observation, default_rules
 from geomwatch.sinks import record_line
+
+_ATTEMPTS = 4  # a user has so much patience
+
+
+class StartAgain(Exception):  # noqa: N818 (it is no error)
+    """An alert has said so; `caps` are the rates not to exceed."""
+
+    def __init__(self, caps: Sequence[tuple[int, float]]) -> None:
+        super().__init__(caps)
+        self.caps = caps
 
 
 class Recorder:
@@ -58,11 +69,14 @@ class Watch:
     loop: Loop
     policy: Policy
     recorder: Recorder = field(default_factory=Recorder)
+    caps: Sequence[tuple[int, float]] = ()  # that earlier attempts have learnt
+    is_last: bool = True  # attempt
     alerts: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.obedience = Obedience(self.loop.optimizer) if self.policy.follows else None
+        follows = self.policy.follows
+        self.obedience = Obedience(self.loop.optimizer, self.caps) if follows else None
         start = time.perf_counter()
         self.monitor = geomwatch.Monitor(
             self.loop.model,
@@ -82,6 +96,7 @@ class Watch:
         self.monitor.step(batch, loss=loss)
         self.seconds += time.perf_counter() - start
         self._obey()  # an alert before a step concerns that step already
+        self._start_again()
 
     def close(self) -> None:
         """Let the monitor judge the last step."""
@@ -89,12 +104,17 @@ class Watch:
         start = time.perf_counter()
         self.monitor.close()
         self.seconds += time.perf_counter() - start
+        self._start_again()
 
     def _hear(self, alert: Alert) -> None:
         heard = heard_at(self.recorder.at, alert)
         self.alerts.append(heard)
         if self.obedience is not None:
             self.obedience.hear(self.recorder.at, heard)
+
+    def _start_again(self) -> None:
+        if self.obedience is not None and self.obedience.wants_again and not self.is_last:
+            raise StartAgain(self.obedience.caps)
 
     def _obey(self) -> None:
         if self.obedience is not None:
@@ -107,11 +127,21 @@ def heard_at(step: int, alert: Alert) -> dict[str, Any]:
 
 
 def execute(run: Run, policy: Policy) -> dict[str, Any]:
-    """Train once under a policy and return the story as plain data."""
-    loop = prepare(run.task, run.recipe)
-    watch = Watch(loop, policy)
-    trace = train(loop, run.recipe, watch)
-    watch.close()
+    """Train once under a policy and return the story as plain data.
+
+    Who follows an alert that says to start again does so, a few times at most, with the same
+    batches; the story is that of the last attempt.
+    """
+    caps: Sequence[tuple[int, float]] = ()
+    for attempt in range(_ATTEMPTS):
+        loop = prepare(run.task, run.recipe)
+        watch = Watch(loop, policy, caps=caps, is_last=attempt == _ATTEMPTS - 1)
+        try:
+            trace = train(loop, run.recipe, watch)
+            watch.close()
+            break
+        except StartAgain as again:
+            caps = again.caps
     left = run.rates.lost(tail(trace, run.task.items(run.recipe.batch)))
     return {
         "losses": trace.losses,
@@ -121,6 +151,7 @@ def execute(run: Run, policy: Policy) -> dict[str, Any]:
         "left": left,
         "evaluation": _evaluation(run, loop, trace),
         "alerts": watch.alerts,
+        "attempts": attempt + 1,
         "caps": watch.obedience.caps if watch.obedience is not None else [],
         "records": [record_line(record) for record in watch.monitor.history],
         "observations": watch.recorder.seen,

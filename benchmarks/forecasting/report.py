@@ -75,8 +75,10 @@ might. By its largest rate:
 
 ## Advice followed
 
-From the alert on, the learning rate is held at or below what its message says; nobody goes back to
-a checkpoint. A run trains when less than {HEALTHY:.0%} of what can be learnt is left at its end.
+From the alert on, the learning rate is held at or below what its message says. Where the message
+says to start again (in the first 20 steps, or when all that was learnt is lost), the run does, at
+the advised rate at most and with all of its steps; three times at most. A run trains when less than
+{HEALTHY:.0%} of what can be learnt is left at its end.
 
 {advice(main, by_policy[ADVICE]) if ADVICE in by_policy else "Not run."}
 

@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.message import alert, lower_rate
+from geomwatch.rules.advice import lower_rate, rate_factor
+from geomwatch.rules.levels import gradient_level, items_of
+from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
 
-_ITEMS, _RATIO = 64, 19.0  # the batch and the noise ratio (momentum 0.9) of the levels below:
-_LONG, _LONG_ADAPTIVE = 6.0, 10.0  # of the mean over 60 steps,
-_SHORT = 10.0  # of SGD over the last three,
-_FIRST = 18.0  # and of SGD in one of the first steps, all in units of the small-batch limit
-_GROWTH = 1 / 3  # power of the batch that they grow with
-_EDGE = 1.3  # no level lies beyond so many times the limit of the full batch, or below
+_SHORT = 10.0  # at 64 items: of SGD over the last three,
+_FIRST = 18.0  # and of SGD in one of the first steps, in units of the small-batch limit
 _AT_ONCE, _EDGE_AT_ONCE = 2.0, 3.0  # of one measurement, in units of the full-batch limit
 _RELEASE = 0.7  # of the level
-_TARGET = 0.5  # of the level, that the advice aims for
 _LONG_SPAN, _SHORT_SPAN = 60, 40  # steps that the means look back
 _ENOUGH, _THREE = 4, 3  # measurements in them
 _YOUNG = range(3, 13)  # steps
@@ -85,27 +82,27 @@ class GradientMargin:
             judged.append(_found(now, at_once, "measured once", "critical"))
         mean, count = self._long.mean(seen)
         if mean is not None and count >= _ENOUGH and seen.step >= _WARM_UP:
-            level = _LONG_ADAPTIVE if seen.adaptive else _LONG
             shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
-            judged.append(_found(mean, _level(seen, level), shown))
+            judged.append(_found(mean, gradient_level(seen), shown))
         if seen.adaptive or seen.deterministic:
             return judged
         if seen.step in _YOUNG:
-            judged.append(_found(now, _level(seen, _FIRST), "measured once", "critical"))
+            judged.append(_found(now, gradient_level(seen, _FIRST), "measured once", "critical"))
         mean, count = self._short.mean(seen)
         if mean is not None and count >= _THREE and seen.step >= _YOUNG.start:
-            judged.append(_found(mean, _level(seen, _SHORT), "mean of the last three measurements"))
+            level = gradient_level(seen, _SHORT)
+            judged.append(_found(mean, level, "mean of the last three measurements"))
         return judged
 
     def _alert(self, seen: Observation, found: _Found) -> Alert:
         lr = max(seen.lr)
-        batch = "full-batch training" if seen.deterministic else f"batches of {_items(seen)}"
+        factor = rate_factor(seen, gradient=found.value)
+        batch = "full-batch training" if seen.deterministic else f"batches of {items_of(seen)}"
         text = (
             f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
             f"survive for long with {seen.optimizer}: {found.value:.3g} x the limit of small "
             f"batches, {found.shown} (alert above {found.level:.3g}; the full batch would allow "
-            f"{seen.noise_ratio:.3g}). {lower_rate(lr, _TARGET / found.share)}, or end its warm-up "
-            "there."
+            f"{seen.noise_ratio:.3g}). {lower_rate(seen, factor)}, or end its warm-up there."
         )
         return alert(
             self.name, found.severity, text, value=found.value, limit=found.level, step=seen.step
@@ -122,19 +119,6 @@ class GradientMargin:
     @property
     def _parts(self) -> dict[str, Any]:
         return {"latch": self._latch, "long": self._long, "short": self._short}
-
-
-def _items(seen: Observation) -> int:
-    return seen.items or _ITEMS
-
-
-def _level(seen: Observation, at_64: float) -> float:
-    """Return a level for this batch and this optimizer."""
-    edge = _EDGE * seen.noise_ratio
-    if seen.deterministic:
-        return edge
-    level = at_64 * (_items(seen) / _ITEMS) ** _GROWTH * math.sqrt(seen.noise_ratio / _RATIO)
-    return float(min(max(level, _EDGE), edge))
 
 
 def _found(value: float, level: float, shown: str, severity: Severity = "warning") -> _Found:

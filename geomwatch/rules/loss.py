@@ -8,8 +8,10 @@ from collections import deque
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
+from geomwatch.rules.recent import RecentMargins
 
 _SMOOTHING = 0.8
 _NOISE_SMOOTHING = 0.98
@@ -19,9 +21,11 @@ _YOUNG = 10  # losses until the noise is known
 _IN_A_ROW = 3  # losses: a single bad batch of few items lifts a healthy run's mean above the limit
 _START, _START_LAST = 10, 5  # losses of a start, and the last of them, when a spike has healed that
 _START_RISE = 0.05  # adaptive methods and BatchNorm often begin with: still above the first by this
+_START_SPIKE = 0.4  # and a single one above the first by this
 _START_MARGIN = 0.6  # the stability margin that makes the rate a likely reason,
 _START_FULL_BATCH = 3.0  # and in full-batch training, which survives a catapult
 _START_ITEMS = 16  # of fewer items a single loss, the first, says little
+_ADVICE_SPAN = 60  # steps whose margins the advice goes by
 
 
 class LossRise:
@@ -29,10 +33,11 @@ class LossRise:
 
     EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
     as well; critical at once when the EMA exceeds the first loss by the same amount. Warns as well
-    when ten steps near the limit have taught nothing: the median of the last five losses is 5 %
-    above the first, in batches of 16 items or more, and a stability margin above 0.6 (3 where
-    every step sees the same data). Curvature does not announce every failure (bad data, for one);
-    this is the rule beside it.
+    when the first ten steps, near the limit, teach nothing: a loss is 40 % above the first, or the
+    median of the last five 5 %, in batches of 16 items or more, and a stability margin has been
+    above 0.6 (3 where every step sees the same data). Curvature does not announce every failure
+    (bad data, for one); this is the rule beside it. The rate it advises is that of the margins of
+    the last 60 steps, but a quarter at most.
     """
 
     name = "loss_rise"
@@ -45,10 +50,14 @@ class LossRise:
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
         self._lowest = math.inf
+        self._along = RecentMargins(most=_ADVICE_SPAN, steps=_ADVICE_SPAN)
         self._latch = Latch()
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge the loss of the step before, or of a probe when the loop passes no losses."""
+        along = seen.gradient_margin
+        if seen.gradient_fresh and along is not None and along.value is not None:
+            self._along.add(seen, along.value)
         loss, step = self._loss_of(seen)
         if loss is None or not math.isfinite(loss):
             return None
@@ -67,40 +76,44 @@ class LossRise:
         recent = list(self._last)[-_IN_A_ROW:]
         if severity == "warning" and min(recent) <= self._lowest + limit:
             return None
-        return self._alert(severity, smooth, self._lowest, self._lowest + limit, step)
-
-    def _alert(
-        self, severity: Severity, loss: float, lowest: float, limit: float, step: int
-    ) -> Alert | None:
         if not self._latch.admit(severity, step):
             return None
+        limit += self._lowest
         message = (
-            f"the loss has risen to {loss:.4g} from its lowest {lowest:.4g} (limit {limit:.4g}, "
-            f"first loss {self._first:.4g}). Lower the learning rate or go back to a checkpoint "
-            "from before the rise, and look at the last batches."
+            f"the loss has risen to {smooth:.4g} from its lowest {self._lowest:.4g} (limit "
+            f"{limit:.4g}, first loss {self._first:.4g}). "
+            f"{self._advised(seen, is_lost=severity == 'critical')}, and look at the last batches."
         )
-        return alert(self.name, severity, message, value=loss, limit=limit, step=step)
+        return alert(self.name, severity, message, value=smooth, limit=limit, step=step)
+
+    def _advised(self, seen: Observation, *, margin: float | None = None, is_lost: bool) -> str:
+        gradient, _ = self._along.mean(seen)
+        factor = rate_factor_of_loss(seen, margin=margin, gradient=gradient)
+        return lower_rate(seen, factor, is_lost=is_lost)
 
     def _judge_start(self, seen: Observation, step: int) -> Alert | None:
-        """Warn of ten steps that have taught nothing, where the rate is a likely reason."""
+        """Warn of first steps that teach nothing, where the rate is a likely reason."""
         # Without a formula for the optimizer it is no share of a limit.
         if seen.margin is not None and seen.margin.status == "ok":
             self._margin = max(self._margin, seen.margin.value or 0.0)
         level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
         is_suspect = self._margin > level and seen.items >= _START_ITEMS
-        if self._count < _START or not is_suspect:
+        if not is_suspect:
             return None
         assert self._first is not None
-        last, limit = statistics.median(self._last), self._first + _START_RISE * abs(self._first)
-        if last <= limit or not self._latch.admit("warning", step):
+        shown, loss, limit = "a loss", self._last[-1], self._first + _START_SPIKE * abs(self._first)
+        if loss <= limit and self._count == _START:
+            shown, loss = f"the median of the last {_START_LAST}", statistics.median(self._last)
+            limit = self._first + _START_RISE * abs(self._first)
+        if loss <= limit or not self._latch.admit("warning", step):
             return None
         message = (
-            f"the first {_START} losses have not fallen: the median of the last {_START_LAST} is "
-            f"{last:.4g}, the first was {self._first:.4g} (limit {limit:.4g}), and the stability "
-            f"margin has been up to {self._margin:.2g}. Start again with a lower learning rate, or "
+            f"the first losses do not fall: {shown} is {loss:.4g}, the first was "
+            f"{self._first:.4g} (limit {limit:.4g}), and the stability margin has been up to "
+            f"{self._margin:.2g}. {self._advised(seen, margin=self._margin, is_lost=True)}, or "
             "with a warm-up."
         )
-        return alert(self.name, "warning", message, value=last, limit=limit, step=step)
+        return alert(self.name, "warning", message, value=loss, limit=limit, step=step)
 
     def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
         if seen.settled is not None and seen.settled.loss is not None:
@@ -130,7 +143,7 @@ class LossRise:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moving averages, the last losses and the latch."""
-        return state_of({"latch": self._latch}) | {
+        return state_of({"latch": self._latch, "along": self._along}) | {
             "first": self._first,
             "last": list(self._last),
             "count": self._count,
@@ -142,7 +155,7 @@ class LossRise:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the moving averages, the last losses and the latch."""
-        load_into({"latch": self._latch}, state)
+        load_into({"latch": self._latch, "along": self._along}, state)
         self._first, self._count = state["first"], state["count"]
         self._margin = state["margin"]
         self._last = deque(state["last"], maxlen=_START_LAST)

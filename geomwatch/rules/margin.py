@@ -17,8 +17,8 @@ from geomwatch.rules.trust import Trust
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
 # training lives at 1 (the edge of stability) and survives 2.75 at the start. `geomwatch explain
 # stability_margin` has the runs behind the numbers.
-_NOISY = Levels(warning=0.6, critical=1.0, at_once=2.0, target=0.4)
-_FULL_BATCH = Levels(warning=1.3, critical=2.0, at_once=3.0, target=0.8)
+_NOISY = Levels(warning=0.6, critical=1.0, at_once=2.0)
+_FULL_BATCH = Levels(warning=1.3, critical=2.0, at_once=3.0)
 _BEFORE_START = 10.0  # at step 0, where a catapult out of sharp weights is still harmless
 _RELEASE = 0.7  # of the warning level
 _RELATIVE = 2.0  # times the run's own median, where no limit is known,
@@ -90,7 +90,7 @@ class StabilityMargin:
             level = levels.at_once if seen.step else _BEFORE_START
         noise = self._regime.noise(seen)
         found = Verdict(severity, mean, count, single=single, level=level, noise=noise)
-        return described(self.name, seen, found, levels)
+        return described(self.name, seen, found)
 
     def _severity(
         self, seen: Observation, mean: float, count: int, levels: Levels

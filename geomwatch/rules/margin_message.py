@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.message import alert, batch_advice, carried_by, lower_rate
+from geomwatch.rules.advice import lower_rate, rate_factor
+from geomwatch.rules.message import alert, batch_advice, carried_by
 from geomwatch.rules.observation import Observation
 from geomwatch.rules.regime import EDGE
 from geomwatch.sinks import format_estimate
@@ -18,7 +19,6 @@ class Levels:
     warning: float  # of the mean of the last measurements
     critical: float  # of the mean, for some steps
     at_once: float  # of a single measurement
-    target: float  # that the advice aims for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Usual:
     loss_limit: float  # the same of the loss
 
 
-def described(rule: str, seen: Observation, found: Verdict, levels: Levels) -> Alert:
+def described(rule: str, seen: Observation, found: Verdict) -> Alert:
     """Return the alert of a margin near or beyond its limit, or at the edge of stability."""
     assert seen.margin is not None
     assert seen.margin.value is not None
@@ -58,7 +58,7 @@ def described(rule: str, seen: Observation, found: Verdict, levels: Levels) -> A
     if not found.single and found.count > 1:
         shown = f"{found.mean:.2f} over the last {found.count} probes, {shown} now"
     margin = f"{shown} (alert above {found.level:g}, unstable at 1)"
-    text = _text(seen, value, margin, levels) + batch_advice(value, found.noise)
+    text = _text(seen, value, margin) + batch_advice(value, found.noise)
     return _sent(rule, seen, found.severity, text, value, found.level)
 
 
@@ -80,14 +80,14 @@ def _sent(
     return alert(rule, severity, text, value=value, limit=limit, step=seen.step, layers=seen.layers)
 
 
-def _text(seen: Observation, value: float, margin: str, levels: Levels) -> str:
-    lr, factor = max(seen.lr, default=1.0), levels.target / value
+def _text(seen: Observation, value: float, margin: str) -> str:
+    lr = max(seen.lr, default=1.0)
     beyond = "is beyond" if value > 1 else "comes close to"
     rising = ", and the loss rises" if seen.deterministic else ""
     return (
         f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
         f"stability margin {margin}{_curvature(seen)}{carried_by(seen)}. "
-        f"{lower_rate(lr, factor)}, or end its warm-up there."
+        f"{lower_rate(seen, rate_factor(seen, margin=value))}, or end its warm-up there."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the messages of rules have in common: where trouble sits, what helps, where to read on."""
+"""What the messages of rules have in common: where trouble sits, what batches do, what to read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,6 @@ def alert(
 def carried_by(seen: Observation) -> str:
     """Name the layers that hold the top eigenvector."""
     return f"; mostly in layers {', '.join(seen.layers)}" if seen.layers else ""
-
-
-def lower_rate(lr: float, factor: float) -> str:
-    """Say what rate to go down to."""
-    return f"Lower the learning rate to about {lr * factor:.1g} ({factor:.2g} x)"
 
 
 def batch_advice(margin: float, noise: float | None) -> str:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
@@ -28,12 +29,13 @@ class NonFinite:
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge the probe of this step and the scalars of the step before."""
         if seen.loss is not None and not math.isfinite(seen.loss):
-            return self._raise("critical", seen.step, seen.loss, _loss_message(seen.loss))
+            return self._raise("critical", seen.step, seen.loss, _loss_message(seen, seen.loss))
         settled = seen.settled
         if settled is None:
             return None
         if settled.loss is not None and not math.isfinite(settled.loss):
-            return self._raise("critical", settled.step, settled.loss, _loss_message(settled.loss))
+            message = _loss_message(seen, settled.loss)
+            return self._raise("critical", settled.step, settled.loss, message)
         if math.isfinite(settled.grad_norm):
             self._skipped = 0
             self._latch.calm(settled.step)
@@ -41,8 +43,7 @@ class NonFinite:
         if settled.stepped:
             message = (
                 f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
-                "the weights are lost. Go back to the last checkpoint and lower the learning rate, "
-                "or look for bad data in the last batches."
+                f"the weights are lost. {_go_back(seen)}, or look for bad data in the last batches."
             )
             return self._raise("critical", settled.step, settled.grad_norm, message)
         self._skipped += 1
@@ -77,9 +78,16 @@ class NonFinite:
         self._skipped = state["skipped"]
 
 
-def _loss_message(loss: float) -> str:
+def _loss_message(seen: Observation, loss: float) -> str:
     return (
         f"the loss is {loss}. A step taken on it destroys the weights, and training will not "
-        "recover by itself: go back to the last checkpoint and lower the learning rate, or look "
-        "for bad data in the last batches."
+        f"recover by itself. {_go_back(seen)}, or look for bad data in the last batches."
     )
+
+
+def _go_back(seen: Observation) -> str:
+    """Say where to go on from, and at which rate: by the margins as they were last known."""
+    margin = None if seen.margin is None else seen.margin.value
+    along = None if seen.gradient_margin is None else seen.gradient_margin.value
+    factor = rate_factor_of_loss(seen, margin=margin, gradient=along)
+    return lower_rate(seen, factor, is_lost=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.message import alert, carried_by, lower_rate
+from geomwatch.rules.message import alert, carried_by
 from geomwatch.rules.observation import Observation
 from geomwatch.sinks import format_estimate
 
@@ -45,14 +45,14 @@ class PlannedRate:
         severity: Severity = "critical" if expected > _CRITICAL else "warning"
         level = _CRITICAL if severity == "critical" else _WARNING
         few = "no peak" if severity == "critical" else "few peaks"
-        peak = max(seen.peak)
+        peak, factor = max(seen.peak), _TARGET / expected
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which the stability "
             f"margin of {seen.optimizer} would be {expected:.2g} in the present weights (alert "
             f"above {level:g}, unstable at 1; {format_estimate(margin)} at the {max(seen.lr):.3g} "
             f"of this step){carried_by(seen)}. Curvature may give way during a warm-up, but {few} "
             f"above {level:g} trained in the runs behind this level. "
-            f"{lower_rate(peak, _TARGET / expected)}, as the peak, or warm up for longer."
+            f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or warm up for longer."
         )
         return alert(
             self.name,

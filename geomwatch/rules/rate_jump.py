@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from geomwatch.records import Alert
-from geomwatch.rules.message import alert, carried_by, lower_rate
+from geomwatch.rules.advice import advised_rate
+from geomwatch.rules.message import alert, carried_by
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
 from geomwatch.rules.regime import Regime
@@ -122,7 +123,7 @@ def _alert(rule: str, seen: Observation, jump: float, share: float, reason: str)
     text = (
         f"the learning rate jumps {jump:.3g} x to {lr:.3g}, {share:.2g} x what {seen.optimizer} is "
         f"likely to survive here: {reason} ({measured}){carried_by(seen)}. This step is not taken "
-        f"yet. {lower_rate(lr, _TARGET / share)}, or reach the new rate by a warm-up of some "
-        "hundred steps."
+        f"yet. Lower the learning rate to {advised_rate(seen, _TARGET / share)}, or reach the new "
+        "rate by a warm-up of some hundred steps."
     )
     return alert(rule, "critical", text, value=share, limit=1.0, step=seen.step, layers=seen.layers)
