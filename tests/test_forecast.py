@@ -32,7 +32,7 @@ from forecasting.grid import COMBINATIONS, EDGE, Run, grid, quick
 from forecasting.outcome import event, judge
 from forecasting.policies import ADVICE, DEFAULT, POLICIES, Policy
 from forecasting.replay import differences, replay
-from forecasting.scoring import by_step_ten, curve, freeze, lead_of, score
+from forecasting.scoring import before_end, by_step_ten, curve, freeze, lead_of, score
 from forecasting.stats import Median, Share
 from forecasting.store import Store
 from forecasting.story import Story, read
@@ -257,6 +257,12 @@ def test_by_step_ten_means_before_a_nan_that_comes_sooner():
     late = story([2.3] * 50, left=1.0, alerts=[an_alert(11)])
     in_time = story([2.3, 9.0, math.nan], left=math.inf, alerts=[an_alert(1)])
     assert by_step_ten(geomwatch, [early, late, in_time]).k == 1
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_later_than_step_ten_is_still_in_time_before_the_loss_blows_up():
+    stories = [failing(9, 50), failing(40, 50), failing(50, 50), failing(None, 50)]
+    assert before_end(geomwatch, stories).k == 2
 
 
 @pytest.mark.usefixtures("known_rates")

@@ -15,7 +15,7 @@ from forecasting.detectors import (
 )
 from forecasting.halves import Halves, Stories, overhead, table
 from forecasting.outcome import HEALTHY
-from forecasting.scoring import by_step_ten, failed, freeze, healthy
+from forecasting.scoring import before_end, by_step_ten, failed, freeze, healthy
 from forecasting.stats import Share
 from forecasting.story import Story
 
@@ -30,10 +30,17 @@ def starts(halves: Halves) -> str:
     ):
         tune = by_step_ten(alarm, failed(halves.tune, "start"))
         held = by_step_ten(alarm, failed(halves.held, "start"))
+        later = before_end(alarm, failed(halves.held, "start"))
         well = [s for s in healthy(halves.held) if s.run.scenario in ("start", "steady")]
         false = Share(sum(alarm(s) is not None for s in well), len(well))
-        rows.append((name, f"{tune.k}/{tune.n}", held, false))
-    header = ("detector", "chosen on: by step 10", "held back: by step 10", "false alarms")
+        rows.append((name, f"{tune.k}/{tune.n}", held, later, false))
+    header = (
+        "detector",
+        "chosen on: by step 10",
+        "held back: by step 10",
+        "or before it blows up",
+        "false alarms",
+    )
     return table(header, rows)
 
 

@@ -62,6 +62,12 @@ def by_step_ten(alarm: Alarm, stories: Sequence[Story]) -> Share:
     return Share(sum(_in_time(alarm(s), s) for s in stories), len(stories))
 
 
+def before_end(alarm: Alarm, stories: Sequence[Story]) -> Share:
+    """Count runs with an alarm by step 10, or later but before the loss blows up."""
+    timely = [s for s in stories if _in_time(alarm(s), s) or lead_of(alarm, s) > 0]
+    return Share(len(timely), len(stories))
+
+
 def _in_time(raised: int | None, story: Story) -> bool:
     event = story.outcome.event
     if raised is None or event is None:

@@ -14,7 +14,7 @@ _MARGIN, _MARGIN_FULL_BATCH = 0.4, 0.8  # of the stability margin, aimed for
 _GRADIENT, _GRADIENT_FULL_BATCH = 0.25, 0.6  # of the level of the gradient margin, aimed for
 _AT_START = 3.0  # times that level, while the gradient lies along the sharpest directions
 _YOUNG = range(1, 21)  # steps: to start again costs less than to find out what they have done
-_AT_MOST, _AT_LEAST = 1 / 4, 1 / 30  # of the rate, where the loss says that it is too high
+_AT_MOST, _AT_LEAST = 1 / 10, 1 / 30  # of the rate, where the loss says that it is too high
 
 
 def rate_factor(
@@ -39,7 +39,7 @@ def rate_factor(
 
 
 def rate_factor_of_loss(seen: Observation, **margins: float | None) -> float:
-    """Return the same where the loss says that the rate is too high: 1/4 at most, 1/30 at least.
+    """Return the same where the loss says that the rate is too high: 1/10 at most, 1/30 at least.
 
     The curvature where a loss has blown up says little about the rate to go on at.
     """

@@ -37,7 +37,7 @@ class LossRise:
     median of the last five 5 %, in batches of 16 items or more, and a stability margin has been
     above 0.6 (3 where every step sees the same data). Curvature does not announce every failure
     (bad data, for one); this is the rule beside it. The rate it advises is that of the margins of
-    the last 60 steps, but a quarter at most.
+    the last 60 steps, but a tenth at most.
     """
 
     name = "loss_rise"
