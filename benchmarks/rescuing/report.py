@@ -65,6 +65,7 @@ def _bars(halves: dict[str, Outcomes]) -> str:
         rows += [
             (name, "x4 to x30: ends no better than chance", "none", _ratio(lost)),
             (name, "x4 to x30: rescued", ">= 95 %", _ratio(rescued)),
+            (name, "the tuned rate itself by that measure", "", _ratio(half.rescued("none", 1.0))),
             (name, "cells in which a baseline is better", "none", str(len(worse))),
             (name, "x1: cells whose loss and accuracy are kept", "all", _ratio(half.kept())),
             (name, "x0.25: cells within 1 % of the loss", "all", _ratio(half.not_slower())),
