@@ -9,15 +9,16 @@ from typing import Any
 _BIN = 5  # steps in a bin, until bins are merged
 _FIRST = 30  # bins before the first look
 _MOST = 60  # bins kept: then pairs are merged, so that memory stays small and a look spans more
-_FALLING = 0.5  # standard errors
+_FALLING = 2.0  # standard errors
 
 
 class Stall:
     """Compares the mean loss of the last third of the steps so far with that of the third before.
 
-    It has stopped falling when the difference is below half its standard error, taken from means of
-    bins since losses in a row are alike. First asked after 150 steps, then each time half as many
-    have been added: a loss that falls slowly shows it in the end, as thirds grow with the run.
+    It has stopped falling unless the difference is more than twice its standard error, taken from
+    means of bins since losses in a row are alike. First asked after 150 steps, then each time half
+    as many have been added: a loss that falls slowly shows it in the end, as thirds grow with the
+    run.
     """
 
     def __init__(self) -> None:
