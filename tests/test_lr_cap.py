@@ -60,9 +60,9 @@ def test_the_first_step_is_taken_at_the_limit():
     assert Applied(LearningRateCap())(glanced(0, 8.0)) == pytest.approx(0.1 * 2 / 8)
 
 
-def test_methods_that_adapt_have_the_same_limit():
+def test_methods_that_adapt_are_held_to_half_of_that_unless_told_otherwise():
     seen = glanced(0, 8.0, adaptive=True)
-    assert Applied(LearningRateCap())(seen) == pytest.approx(0.2 / 8)
+    assert Applied(LearningRateCap())(seen) == pytest.approx(0.1 / 8)
     assert Applied(LearningRateCap(c_bs=4.0))(seen) == pytest.approx(0.4 / 8)
 
 

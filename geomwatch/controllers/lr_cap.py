@@ -15,6 +15,7 @@ from geomwatch.controllers.stall import Stall
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
+_SGD, _ADAPTIVE = 2.0, 1.0  # small-batch limits along the gradient
 _LONG = 50  # steps: a longer gap between measurements releases no more than this one
 _HIGH = 0.5  # of its limit: a margin from which on noise may be all that keeps the loss up
 _SAME = 1e-9  # relative: caps that differ by less are one
@@ -44,7 +45,8 @@ class LearningRateCap:
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
 
     Args:
-        c_bs: the margin along the gradient to stay below (docs/decisions/013 and 016).
+        c_bs: the margin along the gradient to stay below; by default 2 for SGD, 1 for methods that
+            adapt their steps to gradients, as Adam (docs/decisions/013).
         c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
         smoothing: weight of the past in the mean of margins.
         release: largest factor by which the cap rises in five steps.
@@ -62,7 +64,7 @@ class LearningRateCap:
     def __init__(
         self,
         *,
-        c_bs: float = 2.0,
+        c_bs: float | None = None,
         c_lambda: float | None = None,
         smoothing: float = 0.8,
         release: float = 1.25,
@@ -71,9 +73,9 @@ class LearningRateCap:
         patience: int = 0,
         cooldown: int = 0,
     ) -> None:
-        check_above("c_bs", c_bs, 0)
-        if c_lambda is not None:
-            check_above("c_lambda", c_lambda, 0)
+        for name, given in (("c_bs", c_bs), ("c_lambda", c_lambda)):
+            if given is not None:
+                check_above(name, given, 0)
         check_share("smoothing", smoothing)
         check_above("release", release, 1)
         if factor != 1:
@@ -139,7 +141,7 @@ class LearningRateCap:
         if loss is None or seen.deterministic or self._decay == 1:
             return
         margin = self._along.at(seen.lr) * seen.cold_start
-        if margin > _HIGH * self._c_bs * self._unit and self._stall(loss):
+        if margin > _HIGH * self._usual_limit(seen) and self._stall(loss):
             self._settled *= self._decay
             self._stall.restart()
 
@@ -170,7 +172,7 @@ class LearningRateCap:
 
     def _target(self, seen: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
-        limits = ((self._along, self._limit), (self._top, self._c_lambda))
+        limits = ((self._along, self._limit(seen)), (self._top, self._c_lambda))
         allowed = math.inf
         for margin, limit in limits:
             value = margin.at(seen.lr) * seen.cold_start
@@ -178,17 +180,20 @@ class LearningRateCap:
                 allowed = min(allowed, limit / value)
         return allowed
 
-    @property
-    def _limit(self) -> float:
-        """What the margin along the gradient has to stay below."""
-        return self._c_bs * self._unit * self._settled
+    def _limit(self, seen: Observation) -> float:
+        """Return what the margin along the gradient has to stay below."""
+        return self._usual_limit(seen) * self._settled
+
+    def _usual_limit(self, seen: Observation) -> float:
+        usual = _ADAPTIVE if seen.adaptive else _SGD
+        return (self._c_bs or usual) * self._unit
 
     def _reason(self, seen: Observation, cap: float) -> str:
         largest = max(seen.lr)
         if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
         along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
-        limit = self._limit
+        limit = self._limit(seen)
         if self._c_lambda is not None and top / self._c_lambda > along / limit:
             along, limit, what = top, self._c_lambda, "λ_max"
         else:
