@@ -135,6 +135,14 @@ def test_the_advice_goes_by_the_margins_before_the_rise_within_bounds(gradient, 
     assert advised(alert.message) == pytest.approx(factor, rel=0.05)  # two digits
 
 
+def test_margins_that_are_shares_of_no_limit_are_no_reason_for_an_advice():
+    rule = LossRise()
+    unknown = Estimate(50.0, status="unknown")
+    more = {"margin": unknown, "gradient_margin": Estimate(1e6), "gradient_fresh": True}
+    alerts = heard(rule, [replace(seen, **more) for seen in losses([2.0] * 50 + [6.0] * 9)])
+    assert advised(alerts[0].message) == pytest.approx(0.1)
+
+
 def test_the_largest_margin_of_the_start_counts():
     run = started(*STUCK, margin=0.1)
     run[1] = replace(run[1], margin=Estimate(0.7))

@@ -24,13 +24,16 @@ def rate_factor(
 
     min(0.4 / M, 0.25 level / G), at most 1, with M and G as the rule has them or as this step has
     measured them, whichever is larger; 0.8 and 0.6 where every step sees the same data, and three
-    times as much of G in the first steps.
+    times as much of G in the first steps. 1 for optimizers without a formula: M and G are shares of
+    no limit there.
     """
+    if seen.margin is not None and seen.margin.status != "ok":
+        return 1.0
     aimed = _MARGIN_FULL_BATCH if seen.deterministic else _MARGIN
     aimed_along = gradient_level(seen) * (_GRADIENT_FULL_BATCH if seen.deterministic else _GRADIENT)
     if seen.step in _YOUNG:
         aimed_along *= _AT_START
-    if seen.fresh and seen.margin is not None and seen.margin.status == "ok":
+    if seen.fresh and seen.margin is not None:
         margin = max(margin or 0.0, seen.margin.value or 0.0)
     if seen.gradient_fresh and seen.gradient_margin is not None:
         gradient = max(gradient or 0.0, seen.gradient_margin.value or 0.0)
