@@ -19,13 +19,14 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from forecasting.grid import Run, grid, quick
 from forecasting.halves import Halves
 from forecasting.policies import ADVICE, DEFAULT, POLICIES, QUICK
 from forecasting.pool import predicted_seconds, work
-from forecasting.replay import differences, replay
+from forecasting.replay import differences, read_replayed
 from forecasting.report import write
 from forecasting.scoring import failed
 from forecasting.store import Store
@@ -86,12 +87,11 @@ def _report(
 ) -> int:
     from forecasting import plots  # matplotlib, which training does without
 
-    found = {policy: read(store, runs, policy) for policy in policies}
+    again = partial(read_replayed, workers=options.workers)
+    found = {p: (again if options.replay else read)(store, runs, p) for p in policies}
     if not found.get(DEFAULT):
         print(f"no runs with the policy {DEFAULT!r} under {store.folder}", file=sys.stderr)
         return 1
-    if options.replay:
-        found = {policy: [replay(s) for s in stories] for policy, stories in found.items()}
     halves = {policy: Halves.of(stories) for policy, stories in found.items() if stories}
     out = store.folder if options.quick or options.folder else DOCS
     text = write(halves, note=_note(found[DEFAULT], len(runs), options))

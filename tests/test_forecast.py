@@ -31,7 +31,7 @@ from forecasting.execute import execute
 from forecasting.grid import COMBINATIONS, EDGE, Run, grid, quick
 from forecasting.outcome import event, judge
 from forecasting.policies import ADVICE, DEFAULT, POLICIES, Policy
-from forecasting.replay import differences, replay
+from forecasting.replay import differences, read_replayed, replay
 from forecasting.scoring import before_end, by_step_ten, curve, freeze, lead_of, score
 from forecasting.stats import Median, Share
 from forecasting.store import Store
@@ -443,6 +443,13 @@ def test_the_program_does_what_is_missing_and_writes_a_report(few_runs, tmp_path
     capsys.readouterr()
     assert forecast.main(["replay", *arguments, "--policies", "default"]) == 0
     assert "default: 0 of 4 runs would be judged otherwise" in capsys.readouterr().out
+
+
+def test_runs_are_read_as_they_would_be_judged_today(told, tmp_path):
+    store = Store(tmp_path)
+    store.save(told.run, DEFAULT, told.data | {"alerts": []})
+    (again,) = read_replayed(store, [told.run, a_run()], DEFAULT, workers=1)
+    assert again.alerts == told.alerts
 
 
 def test_a_run_with_other_settings_is_done_again(tmp_path):

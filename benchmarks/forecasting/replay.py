@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
+
+from tqdm import tqdm
 
 from forecasting.codec import decode
 from forecasting.execute import heard_at
+from forecasting.grid import Run
+from forecasting.store import Store
 from forecasting.story import Story
 from geomwatch.rules import Observation, Rule, default_rules
 
@@ -34,6 +41,21 @@ def replay(story: Story, rules: Rules = default_rules) -> Story:
             if alert is not None:
                 alerts.append(heard_at(shown["at"], alert))
     return Story(story.run, story.policy, {**story.data, "alerts": alerts}, dict(story.scores))
+
+
+def read_replayed(store: Store, runs: Sequence[Run], policy: str, *, workers: int) -> list[Story]:
+    """Read what is there of these runs, judged by today's rules; half a second a run."""
+    there = [run for run in runs if store.has(run, policy)]
+    one = partial(_read_replayed, store, policy)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        found = pool.map(one, there, chunksize=4)
+        return list(tqdm(found, desc=f"judging {policy}", total=len(there), leave=False))
+
+
+def _read_replayed(store: Store, policy: str, run: Run) -> Story:
+    data = store.load(run, policy)
+    assert data is not None
+    return replay(Story(run, policy, data))
 
 
 def differences(stories: Iterable[Story], rules: Rules = default_rules) -> list[Difference]:
