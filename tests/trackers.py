@@ -45,10 +45,11 @@ def mlflow_scalars(uri: str, experiment: str) -> Scalars:
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     return {
-        key: [
+        # Hosts log asynchronously, and two threads may write in either order.
+        key: sorted(
             (metric.step, metric.value)
             for metric in client.get_metric_history(run.info.run_id, key)
-        ]
+        )
         for key in run.data.metrics
     }
 
