@@ -45,17 +45,16 @@ def replay(story: Story, rules: Rules = default_rules) -> Story:
 
 def read_replayed(store: Store, runs: Sequence[Run], policy: str, *, workers: int) -> list[Story]:
     """Read what is there of these runs, judged by today's rules; half a second a run."""
-    there = [run for run in runs if store.has(run, policy)]
     one = partial(_read_replayed, store, policy)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        found = pool.map(one, there, chunksize=4)
-        return list(tqdm(found, desc=f"judging {policy}", total=len(there), leave=False))
+        found = pool.map(one, runs, chunksize=4)
+        bar = tqdm(found, desc=f"judging {policy}", total=len(runs), leave=False)
+        return [story for story in bar if story is not None]
 
 
-def _read_replayed(store: Store, policy: str, run: Run) -> Story:
+def _read_replayed(store: Store, policy: str, run: Run) -> Story | None:
     data = store.load(run, policy)
-    assert data is not None
-    return replay(Story(run, policy, data))
+    return None if data is None else replay(Story(run, policy, data))
 
 
 def differences(stories: Iterable[Story], rules: Rules = default_rules) -> list[Difference]:

@@ -1,8 +1,9 @@
-"""What an alert advises: a learning rate, and from where to go on. One answer, whichever rule asks.
+"""What an alert advises: a learning rate, and from where to go on. One answer for all rules.
 
 A warning comes when a margin is beyond what healthy runs have, and a rate that is only just below
 its level goes wrong again. So what is aimed for is not the level but where healthy runs live, by
-each margin that this step knows.
+each margin that this step knows. (A rate that is only planned, or just jumped to, is judged ahead:
+those rules keep to the level of theirs.)
 """
 
 from __future__ import annotations
