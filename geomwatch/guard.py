@@ -57,7 +57,7 @@ class Guard:
         self._tell_surprises()
         return probed
 
-    def glance(self, window: Sequence[Any], lr: tuple[float, ...], **known: Any) -> bool:
+    def glance(self, window: Sequence[Any], step: int, lr: tuple[float, ...], **known: Any) -> bool:
         """Measure the margin along the gradient; tell whether it could be had.
 
         What keeps it from being measured is for the next probe to report.
@@ -65,7 +65,7 @@ class Guard:
         start = time.perf_counter()
         try:
             with self.prober.ranks.together():
-                found = self.prober.glance(window, **known)
+                found = self.prober.glance(window, step, **known)
         except Exception as error:
             logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
             return False

@@ -138,7 +138,13 @@ class Monitor:
             )
         )
         self._pace = Pace(
-            schedule, every, self._guard, self._ranks, max_overhead=max_overhead, frugal=frugal
+            schedule,
+            every,
+            self._guard,
+            self._ranks,
+            max_overhead=max_overhead,
+            frugal=frugal,
+            controlled=bool(controllers),
         )
         self._disabled = is_disabled()
         self._control = Control(() if self._disabled else controllers, optimizer, dry_run=dry_run)
@@ -238,9 +244,13 @@ class Monitor:
         settled = self._exchange(loss, grad_norm, grad_scale)
         now = self._counter.steps, self._lr, self._control.scale
         if self._pace.probe_due(*now):
-            return self._conclude(settled, self._probe(window, loss, grad_scale))
-        due = self._pace.glance_due(*now)
-        return self._conclude(settled, None, glanced=due and self._glance(window, loss, grad_scale))
+            probed = self._probe(window, loss, grad_scale, noise=self._pace.jumped)
+            return self._conclude(settled, probed)
+        glanced = self._pace.glance_due(*now) and self._glance(window, loss, grad_scale)
+        if glanced and self._pace.second_look_due(self._observation(settled, None, glanced)):
+            probed = self._probe(window, loss, grad_scale, noise=True)
+            return self._conclude(settled, probed, glanced=True)
+        return self._conclude(settled, None, glanced=glanced)
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""
@@ -348,14 +358,20 @@ class Monitor:
         own = self._fixed_window or window
         if not self._ranks.any(bool(own)):
             return False
+        step = self._counter.steps
         seen = self._guard.glance(
-            own, self._lr, same_data=window, loss=_number(loss), grad_scale=grad_scale
+            own, step, self._lr, same_data=window, loss=_number(loss), grad_scale=grad_scale
         )
-        self._pace.glanced(self._counter.steps, self._lr, self._control.scale)
+        self._pace.glanced(step, self._lr, self._control.scale)
         return seen
 
     def _probe(
-        self, window: Sequence[Any], loss: Tensor | float | None, grad_scale: float
+        self,
+        window: Sequence[Any],
+        loss: Tensor | float | None,
+        grad_scale: float,
+        *,
+        noise: bool,
     ) -> Probed | None:
         own = self._fixed_window or window
         if not self._ranks.any(bool(own)):
@@ -366,9 +382,14 @@ class Monitor:
             return None
         step = self._pace.last_probe = self._counter.steps
         probed = self._guard.probe(
-            own, step, same_data=window, loss=_number(loss), grad_scale=grad_scale
+            own,
+            step,
+            same_data=window,
+            noise=noise,
+            loss=_number(loss),
+            grad_scale=grad_scale,
         )
-        self._pace.probed(step, None if probed is None else probed.margin, self._control.scale)
+        self._pace.probed(step, probed, self._control.scale)
         return probed
 
     def _conclude(
@@ -378,15 +399,20 @@ class Monitor:
         if record is not None and self._difficulty is not None:
             estimates = {**record.estimates, "difficulty": self._difficulty.estimate()}
             record = replace(record, estimates=estimates)
+        return self._judge(self._observation(settled, record, glanced), record)
+
+    def _observation(
+        self, settled: Settled | None, record: Record | None, glanced: bool
+    ) -> Observation:
         last = self._guard.last
-        seen = Observation(
+        return Observation(
             step=self._counter.steps,
             lr=self._lr,
             optimizer=self._optimizer_name,
             margin=self._guard.margin.at(self._lr),
-            fresh=probed is not None,
+            fresh=record is not None,
             gradient_margin=self._guard.gradient_margin.at(self._lr),
-            gradient_fresh=glanced or probed is not None,
+            gradient_fresh=glanced or record is not None,
             cold_start=cold_start(self._optimizer, self._counter.steps),
             adaptive=self._adaptive,
             noise_ratio=last.noise_ratio if last is not None else 1.0,
@@ -399,7 +425,6 @@ class Monitor:
             layers=last.layers if last is not None else (),
             settled=settled,
         )
-        return self._judge(seen, record)
 
     def _tell_of_a_short_run(self) -> None:
         steps, every = self._counter.steps, self._pace.every

@@ -8,8 +8,11 @@ from typing import Any
 
 from geomwatch.distributed import Ranks
 from geomwatch.guard import Guard
+from geomwatch.prober import Probed
 from geomwatch.records import Estimate
+from geomwatch.rules import Observation
 from geomwatch.schedule import make_schedule
+from geomwatch.second_look import SecondLook
 
 _FOR_SENTINELS = 0.5  # of the time that probes may take, beside it
 _ASKED_FOR_MORE = 100  # an `every` below this sets its own budget, and is what it costs
@@ -28,8 +31,9 @@ class Pace:
     sentinels go ahead of probes. The first probe, those at a jump of the rate and those of a start
     beyond the limit are made in any case, and paid for by the ones to come. With `max_overhead` the
     clock decides instead, but for the sentinels of the start: half a dozen at most, before there is
-    time to have a share of. `scale` is what a controller lets a step take of the user's rates `lr`:
-    margins are judged as they are applied.
+    time to have a share of. A sentinel that sees much may call for a probe (`SecondLook`). `scale`
+    is what a controller lets a step take of the user's rates `lr`: margins are judged as they are
+    applied.
     """
 
     def __init__(
@@ -41,10 +45,13 @@ class Pace:
         *,
         max_overhead: float | None,
         frugal: bool,
+        controlled: bool,
     ) -> None:
         self.every = every
         self.last_probe = -1  # its step
+        self.jumped = False  # the rate, at the last step that was asked about
         self._schedule = make_schedule(schedule, every)
+        self._second_look = SecondLook(controlled=controlled)
         self._guard, self._ranks = guard, ranks
         self._max_overhead = max_overhead
         self._counts_work = frugal
@@ -57,8 +64,8 @@ class Pace:
         ratio = self._guard.margin.ratio(lr)
         due = self._schedule.due(step, lr_ratio=ratio, margin=margin)
         before, self._lr = self._lr, tuple(lr)
-        jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
-        urgent = jumped or (step <= _START and margin is not None and margin > _BEYOND)
+        self.jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
+        urgent = self.jumped or (step <= _START and margin is not None and margin > _BEYOND)
         afforded = self._has_time_for_probes and (urgent or self._is_paid_for(step))
         return due and self._may(step, afforded)
 
@@ -69,9 +76,17 @@ class Pace:
         due = self._schedule.glance_due(step, lr_ratio=ratio, margin=margin)
         return due and self._may(step, step <= _START or self._has_time_for_sentinels)
 
-    def probed(self, step: int, margin: Estimate | None, scale: float) -> None:
-        """Take note of the margin a probe at the present rates has found."""
+    def second_look_due(self, seen: Observation) -> bool:
+        """Tell whether to probe after all, where a sentinel has just been."""
+        due = self._guard.prober.plan.is_free and self._second_look.due(seen)
+        return due and self._may(seen.step, self._has_time_for_probes)
+
+    def probed(self, step: int, probed: Probed | None, scale: float) -> None:
+        """Take note of what a probe at the present rates has found, if it has."""
+        margin = None if probed is None else probed.margin
         self._schedule.probed(step, margin=_applied(margin, scale))
+        if probed is not None:
+            self._second_look.probed(step, probed.record.lr, probed.record.estimates)
 
     def glanced(self, step: int, lr: Sequence[float], scale: float) -> None:
         """Take note of a sentinel."""
@@ -109,11 +124,16 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the schedule and the last rates."""
-        return {"schedule": self._schedule.state_dict(), "lr": list(self._lr)}
+        return {
+            "schedule": self._schedule.state_dict(),
+            "second_look": self._second_look.state_dict(),
+            "lr": list(self._lr),
+        }
 
     def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
         """Take over the state of the schedule, at the step to come."""
         self._schedule.load_state_dict(state["schedule"])
+        self._second_look.load_state_dict(state["second_look"])
         self._lr = tuple(state["lr"])
         self.last_probe = step - 1
 

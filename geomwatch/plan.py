@@ -50,19 +50,28 @@ class Plan:
         self._cold = _COLD_FRUGAL if frugal and every is not None else _COLD
         self.is_whole = False  # whether the present probe measures what is costly as well
 
-    def names(self, step: int, *, separate: bool) -> list[str]:
-        """Return what to measure; `separate` if the Hessian's spectrum is not the margin's."""
+    @property
+    def is_free(self) -> bool:
+        """Whether the choice is ours."""
+        return self._every is not None
+
+    def names(self, step: int, *, separate: bool, noise: bool = False) -> list[str]:
+        """Return what to measure; `separate` if the Hessian's spectrum is not the margin's.
+
+        With `noise` also what batches that differ add to the margin.
+        """
         names = list(self._names)
         self.is_whole = self._every is None or step >= self._next_whole
         if self._every is None or self.is_whole:
             self.last_full = step
             self._next_whole = step + self._slow * (self._every or 0)
             return names
-        names = [n for n in names if n not in SLOW or n in self._needed]
+        needed = self._needed | {"stochastic_margin"} if noise else self._needed
+        names = [n for n in names if n not in SLOW or n in needed]
         if separate and self.probes:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self.last_full < min(self._every, self.last_full):
-            return [n for n in names if n in LIGHT or n in self._needed]
+            return [n for n in names if n in LIGHT or n in needed]
         self.last_full = step
         return names
 

@@ -110,6 +110,7 @@ class Prober:
         self._held = Held()
         self.is_deterministic = False  # each step sees the same data
         self._fingerprint: tuple[float, ...] | None = None
+        self._compared: int | None = None  # the step it was taken at
         self._obstacle = ""  # why this model has no HVPs
         self.surprises: list[str] = []  # things to tell the user once
 
@@ -119,12 +120,14 @@ class Prober:
         step: int,
         *,
         same_data: Sequence[Any],
+        noise: bool = False,
         loss: float | None = None,
         grad_scale: float = 1.0,
     ) -> Probed:
         """Measure on `window`; `same_data` are the batches the step itself has seen.
 
-        `loss` is the step's own, if known; gradients are still to be divided by `grad_scale`.
+        `loss` is the step's own, if known; gradients are still to be divided by `grad_scale`. With
+        `noise` what micro-batches tell is measured in any case.
         """
         start = time.perf_counter()
         self._choose_shards()
@@ -136,7 +139,7 @@ class Prober:
             if gradient is not None and steady and finite:
                 self._own.refuse_scaled(gradient, objective.gradient())
             probe = self._shared(objective, gradient)
-            names = self._choose(probe, step)
+            names = self._choose(probe, step, noise=noise)
             fresh = evaluate(probe, names)
             if finite and self._per_layer and self.plan.is_whole:
                 fresh |= evaluate_layers(probe)
@@ -155,7 +158,7 @@ class Prober:
                 "loss_fn= that leaves it alone, or name its owner in also=(...)."
                 for name in objective.changed_objects
             ]
-        self._compare_data(same_data)
+        self._compare_data(step, same_data)
         self.plan.probes += 1
         record = Record(
             step=step,
@@ -171,6 +174,7 @@ class Prober:
     def glance(
         self,
         window: Sequence[Any],
+        step: int,
         *,
         same_data: Sequence[Any],
         loss: float | None = None,
@@ -178,7 +182,7 @@ class Prober:
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
         self._choose_shards()
-        self._compare_data(same_data)
+        self._compare_data(step, same_data)
         gradient = gradient_of_step(self._layout, grad_scale)
         with Objective(
             self._model, self._loss_fn, window, products=False, **self._options
@@ -266,9 +270,9 @@ class Prober:
         is_own = self._own.has_gradient or gradient is None
         return self._sentinel.measure(objective, Point(stability, used, is_own, objective.loss()))
 
-    def _choose(self, probe: Probe, step: int) -> list[str]:
+    def _choose(self, probe: Probe, step: int, *, noise: bool) -> list[str]:
         """Choose what to measure, and set what that may cost."""
-        names = self.plan.names(step, separate=probe.costs_separate_hessian)
+        names = self.plan.names(step, separate=probe.costs_separate_hessian, noise=noise)
         cold = self._warm.hessian is None and self._warm.margin is None
         probe.budget = self.plan.budget(names, cold=cold)
         probe.until = ritz_indices(names)
@@ -302,8 +306,11 @@ class Prober:
         own = objective.items
         return own if self.ranks.size == 1 else round(self.ranks.total(float(own)))
 
-    def _compare_data(self, window: Sequence[Any]) -> None:
+    def _compare_data(self, step: int, window: Sequence[Any]) -> None:
         """Tell whether this step sees the data that the last measured one has seen."""
+        if step == self._compared:  # a sentinel has done so
+            return
+        self._compared = step
         now = tuple(number for batch in window for number in batches.fingerprint(batch))
         before, self._fingerprint = self._fingerprint, now
         same = (

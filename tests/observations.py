@@ -96,5 +96,6 @@ def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
         "trace_per_param": Estimate(rng.uniform(0.5, 1.0) if rough < 1 else rng.uniform(0, 0.5)),
         "roughness_residual": Estimate(rough, 0.0001, "stderr"),
         "gradient_noise_scale": Estimate((1.0, 1e4)[phase] * rng.uniform(1, 2), 0.1, "stderr"),
+        "stability_margin": Estimate(2.0, 0.01, "residual"),
         "stochastic_margin": Estimate(rng.uniform(0, 20), 0.1, "stderr"),
     }

@@ -62,6 +62,32 @@ def test_no_level_lies_beyond_the_edge_of_the_full_batch_or_below_that_of_small_
     assert alert.limit == pytest.approx(1.3)
 
 
+def agreeing(step: int, along: float, noise: float) -> Observation:
+    """A probe whose mean-square margin is `noise` times its margin."""
+    estimates = {"stability_margin": Estimate(0.2), "stochastic_margin": Estimate(0.2 * noise)}
+    return seen(step, along, fresh=True, estimates=estimates)
+
+
+def test_batches_that_agree_on_the_curvature_bear_more():
+    for noise, level in ((1.2, 15.0), (1.4, 6.0)):
+        for share in (0.97, 1.03):
+            rule = GradientMargin()
+            rule(agreeing(25, share * level, noise))
+            found = alerts(rule, dict.fromkeys(range(30, 75, 5), share * level))
+            assert brief(found) == ([(40, "warning")] if share > 1 else [])
+            if noise < 1.3 and found:
+                assert "batches of 64 that agree on the curvature survive" in found[0].message
+                assert found[0].limit == pytest.approx(15.0)
+                assert "0.24 x" in found[0].message  # to a quarter of that level
+
+
+def test_that_they_agree_is_believed_for_a_while():
+    rule = GradientMargin()
+    rule(agreeing(25, 7.0, 1.2))
+    (alert,) = alerts(rule, dict.fromkeys(range(30, 120, 5), 7.0))
+    assert alert.step == 80  # three times step 25
+
+
 def test_methods_that_adapt_bear_more():
     assert not alerts(GradientMargin(), dict.fromkeys(SPARSE, 9.7), adaptive=True)
     assert alerts(GradientMargin(), dict.fromkeys(SPARSE, 10.3), adaptive=True)

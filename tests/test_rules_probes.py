@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -294,7 +295,10 @@ def test_a_wrong_backward_is_told_of_where_it_is_used_all_the_same(hvp, expected
 
 
 def whole(step: int, margin: float, mean_square: float, **more) -> Observation:
-    estimates = {"stochastic_margin": Estimate(mean_square, 0.1, "stderr")}
+    estimates = {
+        "stability_margin": Estimate(margin, 0.01, "residual"),
+        "stochastic_margin": Estimate(mean_square, 0.1, "stderr"),
+    }
     return measured(step, margin, estimates=estimates, **more)
 
 
@@ -331,11 +335,26 @@ def test_full_batch_training_has_no_larger_batch():
 def test_the_regime_is_noisy_where_batches_disagree_in_curvature():
     regime = Regime()
     assert regime.noise(measured(0, 0.5)) is None
-    regime(whole(0, 0.5, 2.0))
-    regime(measured(1, 0.9))  # a lesser probe says nothing of it
-    assert regime.noise(measured(1, 0.9)) == pytest.approx(4.0)
-    assert regime.is_noisy(measured(1, 0.9))
-    assert not regime.is_noisy(measured(1, 0.9, deterministic=True))
+    regime(whole(30, 0.5, 2.0))
+    regime(measured(31, 0.9))  # a lesser probe says nothing of it
+    assert regime.noise(measured(31, 0.9)) == pytest.approx(4.0)
+    assert regime.is_noisy(measured(31, 0.9))
+    assert not regime.is_quiet(measured(31, 0.9))
+    assert not regime.is_noisy(measured(31, 0.9, deterministic=True))
+    assert regime.is_noisy(measured(90, 0.9))
+    assert regime.is_noisy(measured(91, 0.9)) is None  # too long ago
+
+
+def test_a_cap_on_the_rate_does_not_change_how_much_is_noise():
+    regime = Regime()
+    seen = whole(30, 0.5, 0.6)
+    assert seen.margin is not None
+    applied = replace(seen, lr=(0.01,), margin=replace(seen.margin, value=0.05))
+    regime(applied)
+    assert regime.noise(applied) == pytest.approx(1.2)
+    assert regime.is_quiet(applied)
+    assert regime.noise(replace(applied, lr=(0.019,))) is not None
+    assert regime.noise(replace(applied, lr=(0.021,))) is None  # at other rates it may be another
 
 
 def test_only_the_same_data_makes_an_edge():

@@ -141,20 +141,58 @@ def test_the_edge_of_stability_takes_jumps_better():
     assert heard(RateJump(), after(0.1, 9.0, factor=23, deterministic=True))
 
 
+def both_margins(margin: float, mean_square: float) -> dict[str, Estimate]:
+    return {
+        "stability_margin": Estimate(margin, 0.01, "residual"),
+        "stochastic_margin": Estimate(mean_square, 0.01, "stderr"),
+    }
+
+
 @pytest.mark.parametrize(("mean_square", "breaks"), [(0.15, 13), (0.4, 6.5)])
 def test_where_batches_agree_in_curvature_the_margin_alone_counts(mean_square, breaks):
-    whole = {"estimates": {"stochastic_margin": Estimate(mean_square, 0.01, "stderr")}}
-    first = jumped(0, 0.1, 1.6, **whole)
+    whole = {"estimates": both_margins(0.1, mean_square)}
+    first = jumped(25, 0.1, 1.6, **whole)
     assert not heard(RateJump(), [first, *after(0.1, 1.6, factor=breaks - 2)])
     assert heard(RateJump(), [first, *after(0.1, 1.6, factor=breaks)])
 
 
 def test_methods_that_adapt_survive_more_where_batches_agree_too():
-    whole = {"estimates": {"stochastic_margin": Estimate(0.15, 0.01, "stderr")}}
-    run = [jumped(0, 0.1, 1.6, **whole), *after(0.1, 1.6, factor=13)]
+    whole = {"estimates": both_margins(0.1, 0.15)}
+    run = [jumped(25, 0.1, 1.6, **whole), *after(0.1, 1.6, factor=13)]
     adaptive = [Observation(**{**fields(seen), "adaptive": True}) for seen in run]
     assert heard(RateJump(), run)
     assert not heard(RateJump(), adaptive)
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "margin", "noise", "speaks"),
+    [
+        (False, 0.5, 6.9, False),
+        (False, 0.5, 7.1, True),
+        (False, 1.15, 1.1, False),
+        (False, 1.25, 1.1, True),
+        (True, 0.5, 11.9, False),
+        (True, 0.5, 12.1, True),
+        (True, 1.95, 1.1, False),
+        (True, 2.05, 1.1, True),
+    ],
+)
+def test_micro_batches_measured_at_the_jump_decide(adaptive, margin, noise, speaks):
+    # along the gradient it would be harmless, or an emergency
+    before, after = {"adaptive": adaptive}, {"adaptive": adaptive}
+    after["estimates"] = both_margins(margin, margin * noise)
+    run = [jumped(50, margin / 8, 0.0, lr=0.1, **before)]
+    run.append(jumped(51, margin, 100.0 * (not speaks), lr=0.8, **after))
+    found = heard(RateJump(), run)
+    assert brief(found) == ([(51, "critical")] if speaks else [])
+    if speaks and noise > 2:
+        assert f"mean-square margin {margin * noise:.2g}, alert above" in found[0].message
+
+
+def test_a_cap_lowers_what_micro_batches_have_measured():
+    # 8 x 0.5 at the user's rate, a tenth of that as applied
+    applied = jumped(51, 0.05, 0.1, lr=0.08, estimates=both_margins(0.5, 4.0))
+    assert not heard(RateJump(), [jumped(50, 0.01, 0.1, lr=0.01), applied])
 
 
 def test_a_rate_that_rises_by_less_than_half_a_doubling_is_no_jump():

@@ -10,12 +10,13 @@ from geomwatch.actuators import LR
 from geomwatch.checks import check_count
 from geomwatch.controllers.base_rate import BaseRate
 from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
+from geomwatch.controllers.limit import Limit
 from geomwatch.controllers.margins import SmoothedMargin, growth
 from geomwatch.controllers.stall import Stall
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 
-_SGD, _ADAPTIVE = 2.0, 1.0  # small-batch limits along the gradient
+_FULL_BATCH = 2.0  # of the limit that full batches have
 _LONG = 50  # steps: a longer gap between measurements releases no more than this one
 _HIGH = 0.5  # of its limit: a margin from which on noise may be all that keeps the loss up
 _SAME = 1e-9  # relative: caps that differ by less are one
@@ -30,11 +31,12 @@ class LearningRateCap:
         eta_applied = max(min_scale eta, min(eta, c_bs eta / mean(m_s))):
 
     eta |BS| stays at `c_bs` times what is stable where the noise of small batches dominates
-    (Andreyev et al. 2026). The absolute value, because BS is negative early on in nets with
-    BatchNorm. Where every step sees the same data its share of the full-batch limit counts, which
-    momentum makes larger. The mean is exponential, weight `smoothing` on what was known before. A
-    lower cap holds at once (after `patience` steps above it), a higher one is approached by at most
-    `release` in five steps, and not within `cooldown` steps of a lower one.
+    (Andreyev et al. 2026), by default at what keeps the mean square within its own limit, as far as
+    probes of micro-batches can tell (see `Limit`). The absolute value, because BS is negative early
+    on in nets with BatchNorm. Where every step sees the same data its share of the full-batch limit
+    counts, which momentum makes larger. The mean is exponential, weight `smoothing` on what was
+    known before. A lower cap holds at once (after `patience` steps above it), a higher one is
+    approached by at most `release` in five steps, and not within `cooldown` steps of a lower one.
 
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
     loss up, as any rate that is never lowered does. While the user's rate is above half the limit
@@ -45,8 +47,9 @@ class LearningRateCap:
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
 
     Args:
-        c_bs: the margin along the gradient to stay below; by default 2 for SGD, 1 for methods that
-            adapt their steps to gradients, as Adam (docs/decisions/013).
+        c_bs: the margin along the gradient to stay below; by default between 1 and 2 as
+            micro-batches have it, 5 where they agree; without them 2 for SGD, 1 for methods that
+            adapt their steps to gradients, as Adam (docs/decisions/013 and 019).
         c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
         smoothing: weight of the past in the mean of margins.
         release: largest factor by which the cap rises in five steps.
@@ -88,6 +91,7 @@ class LearningRateCap:
         self._patience, self._cooldown = patience, cooldown
         self._along = SmoothedMargin(smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
+        self._limit_along = Limit()
         self._decay, self._stall = factor, Stall()
         self._settled = 1.0  # what the loss has lowered the limit to, of the usual one
         self._unit = 1.0  # small-batch limits that the limit of this run is
@@ -104,6 +108,7 @@ class LearningRateCap:
         self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Set the cap for one step."""
+        self._limit_along.update(seen)
         fresh = self._measure(seen)
         self._recognise_full_batch(seen)
         largest = max(seen.lr, default=0.0)
@@ -185,8 +190,9 @@ class LearningRateCap:
         return self._usual_limit(seen) * self._settled
 
     def _usual_limit(self, seen: Observation) -> float:
-        usual = _ADAPTIVE if seen.adaptive else _SGD
-        return (self._c_bs or usual) * self._unit
+        if self._c_bs is not None:
+            return self._c_bs * self._unit
+        return self._limit_along.at(seen) if self._unit == 1 else _FULL_BATCH * self._unit
 
     def _reason(self, seen: Observation, cap: float) -> str:
         largest = max(seen.lr)
@@ -213,6 +219,7 @@ class LearningRateCap:
         return {
             "along": self._along.state_dict(),
             "top": self._top.state_dict(),
+            "limit_along": self._limit_along.state_dict(),
             "settled": self._settled,
             "stall": self._stall.state_dict(),
             "unit": self._unit,
@@ -231,6 +238,7 @@ class LearningRateCap:
         self._along.load_state_dict(state["along"])
         self._top.load_state_dict(state["top"])
         self._settled, self._unit = state["settled"], state["unit"]
+        self._limit_along.load_state_dict(state["limit_along"])
         self._stall.load_state_dict(state["stall"])
         self._factor = math.inf if state["factor"] is None else state["factor"]
         self._sent = math.inf if state["sent"] is None else state["sent"]

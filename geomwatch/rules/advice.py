@@ -19,19 +19,24 @@ _AT_MOST, _AT_LEAST = 1 / 10, 1 / 30  # of the rate, where the loss says that it
 
 
 def rate_factor(
-    seen: Observation, *, margin: float | None = None, gradient: float | None = None
+    seen: Observation,
+    *,
+    margin: float | None = None,
+    gradient: float | None = None,
+    is_quiet: bool = False,
 ) -> float:
     """Return what to multiply the rate by, so that both margins are where healthy runs have them.
 
     min(0.4 / M, 0.25 level / G), at most 1, with M and G as the rule has them or as this step has
     measured them, whichever is larger; 0.8 and 0.6 where every step sees the same data, and three
     times as much of G in the first steps. 1 for optimizers without a formula: M and G are shares of
-    no limit there.
+    no limit there. `is_quiet` as for the level.
     """
     if seen.margin is not None and seen.margin.status != "ok":
         return 1.0
     aimed = _MARGIN_FULL_BATCH if seen.deterministic else _MARGIN
-    aimed_along = gradient_level(seen) * (_GRADIENT_FULL_BATCH if seen.deterministic else _GRADIENT)
+    level = gradient_level(seen, is_quiet=is_quiet)
+    aimed_along = level * (_GRADIENT_FULL_BATCH if seen.deterministic else _GRADIENT)
     if seen.step in _YOUNG:
         aimed_along *= _AT_START
     if seen.fresh and seen.margin is not None:
@@ -42,12 +47,15 @@ def rate_factor(
     return 1.0 / max(share, 1.0)
 
 
-def rate_factor_of_loss(seen: Observation, **margins: float | None) -> float:
+def rate_factor_of_loss(
+    seen: Observation, *, margin: float | None, gradient: float | None
+) -> float:
     """Return the same where the loss says that the rate is too high: 1/10 at most, 1/30 at least.
 
     The curvature where a loss has blown up says little about the rate to go on at.
     """
-    return min(max(rate_factor(seen, **margins), _AT_LEAST), _AT_MOST)
+    factor = rate_factor(seen, margin=margin, gradient=gradient)
+    return min(max(factor, _AT_LEAST), _AT_MOST)
 
 
 def advised_rate(seen: Observation, factor: float) -> str:

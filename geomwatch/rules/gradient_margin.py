@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from geomwatch.records import Alert, Severity
@@ -12,6 +13,7 @@ from geomwatch.rules.levels import gradient_level, items_of
 from geomwatch.rules.message import alert
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
+from geomwatch.rules.regime import Regime
 
 _SHORT = 10.0  # at 64 items: of SGD over the last three,
 _FIRST = 18.0  # and of SGD in one of the first steps, in units of the small-batch limit
@@ -43,7 +45,8 @@ class GradientMargin:
         over 60 steps   G > 6 (B/64)^(1/3)    (10 for methods that adapt),
         over three      G > 10 (B/64)^(1/3)   (SGD),
 
-    times sqrt(noise_ratio / 19), and critical when a single value in steps 3 to 12 exceeds 18
+    times sqrt(noise_ratio / 19), and 2.5 where batch noise is known to matter hardly at all (see
+    `regime`); it is critical when a single value in steps 3 to 12 exceeds 18
     (B/64)^(1/3) (SGD), or one at any step twice the limit of the full batch. Where every step sees
     the same data the level is 1.3 of that limit.
     """
@@ -54,9 +57,11 @@ class GradientMargin:
         self._long = RecentMargins(most=_LONG_SPAN, steps=_LONG_SPAN)
         self._short = RecentMargins(most=_THREE, steps=_SHORT_SPAN)
         self._latch = Latch()
+        self._regime = Regime()
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a sentinel, beside what was measured along the gradient by probes."""
+        self._regime(seen)
         margin = seen.gradient_margin
         if not seen.gradient_fresh or margin is None or margin.value is None:
             return None
@@ -77,27 +82,30 @@ class GradientMargin:
     def _judged(self, seen: Observation, now: float) -> list[_Found]:
         """Hold one value and the means against their levels."""
         judged = [_Found(0.0, now, math.inf, "")]
+        level_of = partial(gradient_level, seen, is_quiet=self._regime.is_quiet(seen))
         at_once = seen.noise_ratio * (_EDGE_AT_ONCE if seen.deterministic else _AT_ONCE)
         if seen.step > 0 and not seen.fresh:  # of a probe StabilityMargin speaks
             judged.append(_found(now, at_once, "measured once", "critical"))
         mean, count = self._long.mean(seen)
         if mean is not None and count >= _ENOUGH and seen.step >= _WARM_UP:
             shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
-            judged.append(_found(mean, gradient_level(seen), shown))
+            judged.append(_found(mean, level_of(), shown))
         if seen.adaptive or seen.deterministic:
             return judged
         if seen.step in _YOUNG:
-            judged.append(_found(now, gradient_level(seen, _FIRST), "measured once", "critical"))
+            judged.append(_found(now, level_of(_FIRST), "measured once", "critical"))
         mean, count = self._short.mean(seen)
         if mean is not None and count >= _THREE and seen.step >= _YOUNG.start:
-            level = gradient_level(seen, _SHORT)
-            judged.append(_found(mean, level, "mean of the last three measurements"))
+            judged.append(_found(mean, level_of(_SHORT), "mean of the last three measurements"))
         return judged
 
     def _alert(self, seen: Observation, found: _Found) -> Alert:
         lr = max(seen.lr)
-        factor = rate_factor(seen, gradient=found.value)
-        batch = "full-batch training" if seen.deterministic else f"batches of {items_of(seen)}"
+        is_quiet = self._regime.is_quiet(seen)
+        factor = rate_factor(seen, gradient=found.value, is_quiet=is_quiet)
+        agreeing = " that agree on the curvature" if is_quiet else ""
+        batch = f"batches of {items_of(seen)}{agreeing}"
+        batch = "full-batch training" if seen.deterministic else batch
         text = (
             f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
             f"survive for long with {seen.optimizer}: {found.value:.3g} x the limit of small "
@@ -118,7 +126,12 @@ class GradientMargin:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        return {"latch": self._latch, "long": self._long, "short": self._short}
+        return {
+            "latch": self._latch,
+            "long": self._long,
+            "short": self._short,
+            "regime": self._regime,
+        }
 
 
 def _found(value: float, level: float, shown: str, severity: Severity = "warning") -> _Found:

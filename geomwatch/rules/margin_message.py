@@ -8,7 +8,7 @@ from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.message import alert, batch_advice, carried_by
 from geomwatch.rules.observation import Observation
-from geomwatch.rules.regime import EDGE
+from geomwatch.rules.regime import EDGE, is_quiet
 from geomwatch.sinks import format_estimate
 
 
@@ -58,7 +58,9 @@ def described(rule: str, seen: Observation, found: Verdict) -> Alert:
     if not found.single and found.count > 1:
         shown = f"{found.mean:.2f} over the last {found.count} probes, {shown} now"
     margin = f"{shown} (alert above {found.level:g}, unstable at 1)"
-    text = _text(seen, value, margin) + batch_advice(value, found.noise)
+    quiet = found.noise is not None and is_quiet(found.noise)
+    factor = rate_factor(seen, margin=value, is_quiet=quiet)
+    text = _text(seen, value, margin, factor) + batch_advice(value, found.noise)
     return _sent(rule, seen, found.severity, text, value, found.level)
 
 
@@ -80,14 +82,14 @@ def _sent(
     return alert(rule, severity, text, value=value, limit=limit, step=seen.step, layers=seen.layers)
 
 
-def _text(seen: Observation, value: float, margin: str) -> str:
+def _text(seen: Observation, value: float, margin: str, factor: float) -> str:
     lr = max(seen.lr, default=1.0)
     beyond = "is beyond" if value > 1 else "comes close to"
     rising = ", and the loss rises" if seen.deterministic else ""
     return (
         f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
         f"stability margin {margin}{_curvature(seen)}{carried_by(seen)}. "
-        f"{lower_rate(seen, rate_factor(seen, margin=value))}, or end its warm-up there."
+        f"{lower_rate(seen, factor)}, or end its warm-up there."
     )
 
 

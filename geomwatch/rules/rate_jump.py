@@ -10,7 +10,7 @@ from geomwatch.rules.advice import advised_rate
 from geomwatch.rules.message import alert, carried_by
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
-from geomwatch.rules.regime import Regime
+from geomwatch.rules.regime import Regime, noise_of
 from geomwatch.rules.trust import Trust
 
 _JUMP = 2.0  # times the rate of the step before
@@ -21,6 +21,7 @@ _SGD, _ADAPTIVE = 2.4, 5.0  # of the geometric mean of both margins
 _FULL_BATCH = 2.2  # of the margin, where every step sees the same data,
 _QUIET = 1.2  # of SGD where batch noise was measured and does not dominate,
 _AT_ONCE = 2.0  # and at whatever noise
+_MEAN_SQUARE, _MEAN_SQUARE_ADAPTIVE = 3.5, 6.0  # of the mean-square margin, where it was measured
 _HELD = 2.0  # times higher, where this step was not measured
 _TARGET = 0.5  # of the level, that the advice aims for
 
@@ -31,12 +32,13 @@ class RateJump:
     A jump that is too high ruins a run within one or two steps, so that only a judgement before the
     step leads. Where batch noise dominates, or is not known, a batch of B items breaks between the
     limit of the full batch, M = 1, and that of single batches, G = 1 (the margin along the
-    gradient), at about
+    gradient). Where the probe of this step could measure micro-batches, their mean-square margin
+    M_ms tells: levels are M_ms > 3.5 and M > 1.2 for SGD, 6 and 2 for methods that adapt. Else
 
         sqrt(M G) > 2.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
 
-    and at M > 2; where it does not dominate (see `regime`) at M > 1.2 and M > 2 alone, and where
-    every step sees the same data at 2.2. M and G are geometric means of the last three
+    and M > 2; where noise is known not to dominate (see `regime`) M > 1.2 and M > 2 alone, and
+    where every step sees the same data 2.2. M and G are geometric means of the last three
     measurements, at the new rate. Where no probe fell on the step, levels are twice those.
     """
 
@@ -49,7 +51,7 @@ class RateJump:
         self._items = 0
         self._latch = Latch()
         self._trust = Trust()
-        self._regime = Regime()
+        self._regime = Regime(holds=math.inf)  # jumps are what it is for
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Compare this step's rate with that of the step before."""
@@ -82,6 +84,9 @@ class RateJump:
             # One measurement will do: there is no noise of batches to average.
             now = (seen.margin.value if seen.margin else None) or margin
             return _share_of(now, held * _FULL_BATCH)
+        noise = noise_of(seen.estimates or {}) if seen.fresh else None
+        if noise is not None and seen.margin is not None and seen.margin.value is not None:
+            return _share_of_both(seen, seen.margin.value, noise)
         if self._regime.is_noisy(seen) is False:
             return _share_of(margin, held * (_AT_ONCE if seen.adaptive else _QUIET))
         gradient = max(self._gradients.mean(seen)[0] or 0.0, margin)
@@ -115,6 +120,16 @@ class RateJump:
 
 def _share_of(margin: float, level: float) -> tuple[float, str]:
     return margin / level, f"margin {margin:.2g}, alert above {level:.2g}"
+
+
+def _share_of_both(seen: Observation, margin: float, noise: float) -> tuple[float, str]:
+    """Return the larger share of its level: of the mean-square margin, or the full batch's."""
+    level = _MEAN_SQUARE_ADAPTIVE if seen.adaptive else _MEAN_SQUARE
+    share, text = _share_of(margin, _AT_ONCE if seen.adaptive else _QUIET)
+    if noise * margin / level > share:
+        share, text = _share_of(noise * margin, level)
+        return share, f"mean-square {text}, {noise:.2g} x that of the full batch"
+    return share, text
 
 
 def _alert(rule: str, seen: Observation, jump: float, share: float, reason: str) -> Alert:

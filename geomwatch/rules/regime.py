@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from geomwatch.records import Estimate
 from geomwatch.rules.observation import Observation
 
 EDGE = 0.9  # of the limit: from here on full-batch training is at the edge of stability
-_NOISY = 2.5  # mean-square over full-batch margin
+FROM = 20  # steps; before, micro-batches agree with one another in runs that fail as well
+LASTS = 3.0  # times the step it was measured at: noise grows as the loss falls,
+HOLDS = 2.0  # and times the rate
+_QUIET, _NOISY = 1.3, 2.5  # mean-square over full-batch margin
 
 
 class Regime:
-    """Knows how much the noise of batches adds to the margin, as the last whole probe had it.
+    """Knows how much the noise of batches adds to the margin, for a while after it was measured.
 
     Deterministic is a run whose steps all see the same data, in any order: it settles at a margin
     of 1, the edge of stability, and mini-batch levels would call that an emergency. A small spread
@@ -19,38 +24,66 @@ class Regime:
     included, the mean-square margin is within a few percent of the full-batch one.
 
     Noise dominates where the mean-square margin is more than 2.5 x the full-batch one: most of it
-    is then what a larger batch would take away.
+    is then what a larger batch would take away. Below 1.3 x it hardly matters: a GPT under SGD
+    lives by the limit of the full batch, though its batches are small (docs/decisions/018).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, holds: float = HOLDS) -> None:
+        self._holds = holds  # up to so many times the rate it was measured at
         self._noise: float | None = None
+        self._step, self._rate = 0, 0.0  # at which it was measured
 
     def __call__(self, seen: Observation) -> None:
         """Take note of what a probe has measured."""
-        estimates = seen.estimates or {}
-        mean_square, margin = estimates.get("stochastic_margin"), seen.margin
-        if mean_square is None or mean_square.status != "ok" or margin is None or not seen.fresh:
-            return
-        if mean_square.value is not None and margin.value is not None and margin.value > 0:
-            self._noise = max(mean_square.value / margin.value, 1.0)
+        found = noise_of(seen.estimates or {})
+        if found is not None and seen.step >= FROM:
+            self._noise, self._step, self._rate = found, seen.step, max(seen.lr, default=0.0)
 
     def noise(self, seen: Observation) -> float | None:
         """Return the mean-square margin in units of the full-batch one; None if not known."""
-        return 1.0 if seen.deterministic else self._noise
+        if seen.deterministic:
+            return 1.0
+        holds = max(seen.lr, default=0.0) <= self._holds * self._rate
+        return self._noise if holds and seen.step <= LASTS * self._step else None
 
     def is_noisy(self, seen: Observation) -> bool | None:
         """Tell whether batch noise dominates; None where it was never measured."""
         noise = self.noise(seen)
-        return None if noise is None else noise > _NOISY
+        return None if noise is None else is_noisy(noise)
+
+    def is_quiet(self, seen: Observation) -> bool:
+        """Tell whether batch noise is known to matter hardly at all."""
+        noise = self.noise(seen)
+        return noise is not None and is_quiet(noise)
 
     def is_edge(self, seen: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
         return seen.deterministic and EDGE <= margin <= below
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the last whole probe had."""
-        return {"noise": self._noise}
+        """Return what was last measured."""
+        return {"noise": self._noise, "step": self._step, "rate": self._rate}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self._noise = state["noise"]
+        self._noise, self._step, self._rate = state["noise"], state["step"], state["rate"]
+
+
+def is_noisy(noise: float) -> bool:
+    """Tell whether noise dominates at this mean-square over full-batch margin."""
+    return noise > _NOISY
+
+
+def is_quiet(noise: float) -> bool:
+    """Tell whether noise hardly matters at this one."""
+    return noise < _QUIET
+
+
+def noise_of(estimates: Mapping[str, Estimate]) -> float | None:
+    """Return the mean-square margin in units of the full-batch one, where a probe has had both."""
+    mean_square, margin = estimates.get("stochastic_margin"), estimates.get("stability_margin")
+    if mean_square is None or mean_square.status != "ok" or mean_square.value is None:
+        return None
+    if margin is None or margin.status != "ok" or not margin.value or margin.value <= 0:
+        return None
+    return max(mean_square.value / margin.value, 1.0)

@@ -1,0 +1,57 @@
+"""What the margin along the gradient has to stay below, as far as micro-batches can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomwatch.rules import Observation
+from geomwatch.rules.regime import FROM, is_quiet, noise_of
+
+_SGD, _ADAPTIVE = 2.0, 1.0  # where nothing is known of micro-batches
+_LOW, _HIGH, _QUIET = 1.0, 2.0, 5.0  # where it is; the last where noise hardly matters
+_MEAN_SQUARE = 1.25  # the mean-square margin aimed for
+
+
+class Limit:
+    """Translates the limit of the mean square into one of the margin along the gradient.
+
+    Healthy runs at their tuned rates have a mean-square margin M_ms near 1, whatever the net, where
+    noise matters; the margin G along the gradient, which costs a fraction, is then anything from .5
+    to 3. So the limit of G is what it would be at M_ms = 1.25 by the last probe that had both, but
+    between 1 and 2: a probe sees one batch, and older ones saw less noise. Where noise hardly
+    matters (see `regime`) M_ms says nothing, and it is 5. Without micro-batches, as with BatchNorm,
+    it is 2 for SGD and 1 for methods that adapt.
+    """
+
+    def __init__(self) -> None:
+        self._is_quiet = False
+        self._share: float | None = None  # G / M_ms
+
+    def update(self, seen: Observation) -> None:
+        """Take note of what a probe has measured."""
+        if seen.step < FROM:
+            return
+        noise = noise_of(seen.estimates or {})
+        self._is_quiet = self._is_quiet if noise is None else is_quiet(noise)
+        mean_square = (seen.estimates or {}).get("stochastic_margin")
+        along = seen.gradient_margin
+        if mean_square is None or mean_square.status != "ok" or not mean_square.value:
+            return
+        if along is not None and along.value is not None and along.status == "ok":
+            self._share = along.value / mean_square.value
+
+    def at(self, seen: Observation) -> float:
+        """Return the limit, in units of that of small batches."""
+        if self._is_quiet:
+            return _QUIET
+        if self._share is None:
+            return _ADAPTIVE if seen.adaptive else _SGD
+        return min(max(_MEAN_SQUARE * self._share, _LOW), _HIGH)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the last probe had."""
+        return {"is_quiet": self._is_quiet, "share": self._share}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self._is_quiet, self._share = state["is_quiet"], state["share"]

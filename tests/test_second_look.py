@@ -1,0 +1,135 @@
+"""Probes that a sentinel calls for: what batch noise adds, before anything hinges on it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from problems import cross_entropy, digits, mlp
+
+import geomwatch
+from geomwatch.controllers import LearningRateCap
+from geomwatch.records import Estimate
+from geomwatch.rules import Observation
+from geomwatch.second_look import SecondLook
+
+
+def glance(step: int, along: float | None, *, lr: float = 0.1, **more: Any) -> Observation:
+    """Batches of 64, SGD with momentum 0.9: the level is 6."""
+    defaults: dict[str, Any] = {"noise_ratio": 19.0, "items": 64}
+    return Observation(step=step, lr=(lr,), gradient_margin=Estimate(along), **defaults | more)
+
+
+def found(mean_square: float | None, status: str = "ok") -> dict[str, Estimate]:
+    return {
+        "stability_margin": Estimate(0.2),
+        "stochastic_margin": Estimate(mean_square, status=status),
+    }
+
+
+@pytest.mark.parametrize(("controlled", "level"), [(False, 3.0), (True, 0.9)])
+def test_it_is_due_where_rules_or_caps_are_about_to_act(controlled, level):
+    look = SecondLook(controlled=controlled)
+    assert not look.due(glance(50, 0.97 * level))
+    assert look.due(glance(50, 1.03 * level))
+    assert look.due(glance(50, -1.03 * level))  # a cap goes by the absolute value
+    assert not look.due(glance(50, None))
+
+
+def test_the_first_steps_and_full_batches_have_none():
+    look = SecondLook(controlled=False)
+    assert not look.due(glance(19, 30.0))
+    assert look.due(glance(20, 30.0))
+    assert not look.due(glance(20, 30.0, deterministic=True))
+
+
+def test_the_next_one_comes_at_three_times_the_step():
+    look = SecondLook(controlled=False)
+    look.probed(30, (0.1,), found(0.5))
+    assert not look.due(glance(89, 30.0))
+    assert look.due(glance(90, 30.0))
+
+
+def test_the_next_one_comes_before_that_where_the_rate_has_doubled():
+    look = SecondLook(controlled=False)
+    look.probed(30, (0.1,), found(0.5))
+    assert not look.due(glance(40, 30.0, lr=0.19))
+    assert look.due(glance(40, 30.0, lr=0.21))
+    again = SecondLook(controlled=False)
+    again.load_state_dict(json.loads(json.dumps(look.state_dict())))
+    assert not again.due(glance(40, 30.0, lr=0.19))
+    assert again.due(glance(40, 30.0, lr=0.21))
+
+
+def test_what_could_not_be_had_is_not_tried_again():
+    look = SecondLook(controlled=False)
+    look.probed(30, (0.1,), found(None, "withheld"))
+    assert not look.due(glance(10**6, 30.0))
+    again = SecondLook(controlled=False)
+    again.load_state_dict(json.loads(json.dumps(look.state_dict())))
+    assert not again.due(glance(10**6, 30.0))
+
+
+def test_probes_that_did_not_look_change_nothing():
+    look = SecondLook(controlled=False)
+    look.probed(30, (0.1,), {"stability_margin": Estimate(0.2)})
+    look.probed(30, (0.1,), found(0.5, "held"))
+    look.probed(3, (0.1,), found(0.5))  # too early to tell
+    assert look.due(glance(31, 30.0))
+
+
+def trained(lr: float, steps: int, **options: Any) -> tuple[geomwatch.Monitor | None, list[Any]]:
+    torch.manual_seed(0)
+    model = mlp(64, 16, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    inputs, targets = digits(1024)
+    batches = itertools.cycle(list(zip(inputs.split(64), targets.split(64), strict=True)))
+    monitor = None
+    if options.pop("watched", True):
+        monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    for batch in itertools.islice(batches, steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model, batch)
+        loss.backward()
+        if monitor is not None:
+            monitor.step(batch, loss=loss.detach())
+        optimizer.step()
+    return monitor, [p.detach().clone() for p in model.parameters()]
+
+
+def looks(monitor: geomwatch.Monitor) -> list[int]:
+    return [
+        record.step
+        for record in monitor.history
+        if "stochastic_margin" in record.estimates and record["stochastic_margin"].status == "ok"
+    ]
+
+
+def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not():
+    near, weights = trained(0.3, 120)
+    assert near is not None
+    first, *rest = looks(near)
+    assert 20 <= first < 100
+    assert all(step >= 3 * first for step in rest[:1])
+    assert not near.history[-1].how["deterministic"]  # one step looked at twice is one step
+    calm, _ = trained(0.02, 120)
+    assert calm is not None
+    assert looks(calm) == []
+    _, alone = trained(0.3, 120, watched=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, alone, strict=True))
+
+
+def test_with_controllers_it_comes_at_lower_margins():
+    controlled, _ = trained(0.1, 120, controllers=[LearningRateCap()])
+    assert controlled is not None
+    assert looks(controlled)
+
+
+@pytest.mark.parametrize("options", [{"quantities": ["loss"]}, {"schedule": "fixed"}])
+def test_who_has_chosen_what_or_when_to_measure_has_none(options):
+    monitor, _ = trained(0.3, 60, every=50, **options)
+    assert monitor is not None
+    assert not set(looks(monitor)) - {0, 50}
