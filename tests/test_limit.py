@@ -76,6 +76,7 @@ def test_the_first_steps_can_not_tell():
 def test_where_noise_hardly_matters_it_is_higher():
     assert limit(seen(margin=0.5, mean_square=0.64)) == 5
     assert limit(seen(margin=0.5, mean_square=0.66)) < 5
+    assert limit(seen(margin=0.09, mean_square=0.09)) < 5  # too far from any limit to tell
 
 
 def test_the_cap_goes_by_it_once_it_is_known():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from geomwatch.rules import Observation
-from geomwatch.rules.regime import FROM, is_quiet, noise_of
+from geomwatch.rules.regime import FROM, batches_agree, noise_of
 
 _SGD, _ADAPTIVE = 2.0, 1.0  # where nothing is known of micro-batches
 _LOW, _HIGH, _QUIET = 1.0, 2.0, 5.0  # where it is; the last where noise hardly matters
@@ -31,9 +31,10 @@ class Limit:
         """Take note of what a probe has measured."""
         if seen.step < FROM:
             return
-        noise = noise_of(seen.estimates or {})
-        self._is_quiet = self._is_quiet if noise is None else is_quiet(noise)
-        mean_square = (seen.estimates or {}).get("stochastic_margin")
+        estimates = seen.estimates or {}
+        if noise_of(estimates) is not None:
+            self._is_quiet = batches_agree(estimates)
+        mean_square = estimates.get("stochastic_margin")
         along = seen.gradient_margin
         if mean_square is None or mean_square.status != "ok" or not mean_square.value:
             return

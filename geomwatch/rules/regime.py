@@ -13,6 +13,7 @@ FROM = 20  # steps; before, micro-batches agree with one another in runs that fa
 LASTS = 3.0  # times the step it was measured at: noise grows as the loss falls,
 HOLDS = 2.0  # and times the rate
 _QUIET, _NOISY = 1.3, 2.5  # mean-square over full-batch margin
+_NEAR = 0.1  # margin; batches that agree far below the limit may differ near it
 
 
 class Regime:
@@ -24,20 +25,24 @@ class Regime:
     included, the mean-square margin is within a few percent of the full-batch one.
 
     Noise dominates where the mean-square margin is more than 2.5 x the full-batch one: most of it
-    is then what a larger batch would take away. Below 1.3 x it hardly matters: a GPT under SGD
-    lives by the limit of the full batch, though its batches are small (docs/decisions/018).
+    is then what a larger batch would take away. Below 1.3 x, at a margin of at least 0.1, it
+    hardly matters: a GPT under SGD lives by the limit of the full batch, though its batches are
+    small (docs/decisions/018).
     """
 
     def __init__(self, *, holds: float = HOLDS) -> None:
         self._holds = holds  # up to so many times the rate it was measured at
         self._noise: float | None = None
+        self._agree = False  # micro-batches
         self._step, self._rate = 0, 0.0  # at which it was measured
 
     def __call__(self, seen: Observation) -> None:
         """Take note of what a probe has measured."""
-        found = noise_of(seen.estimates or {})
+        estimates = seen.estimates or {}
+        found = noise_of(estimates)
         if found is not None and seen.step >= FROM:
-            self._noise, self._step, self._rate = found, seen.step, max(seen.lr, default=0.0)
+            self._noise, self._agree = found, batches_agree(estimates)
+            self._step, self._rate = seen.step, max(seen.lr, default=0.0)
 
     def noise(self, seen: Observation) -> float | None:
         """Return the mean-square margin in units of the full-batch one; None if not known."""
@@ -53,8 +58,7 @@ class Regime:
 
     def is_quiet(self, seen: Observation) -> bool:
         """Tell whether batch noise is known to matter hardly at all."""
-        noise = self.noise(seen)
-        return noise is not None and is_quiet(noise)
+        return seen.deterministic or (self.noise(seen) is not None and self._agree)
 
     def is_edge(self, seen: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
@@ -62,11 +66,17 @@ class Regime:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was last measured."""
-        return {"noise": self._noise, "step": self._step, "rate": self._rate}
+        return {
+            "noise": self._noise,
+            "agree": self._agree,
+            "step": self._step,
+            "rate": self._rate,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self._noise, self._step, self._rate = state["noise"], state["step"], state["rate"]
+        self._noise, self._agree = state["noise"], state["agree"]
+        self._step, self._rate = state["step"], state["rate"]
 
 
 def is_noisy(noise: float) -> bool:
@@ -87,3 +97,11 @@ def noise_of(estimates: Mapping[str, Estimate]) -> float | None:
     if margin is None or margin.status != "ok" or not margin.value or margin.value <= 0:
         return None
     return max(mean_square.value / margin.value, 1.0)
+
+
+def batches_agree(estimates: Mapping[str, Estimate]) -> bool:
+    """Tell whether micro-batches were seen to agree on the curvature, at a margin that counts."""
+    noise, margin = noise_of(estimates), estimates.get("stability_margin")
+    if noise is None or margin is None or margin.value is None:
+        return False
+    return is_quiet(noise) and margin.value >= _NEAR
