@@ -15,6 +15,7 @@ from geomwatch.shard_vector import dimension
 from geomwatch.vectors import Basis
 
 _CANCELLATION = 0.1
+_PASSES, _KEPT = 4, 0.5  # of orthogonalisation, and the share of a vector that one must leave
 
 Vector: TypeAlias = npt.NDArray[np.float64]
 Ritz: TypeAlias = tuple[Vector, Vector, Vector]  # values, residuals, coefficients
@@ -69,15 +70,16 @@ def lanczos(
         length = w.norm()
         alphas.append(inside[-1])
         betas.append(length)
+        ritz = None
         if float(length) == 0:  # the space is exhausted to the last bit: all of it is known
             break
-        w = w / length.clamp_min(tiny)
-        # Where little is left over, it is orthogonal to little more than rounding: a second pass
-        # mends that ("twice is enough", Kahan), and in an exhausted Krylov space makes of what is
-        # all rounding a new orthogonal direction.
+        q = w / length.clamp_min(tiny)
+        # Where little is left over, it is orthogonal to little more than rounding.
         if float(length) < _CANCELLATION * float(inside.norm()):
-            w = _unit(basis.split(w)[1])
-        q = w
+            found = _orthogonal(basis, q)
+            if found is None:  # nothing but what is known
+                break
+            q = found
         if tol > 0 and step >= 2:
             ritz = _ritz(alphas, betas)
             if _converged(ritz, tol, until):
@@ -119,6 +121,23 @@ def warm_start(
 def _unit(vector: Tensor) -> Tensor:
     length: Tensor = vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
     return vector / length
+
+
+def _orthogonal(basis: Basis, q: Tensor) -> Tensor | None:
+    """Return the part of `q` that is orthogonal to the basis as a unit vector, None for none.
+
+    One pass more mends what cancellation has left ("twice is enough", Kahan); in an exhausted
+    Krylov space, where `q` is all rounding, it may take another to make a new direction of it.
+    """
+    for _ in range(_PASSES):
+        rest = basis.split(q)[1]
+        length = rest.norm()
+        if float(length) == 0:
+            return None
+        q = rest / length
+        if float(length) > _KEPT:
+            return q
+    return None
 
 
 def _converged(ritz: Ritz, tol: float, until: Sequence[int]) -> bool:

