@@ -25,6 +25,7 @@ from geomwatch.second_order import not_compiled
 from geomwatch.vectors import Layout, generator
 
 _SMALLEST_PART = 16  # items
+_FEWEST_PIECES = 4  # that tell how micro-batches spread
 
 
 class Objective:
@@ -245,12 +246,14 @@ class Objective:
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
+        Of a batch of fewer items than `count`, one each.
+
         For how they spread, inside this block: a gradient or a product of each, without keeping its
         graph. Those of this rank, or on local shards each joined over the ranks.
 
         Raises:
-            WithheldError: there are not two items for each, or pieces of a batch would be
-                normalised by other statistics than the batch.
+            WithheldError: there are not four items, or pieces of a batch would be normalised by
+                other statistics than the batch.
         """
         # A generator of its own: how much it draws depends on the items, which differ by rank.
         own = generator(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
@@ -265,9 +268,9 @@ class Objective:
         window = self._replay.window
         if len(window) > 1:
             return window
-        if self.items < 2 * count:
+        if self.items < _FEWEST_PIECES:
             raise WithheldError(
-                f"{self.items} items can't be cut into {count} micro-batches of two; accumulate "
+                f"{self.items} items can't be cut into {_FEWEST_PIECES} micro-batches; accumulate "
                 "the gradient over micro-batches, or use a larger batch"
             )
         if self._replay.normalizes_batches():
@@ -275,7 +278,7 @@ class Objective:
                 "a BatchNorm in train mode would give pieces of the batch statistics of their own; "
                 "accumulate the gradient over micro-batches, or measure with mode='eval'"
             )
-        return batches.cut(window[0], count, rng)
+        return batches.cut(window[0], min(count, self.items), rng)
 
     def _on(self, batch: Any, ranks: Ranks | None = None, *, once: bool = False) -> Objective:
         part = copy.copy(self)

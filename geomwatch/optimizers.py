@@ -203,7 +203,7 @@ def _averaging(
     b1, total = float(c.group["betas"][0]), direct + through
     direct, through = direct / total, through / total
     recursion = Recursion(c.lr, b1, 1 - b1, direct, through, c.keep)
-    return Step(recursion, preconditioner=p / total, moment=moment)
+    return Step(recursion, preconditioner=p if total == 1 else p / total, moment=moment)
 
 
 def _first_correction(c: Coming) -> float:
@@ -216,11 +216,12 @@ def _second_moment(c: Coming) -> tuple[Tensor, Tensor]:
     v = _average_of_squares(c, "exp_avg_sq", b2)
     if c.group.get("amsgrad", False):
         v = torch.maximum(v, _read(c, "max_exp_avg_sq"))
-    return v, v.sqrt() / math.sqrt(1 - b2**c.count) + float(c.group["eps"])
+    root = v.sqrt().div_(math.sqrt(1 - b2**c.count)).add_(float(c.group["eps"]))
+    return v, root
 
 
 def _average_of_squares(c: Coming, key: str, decay: float) -> Tensor:
-    return decay * _read(c, key) + (1 - decay) * c.gradient.square()
+    return (decay * _read(c, key)).addcmul_(c.gradient, c.gradient, value=1 - decay)
 
 
 def _read(c: Coming, key: str) -> Tensor:

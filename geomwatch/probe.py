@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
-from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, warm_start
+from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, unit, warm_start
 from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.readout import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
@@ -26,6 +26,9 @@ from geomwatch.vectors import generator
 _PIECES = 8
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
 _COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
+# HVPs. With 8 a start from the gradient is off by .2 % in the median of 32 cases (13 % at worst),
+# one from an eighth of the batch, at up to twice the cost, by 1.6 % (13 %).
+_ENOUGH_FOR_COARSE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,8 @@ class Probe:
             assert self.stability is not None
             assert self.stability.uniform is not None
             return _scaled(self.margin_spectrum, 1 / self.stability.uniform**2)
-        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, self.until)
+        downhill = self.objective.gradient
+        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, downhill, self.until)
         self.warm.hessian = spectrum.vectors
         return spectrum
 
@@ -85,11 +89,17 @@ class Probe:
     def margin_spectrum(self) -> Spectrum:
         """Ritz values of S (H + W) S, the operator whose largest eigenvalue is the margin."""
         assert self.stability is not None
-        apply = self.stability.apply
+        apply, scale = self.stability.apply, self.stability.scale
         until = self.until if self._margin_is_hessian else (0,)
         # nothing is to be found among the weights that are left out
-        keep = self.stability.scale > 0 if self.stability.uniform is None else None
-        spectrum = self._lanczos(lambda o: apply(o.hvp), self.warm.margin, until, keep)
+        keep = scale > 0 if self.stability.uniform is None else None
+        spectrum = self._lanczos(
+            lambda o: apply(o.hvp),
+            self.warm.margin,
+            lambda: scale * self.objective.gradient(),
+            until,
+            keep,
+        )
         self.warm.margin = spectrum.vectors
         return spectrum
 
@@ -187,11 +197,14 @@ class Probe:
         self,
         operator_of: Callable[[Objective], Operator],
         vectors: Tensor | None,
+        downhill: Callable[[], Tensor],
         until: Sequence[int],
         keep: Tensor | None = None,
     ) -> Spectrum:
         budget, spent = self.budget.lanczos, 0
         layout = self.objective.layout
+        if vectors is None and budget < _ENOUGH_FOR_COARSE:
+            vectors = unit(downhill())[None]
         if vectors is None:
             coarse, spent = self._coarse(operator_of, budget)
             start = warm_start(coarse, layout.normal(self.rng), weights=_COARSE_WEIGHTS)

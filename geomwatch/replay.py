@@ -217,7 +217,7 @@ class Replay:
         if self._snapshot is None:
             raise RuntimeError("an Objective is used inside its `with` block only")
         self.kept = None
-        self._snapshot.restore()
+        self._snapshot.start()
         if self._displacement is not None:
             pieces = self.leaves.unflatten(self._displacement)
             for p, piece in zip(self.leaves.params, pieces, strict=True):

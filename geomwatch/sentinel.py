@@ -53,7 +53,7 @@ class Sentinel:
 
     def measure(self, objective: Objective, point: Point) -> Estimate:
         """Return m; withheld where the gradient is zero or losses are not finite."""
-        d = point.stability.scale**2 * point.gradient
+        d = point.stability.step_along(point.gradient)
         slope = float(point.gradient @ d)
         if not 0 < slope < math.inf:
             return Estimate(None, status="withheld", reason="the gradient is zero or not finite")

@@ -28,6 +28,7 @@ from geomwatch.saved import (
 HOOKS = ("_backward_hooks", "_backward_pre_hooks")  # of a module; `isolation` looks after them
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN = frozenset(_SCALARS)  # what most of them are, without their subclasses
+_CONTAINERS = frozenset(CONTAINERS)
 _ITSELF = (nn.Module, Tensor, np.ndarray, tuple, *CONTAINERS, *GENERATORS)
 _UNNAMED = ("_parameters", "_buffers", "_modules")
 _LARGEST_SEARCH = 1_000  # items of a container that are looked into one by one
@@ -57,9 +58,17 @@ class Snapshot:
             self._visit(type(root).__name__, vars(root) if _is_plain(root) else root)
         # Containers first: they put those tensors back in place whose values are put back next.
         self._saved.sort(key=lambda saved: not isinstance(saved, SavedContainer))
+        self._is_used = False
+
+    def start(self) -> None:
+        """Put everything back before an evaluation, unless it is the first."""
+        if self._is_used:
+            self.restore()
+        self._is_used = True
 
     def restore(self) -> None:
-        """Put everything back; called before each evaluation."""
+        """Put everything back."""
+        self._is_used = False
         for container in self._empty:
             if container:
                 container.clear()
@@ -85,7 +94,7 @@ class Snapshot:
             self._saved.append(SavedTensor(name, value, like=self._held.get(id(value))))
         elif isinstance(value, nn.Module):
             self._visit_module(name, value)
-        elif type(value) in CONTAINERS and not value:
+        elif type(value) in _CONTAINERS and not value:
             self._empty.append(value)
         elif isinstance(value, CONTAINERS):
             self._saved.append(SavedContainer(name, value))
@@ -114,7 +123,11 @@ class Snapshot:
         pairs = container.items() if isinstance(container, dict) else enumerate(container)
         for key, item in pairs:
             # Most of what a module holds, and a walk over a large model is long: no call for it.
-            if type(item) in _PLAIN or key in HOOKS:
+            kind = type(item)
+            if kind in _PLAIN or key in HOOKS:
+                continue
+            if kind in _CONTAINERS and not item:
+                self._empty.append(item)
                 continue
             self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
 

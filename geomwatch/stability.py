@@ -33,6 +33,8 @@ from geomwatch.optimizers import unwrap as unwrap
 from geomwatch.recursion import Recursion
 from geomwatch.vectors import Layout, entries
 
+_SAMPLE = 1 << 15  # entries of a group that its median is taken from
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stability:
@@ -56,6 +58,12 @@ class Stability:
     def noise_ratio(self) -> float:
         """Deterministic over small-batch threshold, the largest of the groups."""
         return max((r.noise_ratio for r in self.recursions), default=1.0)
+
+    def step_along(self, gradient: Tensor) -> Tensor:
+        """Return d = S^2 g: the coming step but for its length and its past. One pass over D."""
+        if self.uniform is not None:
+            return self.uniform**2 * gradient
+        return (self.scale * gradient).mul_(self.scale)
 
     def apply(self, hvp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return y -> S (sign H + W) S y, (D,) -> (D,), for hvp(v) = H v. One HVP a call."""
@@ -235,7 +243,9 @@ def _damped(steps: Sequence[Step | None], coming: Sequence[Coming | None]) -> li
 
     In a coordinate with a tiny P the instability is real but harmless: its first oscillation
     raises P, however P remembers gradients. Undamped, healthy runs read M > 100 at first, those of
-    Adagrad too. Entries without a gradient (76 % of v in a language model) would make it eps.
+    Adagrad too. Entries without a gradient (76 % of v in a language model) would make it eps. Of
+    groups of more than 32,768 entries a sample will do: its median is the 49.7th to the 50.3rd
+    percentile.
     """
     adaptive: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # group -> parameter -> P, moment
     for i, (step, c) in enumerate(zip(steps, coming, strict=True)):
@@ -243,24 +253,38 @@ def _damped(steps: Sequence[Step | None], coming: Sequence[Coming | None]) -> li
             adaptive.setdefault(id(c.group), {})[i] = (step.preconditioner, step.moment)
     damped = list(steps)
     for members in adaptive.values():
+        pairs = _sampled(list(members.values()))
         # nanmedian, because a boolean index would wait for the device.
-        seen = torch.cat([p.where(moment > 0, math.nan) for p, moment in members.values()])
+        seen = torch.cat([p.where(moment > 0, math.nan) for p, moment in pairs])
         median = seen.nanmedian().nan_to_num(0.0, posinf=math.inf)
         for i, (p, _) in members.items():
             damped[i] = replace(cast(Step, steps[i]), preconditioner=p.maximum(median))
     return damped
 
 
+def _sampled(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Take every k-th entry of large vectors: a median takes longer than all else here."""
+    if any(type(x) is not Tensor for pair in pairs for x in pair):  # sharded
+        return pairs
+    # odd, so that it does not fall on the same columns of a matrix again and again
+    k = sum(p.numel() for p, _ in pairs) // _SAMPLE | 1
+    return [(p[::k], moment[::k]) for p, moment in pairs]
+
+
 def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
     factors = [s.recursion.rate / s.recursion.threshold if s else 0.0 for s in steps]
     decays = [s.decay if s else 0.0 for s in steps]
     inverse = layout.spread([1.0 if s else 0.0 for s in steps])
-    for part, s in zip(torch.split(inverse, layout.sizes), steps, strict=True):
+    scale = layout.spread([math.sqrt(factor) for factor in factors])
+    parts = (torch.split(x, layout.sizes) for x in (inverse, scale))
+    for of_inverse, of_scale, s in zip(*parts, steps, strict=True):
         if s and s.preconditioner is not None:
-            part.copy_(torch.where(s.preconditioner == 0, 0.0, 1 / s.preconditioner))
+            of_inverse.copy_(s.preconditioner).reciprocal_()
+            of_inverse.masked_fill_(s.preconditioner == 0, 0.0)
+            of_scale.mul_(of_inverse.sqrt())
     same = len(set(factors)) == 1 and all(s and s.preconditioner is None for s in steps)
     return Stability(
-        scale=(layout.spread(factors) * inverse).sqrt(),
+        scale=scale,
         inverse_preconditioner=inverse,
         decay=layout.spread(decays) if any(decays) else None,
         uniform=math.sqrt(factors[0]) if same and factors[0] > 0 else None,

@@ -65,11 +65,11 @@ def test_noise_scale_and_temperature_are_those_of_the_items():
 def test_too_few_items_have_no_noise_scale():
     model, _optimizer, (x, y) = trained()
     record = geomwatch.measure(
-        model, cross_entropy, (x[:12], y[:12]), quantities=["gradient_noise_scale"]
+        model, cross_entropy, (x[:3], y[:3]), quantities=["gradient_noise_scale"]
     )
     assert record["gradient_noise_scale"].value is None
     assert record["gradient_noise_scale"].status == "withheld"
-    assert "12 items can't be cut into 8 micro-batches" in record["gradient_noise_scale"].reason
+    assert "3 items can't be cut into 4 micro-batches" in record["gradient_noise_scale"].reason
 
 
 def test_a_window_of_micro_batches_is_its_own_pieces():

@@ -36,6 +36,7 @@ from geomwatch.rules import (
     PlannedRate,
     RateJump,
     StabilityMargin,
+    StochasticMargin,
     UntrustedProbe,
     default_rules,
 )
@@ -416,6 +417,7 @@ def test_a_resumed_run_raises_the_same_alerts(carry: Callable):
         for rule in second:
             count = sum(f"rule={rule.name!r}" in text for text in after)
             after_the_cut[rule.name] = after_the_cut.get(rule.name, 0) + count
+    assert after_the_cut.pop("stochastic_margin") > 0  # of the first steps alone
     assert min(after_the_cut.values()) >= 40, after_the_cut
 
 
@@ -457,6 +459,7 @@ def test_every_monitor_gets_rules_of_its_own():
         LossRise,
         StabilityMargin,
         GradientMargin,
+        StochasticMargin,
         PlannedRate,
         RateJump,
         GradNormSpike,

@@ -39,11 +39,25 @@ def test_it_is_due_where_rules_or_caps_are_about_to_act(controlled, level):
     assert not look.due(glance(50, None))
 
 
-def test_the_first_steps_and_full_batches_have_none():
+def test_the_very_first_steps_and_full_batches_have_none():
     look = SecondLook(controlled=False)
-    assert not look.due(glance(19, 30.0))
+    assert not look.due(glance(4, 30.0))
     assert look.due(glance(20, 30.0))
     assert not look.due(glance(20, 30.0, deterministic=True))
+
+
+def test_a_suspicious_start_has_one_and_goes_on_to_be_looked_at_later():
+    look = SecondLook(controlled=True)
+    assert not look.due(glance(5, 2.9))  # above the level of controllers, but they wait
+    assert look.due(glance(5, 3.1))
+    assert look.due(glance(5, 0.1, margin=Estimate(0.31)))
+    assert not look.due(glance(5, 0.1, margin=Estimate(0.29)))
+    look.probed(5, (0.1,), found(0.5))
+    assert not look.due(glance(8, 30.0))
+    again = SecondLook(controlled=True)
+    again.load_state_dict(json.loads(json.dumps(look.state_dict())))
+    assert not again.due(glance(8, 30.0))
+    assert again.due(glance(20, 30.0))
 
 
 def test_the_next_one_comes_at_three_times_the_step():
@@ -78,6 +92,7 @@ def test_probes_that_did_not_look_change_nothing():
     look.probed(30, (0.1,), {"stability_margin": Estimate(0.2)})
     look.probed(30, (0.1,), found(0.5, "held"))
     look.probed(3, (0.1,), found(0.5))  # too early to tell
+    assert look.due(glance(5, 30.0))
     assert look.due(glance(31, 30.0))
 
 
@@ -111,8 +126,8 @@ def looks(monitor: geomwatch.Monitor) -> list[int]:
 def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not():
     near, weights = trained(0.3, 120)
     assert near is not None
-    first, *rest = looks(near)
-    assert 20 <= first < 100
+    early, first, *rest = looks(near)
+    assert 5 <= early < 20 <= first < 100
     assert all(step >= 3 * first for step in rest[:1])
     assert not near.history[-1].how["deterministic"]  # one step looked at twice is one step
     calm, _ = trained(0.02, 120)

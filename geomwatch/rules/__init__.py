@@ -12,6 +12,7 @@ from geomwatch.rules.nonfinite import NonFinite
 from geomwatch.rules.observation import Observation, Rule
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
+from geomwatch.rules.stochastic_margin import StochasticMargin
 from geomwatch.rules.untrusted import UntrustedProbe
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RateJump",
     "Rule",
     "StabilityMargin",
+    "StochasticMargin",
     "UntrustedProbe",
     "default_rules",
 ]
@@ -38,6 +40,7 @@ def default_rules() -> list[Rule]:
         LossRise(),
         StabilityMargin(),
         GradientMargin(),
+        StochasticMargin(),
         PlannedRate(),
         RateJump(),
         GradNormSpike(),
