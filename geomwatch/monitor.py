@@ -244,7 +244,7 @@ class Monitor:
         settled = self._exchange(loss, grad_norm, grad_scale)
         now = self._counter.steps, self._lr, self._control.scale
         if self._pace.probe_due(*now):
-            probed = self._probe(window, loss, grad_scale, noise=self._pace.jumped)
+            probed = self._probe(window, loss, grad_scale, noise=self._pace.noise_matters(now[0]))
             return self._conclude(settled, probed)
         glanced = self._pace.glance_due(*now) and self._glance(window, loss, grad_scale)
         if glanced and self._pace.second_look_due(self._observation(settled, None, glanced)):

@@ -49,7 +49,7 @@ class Pace:
     ) -> None:
         self.every = every
         self.last_probe = -1  # its step
-        self.jumped = False  # the rate, at the last step that was asked about
+        self._jumped = False  # the rate, at the last step that was asked about
         self._schedule = make_schedule(schedule, every)
         self._second_look = SecondLook(controlled=controlled)
         self._guard, self._ranks = guard, ranks
@@ -64,8 +64,8 @@ class Pace:
         ratio = self._guard.margin.ratio(lr)
         due = self._schedule.due(step, lr_ratio=ratio, margin=margin)
         before, self._lr = self._lr, tuple(lr)
-        self.jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
-        urgent = self.jumped or (step <= _START and margin is not None and margin > _BEYOND)
+        self._jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
+        urgent = self._jumped or (step <= _START and margin is not None and margin > _BEYOND)
         afforded = self._has_time_for_probes and (urgent or self._is_paid_for(step))
         return due and self._may(step, afforded)
 
@@ -80,6 +80,10 @@ class Pace:
         """Tell whether to probe after all, where a sentinel has just been."""
         due = self._guard.prober.plan.is_free and self._second_look.due(seen)
         return due and self._may(seen.step, self._has_time_for_probes)
+
+    def noise_matters(self, step: int) -> bool:
+        """Tell whether the probe that is due here is to measure what batches disagree on."""
+        return self._jumped or self._second_look.at_start(step)
 
     def probed(self, step: int, probed: Probed | None, scale: float) -> None:
         """Take note of what a probe at the present rates has found, if it has."""

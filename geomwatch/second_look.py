@@ -47,6 +47,10 @@ class SecondLook:
             return False
         return abs(margin.value) > self._share * gradient_level(seen)
 
+    def at_start(self, step: int) -> bool:
+        """Tell whether a probe of the first steps, made for a reason of its own, is to look."""
+        return self._early <= step < FROM
+
     def probed(self, step: int, lr: Sequence[float], estimates: Mapping[str, Estimate]) -> None:
         """Take note of a probe; one that could not tell is not repeated."""
         mean_square = estimates.get("stochastic_margin")

@@ -279,8 +279,8 @@ def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
     parts = (torch.split(x, layout.sizes) for x in (inverse, scale))
     for of_inverse, of_scale, s in zip(*parts, steps, strict=True):
         if s and s.preconditioner is not None:
-            of_inverse.copy_(s.preconditioner).reciprocal_()
-            of_inverse.masked_fill_(s.preconditioner == 0, 0.0)
+            p = s.preconditioner
+            of_inverse.copy_(p.reciprocal().where(p != 0, 0.0))
             of_scale.mul_(of_inverse.sqrt())
     same = len(set(factors)) == 1 and all(s and s.preconditioner is None for s in steps)
     return Stability(

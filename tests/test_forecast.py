@@ -143,6 +143,15 @@ def test_a_run_that_does_not_get_anywhere_is_excluded_unless_its_rate_was_too_la
     assert (found.label, found.event) == ("failed", 10)
 
 
+def test_a_run_at_its_tuned_rate_or_below_is_no_failure_of_the_rate():
+    losses = [2.3 * 0.9**t for t in range(60)] + [3.0] * 40
+    said = [
+        judge(losses, TEN, items=64, left=1.3, from_start=False, multiple=m).label
+        for m in (0.5, 1.0, 1.5)
+    ]
+    assert said == ["excluded", "excluded", "failed"]
+
+
 def test_one_bad_batch_of_four_items_is_no_event():
     losses = falling()
     losses[60] = 4.0

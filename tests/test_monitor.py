@@ -810,10 +810,18 @@ def checkpoint(**parts: Any) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+# Whether samples show an effective rank is up to them: a cold start draws others.
+BY_CHANCE = {"effective_rank"}
+
+
 def measured(record: Record) -> set[str]:
     # The running trace is relative to a lambda_max held from before, and may have to start anew.
     ok = {name for name in record if record[name].status == "ok"}
-    return ok - {"trace", "trace_per_param"}
+    return ok - {"trace", "trace_per_param"} - BY_CHANCE
+
+
+def ages(record: Record) -> dict[str, int]:
+    return {n: e.age for n, e in record.estimates.items() if n not in BY_CHANCE}
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "fixed"])
@@ -846,9 +854,7 @@ def test_a_resumed_run_measures_what_the_uninterrupted_run_does(kind, schedule):
         assert resumed.loss == record.loss
         assert resumed["grad_norm"].value == record["grad_norm"].value
         assert measured(resumed) == measured(record)
-        assert {n: e.age for n, e in resumed.estimates.items()} == {
-            n: e.age for n, e in record.estimates.items()
-        }
+        assert ages(resumed) == ages(record)
         margin, other = resumed["stability_margin"], record["stability_margin"]
         # few HVPs, from other start vectors: a residual bounds the distance to some eigenvalue
         spread = margin.error + other.error + 0.2 * other.value
@@ -877,7 +883,7 @@ def test_the_memory_of_the_rules_survives_a_checkpoint():
 def test_a_checkpoint_of_other_rules_is_refused():
     model, optimizer = small()
     saved = Monitor(model, cross_entropy, optimizer, rules=[NonFinite()]).state_dict()
-    with pytest.raises(UsageError, match=r"state must hold 10 rules, got 1"):
+    with pytest.raises(UsageError, match=r"state must hold 11 rules, got 1"):
         Monitor(model, cross_entropy, optimizer).load_state_dict(saved)
 
 

@@ -11,7 +11,9 @@ final training loss at the tuned rate, 1 a net that has learnt nothing (`tasks.r
 - Failed: an event, and more than 1/3 left at the end (mean of the last 20 steps, 320 items at
   least). With a rate too large from step 0 no event is asked for: there may be no time before it.
 - Healthy: no event, and less than 1/5 left at the end.
-- Excluded: the rest, such as a spike that heals, or a rate too small to get anywhere.
+- Excluded: the rest, such as a spike that heals, or a rate too small to get anywhere. So is a run
+  that fails at no more than its tuned rate: with a hundred steps and noisy losses a ramp to half of
+  it looks like one that has gone wrong (added when two such runs of MiniLM had been seen).
 """
 
 from __future__ import annotations
@@ -42,15 +44,22 @@ class Outcome:
 
 
 def judge(
-    losses: Sequence[float], rates: Rates, *, items: int, left: float, from_start: bool
+    losses: Sequence[float],
+    rates: Rates,
+    *,
+    items: int,
+    left: float,
+    from_start: bool,
+    multiple: float = math.inf,
 ) -> Outcome:
     """Label a run; `items` is its batch size, `left` the share left to learn at its end.
 
-    Where a rate is too large `from_start`, a failed run without an event gets step 10 as its
-    event: by then it has to be announced.
+    `multiple` is its largest rate in units of the tuned one. Where a rate is too large
+    `from_start`, a failed run without an event gets step 10 as its event: by then it has to be
+    announced.
     """
     found = event(losses, rates, items=items)
-    if (found is not None or from_start) and not left < FAILED:
+    if (found is not None or from_start) and not left < FAILED and multiple > 1 + 1e-9:
         return Outcome("failed", _FIRST if found is None else found, left)
     if found is None and left < HEALTHY:
         return Outcome("healthy", None, left)

@@ -57,6 +57,7 @@ class Story:
             items=run.task.items(run.recipe.batch),
             left=self.data["left"],
             from_start=run.scenario == "start",
+            multiple=run.multiple,
         )
 
     @cached_property

@@ -117,8 +117,10 @@ def _first(
     width = default_sigma(values, steps) if sigma is None else sigma
     good = residuals[: len(found.vectors)] <= _CONVERGED * width
     count = int(np.argmin([*good[:outliers], False]))  # down to the first that has not converged
-    weights = np.array(found.weights)[count:]
-    share = 1 - count / start.numel()
+    overlaps, share = np.array(found.weights), 1 - count / start.numel()
+    if share > 0 and not overlaps[count:].sum() > 0:  # of all else this run has seen nothing
+        count, share = 0, 1.0
+    weights = overlaps[count:]
     run = Run(values[count:], share * weights / max(weights.sum(), sys.float_info.min))
     return [run], _Known(values[:count], found.vectors[:count])
 

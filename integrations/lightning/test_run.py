@@ -121,7 +121,7 @@ def test_a_checkpoint_of_a_run_with_geomwatch_is_resumed_without(Net, fit, host,
 def test_a_part_of_a_checkpoint_that_can_not_be_read_costs_no_run(Net, fit, make_trainer, caplog):
     callback = GeomwatchCallback(**FIXED)
     callback.load_state_dict({"monitors": {"": {"rules": []}}})
-    with pytest.raises(geomwatch.UsageError, match=r"state must hold 10 rules, got 0"):
+    with pytest.raises(geomwatch.UsageError, match=r"state must hold 11 rules, got 0"):
         fit(Net(), [callback])
     callback = GeomwatchCallback(**FIXED, rules=[])
     callback.load_state_dict({"monitors": {"": {"rules": [], "nothing": 0}}})

@@ -100,7 +100,7 @@ def test_a_checkpoint_that_can_not_be_read_is_told_of_and_training_goes_on(tmp_p
 
 def test_other_rules_than_those_saved_are_refused(tmp_path):
     train(tmp_path, GeomwatchCallback(**WATCH))
-    with pytest.raises(geomwatch.UsageError, match="state must hold 0 rules, got 10"):
+    with pytest.raises(geomwatch.UsageError, match="state must hold 0 rules, got 11"):
         train(tmp_path, GeomwatchCallback(**WATCH, rules=[]), resume=True)
 
 
