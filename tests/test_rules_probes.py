@@ -345,6 +345,19 @@ def test_the_regime_is_noisy_where_batches_disagree_in_curvature():
     assert regime.is_noisy(measured(91, 0.9)) is None  # too long ago
 
 
+def test_batches_that_have_agreed_go_on_to_until_they_clearly_do_not():
+    regime = Regime()
+    for step, noise, is_quiet in ((30, 1.5, False), (40, 1.2, True), (50, 1.7, True)):
+        regime(whole(step, 0.5, 0.5 * noise))
+        assert regime.is_quiet(measured(step + 1, 0.5)) is is_quiet
+    again = Regime()
+    again.load_state_dict(regime.state_dict())
+    regime(whole(60, 0.5, 0.95))
+    again(whole(60, 0.5, 0.85))
+    assert not regime.is_quiet(measured(61, 0.5))
+    assert again.is_quiet(measured(61, 0.5))
+
+
 def test_a_cap_on_the_rate_does_not_change_how_much_is_noise():
     regime = Regime()
     seen = whole(30, 0.5, 0.6)

@@ -33,7 +33,7 @@ class Limit:
             return
         estimates = seen.estimates or {}
         if noise_of(estimates) is not None:
-            self._is_quiet = batches_agree(estimates)
+            self._is_quiet = batches_agree(estimates, still=self._is_quiet)
         mean_square = estimates.get("stochastic_margin")
         along = seen.gradient_margin
         if mean_square is None or mean_square.status != "ok" or not mean_square.value:

@@ -88,8 +88,15 @@ class StabilityMargin:
         single = seen.step == 0 or (severity == "critical" and seen.margin.value > levels.at_once)
         if single:
             level = levels.at_once if seen.step else _BEFORE_START
-        noise = self._regime.noise(seen)
-        found = Verdict(severity, mean, count, single=single, level=level, noise=noise)
+        found = Verdict(
+            severity,
+            mean,
+            count,
+            single=single,
+            level=level,
+            noise=self._regime.noise(seen),
+            is_quiet=self._regime.is_quiet(seen),
+        )
         return described(self.name, seen, found)
 
     def _severity(

@@ -8,7 +8,7 @@ from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.message import alert, batch_advice, carried_by
 from geomwatch.rules.observation import Observation
-from geomwatch.rules.regime import EDGE, is_quiet
+from geomwatch.rules.regime import EDGE
 from geomwatch.sinks import format_estimate
 
 
@@ -31,6 +31,7 @@ class Verdict:
     single: bool  # the last measurement alone decided
     level: float  # that was exceeded
     noise: float | None  # mean-square over full-batch margin
+    is_quiet: bool  # it hardly matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,7 @@ def described(rule: str, seen: Observation, found: Verdict) -> Alert:
     if not found.single and found.count > 1:
         shown = f"{found.mean:.2f} over the last {found.count} probes, {shown} now"
     margin = f"{shown} (alert above {found.level:g}, unstable at 1)"
-    quiet = found.noise is not None and is_quiet(found.noise)
-    factor = rate_factor(seen, margin=value, is_quiet=quiet)
+    factor = rate_factor(seen, margin=value, is_quiet=found.is_quiet)
     text = _text(seen, value, margin, factor) + batch_advice(value, found.noise)
     return _sent(rule, seen, found.severity, text, value, found.level)
 

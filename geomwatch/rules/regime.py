@@ -12,7 +12,7 @@ EDGE = 0.9  # of the limit: from here on full-batch training is at the edge of s
 FROM = 20  # steps; before, micro-batches agree with one another in runs that fail as well
 LASTS = 3.0  # times the step it was measured at: noise grows as the loss falls,
 HOLDS = 2.0  # and times the rate
-_QUIET, _NOISY = 1.3, 2.5  # mean-square over full-batch margin
+_QUIET, _QUIET_STILL, _NOISY = 1.3, 1.8, 2.5  # mean-square over full-batch margin
 _NEAR = 0.1  # margin; batches that agree far below the limit may differ near it
 
 
@@ -26,8 +26,8 @@ class Regime:
 
     Noise dominates where the mean-square margin is more than 2.5 x the full-batch one: most of it
     is then what a larger batch would take away. Below 1.3 x, at a margin of at least 0.1, it
-    hardly matters: a GPT under SGD lives by the limit of the full batch, though its batches are
-    small (docs/decisions/018).
+    hardly matters, until it is 1.8 x: a GPT under SGD lives by the limit of the full batch, though
+    its batches are small (docs/decisions/018).
     """
 
     def __init__(self, *, holds: float = HOLDS) -> None:
@@ -41,7 +41,8 @@ class Regime:
         estimates = seen.estimates or {}
         found = noise_of(estimates)
         if found is not None and seen.step >= FROM:
-            self._noise, self._agree = found, batches_agree(estimates)
+            self._noise = found
+            self._agree = batches_agree(estimates, still=self._agree)
             self._step, self._rate = seen.step, max(seen.lr, default=0.0)
 
     def noise(self, seen: Observation) -> float | None:
@@ -84,11 +85,6 @@ def is_noisy(noise: float) -> bool:
     return noise > _NOISY
 
 
-def is_quiet(noise: float) -> bool:
-    """Tell whether noise hardly matters at this one."""
-    return noise < _QUIET
-
-
 def noise_of(estimates: Mapping[str, Estimate]) -> float | None:
     """Return the mean-square margin in units of the full-batch one, where a probe has had both."""
     mean_square, margin = estimates.get("stochastic_margin"), estimates.get("stability_margin")
@@ -99,9 +95,13 @@ def noise_of(estimates: Mapping[str, Estimate]) -> float | None:
     return max(mean_square.value / margin.value, 1.0)
 
 
-def batches_agree(estimates: Mapping[str, Estimate]) -> bool:
-    """Tell whether micro-batches were seen to agree on the curvature, at a margin that counts."""
+def batches_agree(estimates: Mapping[str, Estimate], *, still: bool) -> bool:
+    """Tell whether micro-batches were seen to agree on the curvature, at a margin that counts.
+
+    `still` if they did so before: measured anew, their noise is now a little above a limit and now
+    a little below.
+    """
     noise, margin = noise_of(estimates), estimates.get("stability_margin")
     if noise is None or margin is None or margin.value is None:
         return False
-    return is_quiet(noise) and margin.value >= _NEAR
+    return noise < (_QUIET_STILL if still else _QUIET) and margin.value >= _NEAR
