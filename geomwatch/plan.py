@@ -58,7 +58,7 @@ class Plan:
     def names(self, step: int, *, separate: bool, noise: bool = False) -> list[str]:
         """Return what to measure; `separate` if the Hessian's spectrum is not the margin's.
 
-        With `noise` also what batches that differ add to the margin.
+        With `noise`, and at the first probe, also what batches that differ add to the margin.
         """
         names = list(self._names)
         self.is_whole = self._every is None or step >= self._next_whole
@@ -66,6 +66,7 @@ class Plan:
             self.last_full = step
             self._next_whole = step + self._slow * (self._every or 0)
             return names
+        noise = noise or not self.probes
         needed = self._needed | {"stochastic_margin"} if noise else self._needed
         names = [n for n in names if n not in SLOW or n in needed]
         if separate and self.probes:

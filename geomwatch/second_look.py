@@ -8,12 +8,14 @@ from typing import Any
 
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
+from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.levels import gradient_level
 from geomwatch.rules.regime import FROM, HOLDS, LASTS, noise_of
 
 _SHARE, _SHARE_CONTROLLED = 0.5, 0.15  # of the level, from where on it matters
-_EARLY = 5  # step of the first look of a start
-_SUSPECT = 0.3  # stability margin of such a start
+_EARLY, _AGAIN = 5, 8  # steps of the looks at a start
+_SUSPECT = 0.3  # stability margin of one
+_NOISY, _STILL_NOISY = 0.4, 0.5  # of the level of batch noise, by the last look
 
 
 class SecondLook:
@@ -24,8 +26,10 @@ class SecondLook:
     that it is looked at where the answer may change what is said or done: at half the level of a
     mean over 60 steps, .15 of it with controllers, whose limits are lower.
 
-    Before step 20 micro-batches that agree say nothing, those that do not a great deal: a start is
-    looked at once, from step 5 on, at half the level or a stability margin above 0.3.
+    Before step 20 micro-batches that agree say nothing, those that do not a great deal (see
+    `StochasticMargin`). The first probe has looked; from step 5 on a start is looked at again at
+    half the level, a stability margin above 0.3 or two fifths of what batch noise is warned of, and
+    from step 8 on if it is still half of that.
     """
 
     def __init__(self, *, controlled: bool) -> None:
@@ -33,6 +37,7 @@ class SecondLook:
         self._next = float(FROM)
         self._rate = math.inf  # of the last look
         self._early = _EARLY  # step from which on a start is looked at; FROM when it was
+        self._noise = 0.0  # noise part of the mean-square margin at the start, over the rate
 
     def due(self, seen: Observation) -> bool:
         """Tell whether to probe at a step that a sentinel has just looked at."""
@@ -40,12 +45,17 @@ class SecondLook:
         if seen.deterministic or margin is None or margin.value is None:
             return False
         if seen.step < FROM:
-            top = (seen.margin.value if seen.margin else None) or 0.0
-            is_suspect = top > _SUSPECT or abs(margin.value) > _SHARE * gradient_level(seen)
-            return seen.step >= self._early and is_suspect
+            return seen.step >= self._early and self._is_suspect(seen, abs(margin.value))
         if seen.step < self._next and max(seen.lr, default=0.0) <= HOLDS * self._rate:
             return False
         return abs(margin.value) > self._share * gradient_level(seen)
+
+    def _is_suspect(self, seen: Observation, along: float) -> bool:
+        noise = max(seen.lr, default=0.0) * self._noise / BatchNoise.level(seen)
+        if self._early > _EARLY:
+            return _STILL_NOISY < noise <= 1  # what is more was said
+        top = (seen.margin.value if seen.margin else None) or 0.0
+        return noise > _NOISY or top > _SUSPECT or along > _SHARE * gradient_level(seen)
 
     def at_start(self, step: int) -> bool:
         """Tell whether a probe of the first steps, made for a reason of its own, is to look."""
@@ -56,12 +66,16 @@ class SecondLook:
         mean_square = estimates.get("stochastic_margin")
         if mean_square is None or mean_square.status == "held":
             return
+        rate, margin = max(lr, default=0.0), estimates.get("stability_margin")
         if noise_of(estimates) is None:
-            self._next = self._rate = math.inf
+            if margin is not None and (margin.value or 0.0) > 0:  # else it may be had later
+                self._next = self._rate = math.inf
+        elif step < FROM and rate > 0 and margin is not None:
+            self._noise = ((mean_square.value or 0.0) - (margin.value or 0.0)) / rate
         if step >= _EARLY:
-            self._early = FROM
+            self._early = _AGAIN if step < _AGAIN else FROM
         if step >= FROM and math.isfinite(self._next):
-            self._next, self._rate = step * LASTS, max(lr, default=0.0)
+            self._next, self._rate = step * LASTS, rate
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the rate up to which there is none; None for no end."""
@@ -69,13 +83,14 @@ class SecondLook:
             "next": _or_none(self._next),
             "rate": _or_none(self._rate),
             "early": self._early,
+            "noise": self._noise,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
         self._next = math.inf if state["next"] is None else state["next"]
         self._rate = math.inf if state["rate"] is None else state["rate"]
-        self._early = state["early"]
+        self._early, self._noise = state["early"], state["noise"]
 
 
 def _or_none(value: float) -> float | None:

@@ -72,8 +72,8 @@ def test_who_asks_for_more_gets_it(options):
 def test_a_jump_of_the_rate_is_probed_at_any_price():
     first, at_jump = trained(40, jump=30).history
     assert (first.step, at_jump.step) == (0, 30)
-    assert "stochastic_margin" not in fresh(first)
-    assert "stochastic_margin" in fresh(at_jump)  # what it survives depends on the noise
+    # what a start bears and a jump survives depends on the noise
+    assert {"stochastic_margin"} <= fresh(first) & fresh(at_jump)
 
 
 def test_a_start_beyond_the_limit_is_probed_at_any_price():

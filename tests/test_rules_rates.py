@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from observations import brief, heard, measured
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
-from geomwatch.records import Estimate
+from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, PlannedRate, RateJump
 
 # Planned rate
@@ -18,12 +20,34 @@ def planned(margin: float, peak: float, *, step: int = 0, lr: float = 0.1, **mor
     return measured(step, margin, lr=lr, peak=(peak,), **more)
 
 
-def test_a_peak_at_which_the_margin_would_be_five_is_critical_before_the_first_step():
-    assert not heard(PlannedRate(), [planned(0.1, 2.9)])
-    assert brief(heard(PlannedRate(), [planned(0.1, 3.1)])) == [(0, "warning")]
-    (alert,) = heard(PlannedRate(), [planned(0.1, 5.1)])
+def told(margin: float, peak: float, **more) -> list[Alert]:
+    """What is said of a plan up to the second step."""
+    first = planned(margin, peak, **more)
+    return heard(PlannedRate(), [first, measured(first.step + 1, margin)])
+
+
+def test_a_peak_at_which_the_margin_would_be_five_is_critical():
+    assert not told(0.1, 2.9)
+    assert brief(told(0.1, 3.1)) == [(0, "warning")]
+    (alert,) = told(0.1, 5.1)
     assert (alert.step, alert.severity, alert.limit) == (0, "critical", 5.0)
     assert alert.value == pytest.approx(5.1)
+
+
+def test_a_peak_far_beyond_is_told_of_at_once_and_others_a_step_later():
+    rule = PlannedRate()
+    assert rule(planned(0.1, 10.1)) is not None
+    assert rule(measured(1, 0.1)) is None
+    rule, again = PlannedRate(), PlannedRate()
+    assert rule(planned(0.1, 9.9, layers=("head (90%)",))) is None
+    again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert again(measured(1, 0.1)) == rule(measured(1, 0.1)) is not None
+
+
+def test_full_batch_training_reaches_peaks_that_mini_batches_do_not():
+    rule = PlannedRate()
+    assert rule(planned(0.1, 9.9)) is None
+    assert rule(measured(1, 0.1, deterministic=True)) is None
 
 
 def test_the_peak_is_judged_once():
@@ -34,7 +58,8 @@ def test_the_peak_is_judged_once():
 
 def test_a_warm_up_from_zero_is_judged_at_its_first_positive_rate():
     frozen = [planned(0.0, 1.0, step=t, lr=0.0) for t in range(2)]
-    alerts = heard(PlannedRate(), [*frozen, planned(0.1, 1.0, step=2, lr=0.01)])
+    first = planned(0.1, 1.0, step=2, lr=0.01)
+    alerts = heard(PlannedRate(), [*frozen, first, measured(3, 0.1)])
     assert brief(alerts) == [(2, "critical")]
     assert alerts[0].value == pytest.approx(10.0)
 
@@ -47,7 +72,8 @@ def test_a_constant_rate_has_no_plan():
 def test_the_group_with_the_steepest_plan_counts():
     margin = Estimate(0.1, 0.01, "residual")
     seen = Observation(step=0, lr=(0.1, 0.01), margin=margin, fresh=True, peak=(0.1, 0.6))
-    assert heard(PlannedRate(), [seen])[0].value == pytest.approx(6.0)
+    (alert,) = heard(PlannedRate(), [seen, measured(1, 0.1)])
+    assert alert.value == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize("status", ["unknown", "directional"])
@@ -61,7 +87,7 @@ def test_a_plan_that_could_not_be_measured_is_passed_over():
 
 
 def test_the_message_names_peak_forecast_and_remedy():
-    (alert,) = heard(PlannedRate(), [planned(0.1, 6.0, layers=("head (90%)",))])
+    (alert,) = told(0.1, 6.0, layers=("head (90%)",))
     assert alert.message == (
         "the schedule is headed for a learning rate of 6, at which the stability margin of SGD "
         "would be 6 in the present weights (alert above 5, unstable at 1; 0.10 ± 0.01 at the 0.1 "

@@ -1,10 +1,11 @@
-"""The rule on the mean square of the first steps, on observations and in runs."""
+"""Batch noise of a start: its level, by optimizer and step, and the rule on it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,35 +14,45 @@ from problems import cross_entropy, digits, mlp
 
 import geomwatch
 from geomwatch.records import Estimate
-from geomwatch.rules import StochasticMargin
+from geomwatch.rules import Observation, PlannedRate, StochasticMargin
+from geomwatch.rules.batch_noise import batch_noise
 
 
-def start(step: int, mean_square: float | None, margin: float = 0.5, **more):
+def start(step: int, noise: float | None, margin: float = 0.05, **more: Any) -> Observation:
+    """A probe has found so much noise beside a margin."""
+    error = more.pop("error", 0.02)
+    whole = None if noise is None else margin + noise
     estimates = {
         "stability_margin": Estimate(margin),
-        "stochastic_margin": Estimate(mean_square, 0.3, "stderr"),
+        "stochastic_margin": Estimate(whole, error, "stderr"),
     }
     return measured(step, margin, estimates=estimates, items=16, **more)
 
 
-def test_a_start_whose_batches_disagree_is_warned_of():
-    (alert,) = heard(StochasticMargin(), [start(5, 7.5)])
-    assert (alert.severity, alert.step, alert.value, alert.limit) == ("warning", 5, 7.5, 4.0)
-    assert "7.50 ± 0.3" in alert.message or "7.5 ± 0.3" in alert.message
-    assert "Start again at a learning rate of about 0.01 (0.13 x)" in alert.message
-    assert "make the batch 14 x larger" in alert.message
+def test_a_start_whose_batches_disagree_is_warned_of_before_the_first_step():
+    (alert,) = heard(StochasticMargin(), [start(0, 0.5)])
+    assert (alert.severity, alert.step, alert.limit) == ("warning", 0, 0.3)
+    assert alert.value == pytest.approx(0.5)
+    assert "batches of 16 disagree too much on the curvature" in alert.message
+    assert "they add 0.5 ± 0.02 to a stability margin of 0.05 (alert above 0.3" in alert.message
+    assert "Lower the learning rate to about 0.02 (0.2 x)" in alert.message
     assert alert.message.endswith("More: geomwatch explain stochastic_margin.")
+    (later,) = heard(StochasticMargin(), [start(5, 0.5)])
+    assert "Start again at a learning rate of about 0.02 (0.2 x)" in later.message
 
 
 @pytest.mark.parametrize(
     "seen",
     [
-        start(5, 3.9),
-        start(1, 30.0),  # the first step of Adam says little
-        start(20, 30.0),  # later it is no matter of a start
+        start(5, 0.29),
+        start(11, 30.0),  # later it is no matter of a start
         start(5, None),
+        start(5, 0.5, error=0.3),  # noise of the noise
         start(5, 30.0, deterministic=True),
         start(5, 30.0, status="unknown"),
+        start(5, 1.7, adaptive=True),
+        start(0, 3.9, margin=0.7, adaptive=True),
+        start(0, 190.0, margin=0.2, adaptive=True),  # a fresh head on a pretrained net
         measured(5, 0.5),
     ],
 )
@@ -49,21 +60,46 @@ def test_all_else_is_passed_over(seen):
     assert heard(StochasticMargin(), [seen]) == []
 
 
+@pytest.mark.parametrize("seen", [start(5, 1.9, adaptive=True), start(0, 4.1, 0.61, adaptive=True)])
+def test_methods_that_adapt_have_levels_of_their_own(seen):
+    assert brief(heard(StochasticMargin(), [seen])) == [(seen.step, "warning")]
+
+
 def test_it_is_said_once_and_remembered():
     rule, again = StochasticMargin(), StochasticMargin()
-    assert brief(heard(rule, [start(5, 9.0), start(8, 90.0)])) == [(5, "warning")]
+    assert brief(heard(rule, [start(0, 0.5), start(5, 5.0)])) == [(0, "warning")]
     again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
-    assert heard(again, [start(11, 9.0)]) == []
+    assert heard(again, [start(8, 5.0)]) == []
 
 
-def run(lr: float, size: int) -> geomwatch.Monitor:
+def test_noise_counts_at_the_planned_peak():
+    """It is said at the second step, when full-batch training has shown itself."""
+    first = start(0, 0.02, 0.01, error=0.002, peak=(2.0,))  # 20 x the first rate
+    assert brief(heard(StochasticMargin(), [first])) == []
+    (alert,) = heard(PlannedRate(), [first, measured(1, 0.01)])
+    assert (alert.severity, alert.step, alert.value) == ("warning", 0, pytest.approx(0.4))
+    assert "would add 0.4 to the stability margin of SGD" in alert.message
+    assert "Lower the peak to about 0.5 (0.25 x)" in alert.message
+    assert heard(PlannedRate(), [first, measured(1, 0.01, deterministic=True)]) == []
+    small = start(0, 0.014, 0.01, error=0.002, peak=(2.0,))
+    assert heard(PlannedRate(), [small, measured(1, 0.01)]) == []
+
+
+def test_noise_at_the_peak_of_methods_that_adapt_needs_a_margin_beside_it():
+    noisy = start(0, 0.3, 0.02, peak=(2.0,), adaptive=True)  # at the peak 6, and a margin of .4
+    assert heard(PlannedRate(), [noisy, measured(1, 0.01)]) == []
+    both = start(0, 0.3, 0.04, peak=(2.0,), adaptive=True)
+    assert len(heard(PlannedRate(), [both, measured(1, 0.01)])) == 1
+
+
+def run(lr: float, size: int, kind: Any = torch.optim.SGD, **options: Any) -> geomwatch.Monitor:
     torch.manual_seed(0)
     model = mlp(64, 64, 64, 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = kind(model.parameters(), lr=lr, **options)
     inputs, targets = digits(1024)
     batches = itertools.cycle(list(zip(inputs.split(size), targets.split(size), strict=True)))
     monitor = geomwatch.Monitor(model, cross_entropy, optimizer)
-    for batch in itertools.islice(batches, 19):
+    for batch in itertools.islice(batches, 12):
         optimizer.zero_grad()
         loss = cross_entropy(model, batch)
         loss.backward()
@@ -72,18 +108,38 @@ def run(lr: float, size: int) -> geomwatch.Monitor:
     return monitor
 
 
-def test_rates_far_too_large_are_looked_at_and_warned_of_and_good_ones_are_not():
-    wild = run(0.1, 16)
-    (alert,) = [a for a in wild.alerts if a.rule == "stochastic_margin"]
-    assert alert.step < 20
-    calm = run(0.003, 16)
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_rates_far_too_large_are_warned_of_at_once_and_good_ones_never(size):
+    scale = size / 16  # noise falls with the batch
+    wild = run(1.0 * scale, size, momentum=0.9)
+    assert [a.step for a in wild.alerts if a.rule == "stochastic_margin"] == [0]
+    calm = run(0.02 * scale, size, momentum=0.9)
     assert calm.alerts == []
-    assert not any("stochastic_margin" in record.estimates for record in calm.history)
+    assert batch_noise_of(calm) == pytest.approx(0.02 * batch_noise_of(wild), rel=1e-3)
+
+
+def batch_noise_of(monitor: geomwatch.Monitor) -> float:
+    first = monitor.history[0]
+    return first["stochastic_margin"].value - first["stability_margin"].value
+
+
+def test_a_noisy_start_is_looked_at_again_and_a_calm_one_is_not():
+    noisy = run(0.05, 16, torch.optim.AdamW)
+    assert {0, 5} <= {r.step for r in noisy.history if not r["stochastic_margin"].age}
+    calm = run(0.001, 16, torch.optim.AdamW)
+    assert [r.step for r in calm.history] == [0]
+
+
+def test_what_is_no_noise_is_told_from_it():
+    assert batch_noise(start(0, 0.5)) is not None
+    assert batch_noise(start(0, 0.0)) is None
+    assert batch_noise(start(0, 0.5, margin=-0.1)) is None
 
 
 def test_batches_of_four_items_are_cut_into_single_ones():
+    model = mlp(64, 16, 10)
     record = geomwatch.measure(
-        model := mlp(64, 16, 10),
+        model,
         cross_entropy,
         digits(4),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),

@@ -22,6 +22,7 @@ _IN_A_ROW = 3  # losses: a single bad batch of few items lifts a healthy run's m
 _START, _START_LAST = 10, 5  # losses of a start, and the last of them, when a spike has healed that
 _START_RISE = 0.05  # adaptive methods and BatchNorm often begin with: still above the first by this
 _START_SPIKE = 0.4  # and a single one above the first by this
+_START_HEALED = 5  # losses, after which such a spike has healed if it does
 _START_MARGIN = 0.6  # the stability margin that makes the rate a likely reason,
 _START_FULL_BATCH = 3.0  # and in full-batch training, which survives a catapult
 _START_ITEMS = 16  # of fewer items a single loss, the first, says little
@@ -33,11 +34,11 @@ class LossRise:
 
     EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
     as well; critical at once when the EMA exceeds the first loss by the same amount. Warns as well
-    when the first ten steps, near the limit, teach nothing: a loss is 40 % above the first, or the
-    median of the last five 5 %, in batches of 16 items or more, and a stability margin has been
-    above 0.6 (3 where every step sees the same data). Curvature does not announce every failure
-    (bad data, for one); this is the rule beside it. The rate it advises is that of the margins of
-    the last 60 steps, but a tenth at most.
+    when the first ten steps, near the limit, teach nothing: one of the last five of their losses is
+    40 % above the first, or their median 5 %, in batches of 16 items or more, and a stability
+    margin has been above 0.6 (3 where every step sees the same data). Curvature does not announce
+    every failure (bad data, for one); this is the rule beside it. The rate it advises is that of
+    the margins of the last 60 steps, but a tenth at most.
     """
 
     name = "loss_rise"
@@ -102,6 +103,8 @@ class LossRise:
             return None
         assert self._first is not None
         shown, loss, limit = "a loss", self._last[-1], self._first + _START_SPIKE * abs(self._first)
+        if self._count <= _START_HEALED:
+            return None
         if loss <= limit and self._count == _START:
             shown, loss = f"the median of the last {_START_LAST}", statistics.median(self._last)
             limit = self._first + _START_RISE * abs(self._first)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.batch_noise import BatchNoise, batch_noise
+from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by
 from geomwatch.rules.observation import Observation
 from geomwatch.sinks import format_estimate
 
-_WARNING, _CRITICAL = 3.0, 5.0
+_WARNING, _CRITICAL, _AT_ONCE = 3.0, 5.0, 10.0
 _TARGET = 1.0  # that the advice aims for
 _AHEAD = 1.05  # times the first rate: else there is no plan, and `stability_margin` judges
 
@@ -20,28 +23,53 @@ class PlannedRate:
     M(0) * peak / lr(0) > 3 is a warning, > 5 critical, at the first step that moves the weights;
     a warm-up that starts at 0 is judged at its first positive rate. Curvature changes on the way
     up, mostly down, so that this is a forecast and no measurement: peaks of up to 2.4 train well.
-    The highest rates are those that the groups of the optimizer carry (see `planned_rates`).
+    Where every step sees the same data curvature follows the rate down, and forecasts of 4 to 10
+    train well too. Whether that is so shows at the second step, so that a forecast below 10 is kept
+    for it, and dropped there.
+
+    A warning as well where the noise part of the mean-square margin, at the peak, would be too much
+    for a start (see `StochasticMargin`). The highest rates are those that the groups of the
+    optimizer carry (see `planned_rates`).
     """
 
     name = "planned_rate"
 
     def __init__(self) -> None:
         self._under_way = False
+        self._kept: Alert | None = None  # from the first step for the second
 
     def __call__(self, seen: Observation) -> Alert | None:
-        """Judge the first step at a positive rate."""
-        if self._under_way or max(seen.lr, default=0.0) <= 0:
+        """Judge the first step at a positive rate, and say so there or at the next one."""
+        if self._under_way:
+            kept, self._kept = self._kept, None
+            return None if seen.deterministic else kept
+        if max(seen.lr, default=0.0) <= 0:
             return None
         self._under_way = True
+        found = self._judged(seen)
+        if found is not None and found.value <= _AT_ONCE:
+            self._kept = found
+            return None
+        return found
+
+    def _judged(self, seen: Observation) -> Alert | None:
         margin = seen.margin
         if not seen.fresh or margin is None or margin.value is None or margin.status != "ok":
             return None
         growth = max(
             (peak / lr for peak, lr in zip(seen.peak, seen.lr, strict=False) if lr > 0), default=1.0
         )
-        expected = margin.value * growth
-        if growth < _AHEAD or expected <= _WARNING:
+        if growth < _AHEAD:
             return None
+        expected, noise = margin.value * growth, batch_noise(seen)
+        excess = 0.0 if noise is None else noise.excess(seen, growth=growth)
+        if expected <= _WARNING and noise is not None and excess > 1:
+            return self._noisy(seen, noise, growth)
+        return self._steep(seen, expected) if expected > _WARNING else None
+
+    def _steep(self, seen: Observation, expected: float) -> Alert:
+        """Return the alert of a margin that the peak would bring beyond its limit."""
+        assert seen.margin is not None
         severity: Severity = "critical" if expected > _CRITICAL else "warning"
         level = _CRITICAL if severity == "critical" else _WARNING
         few = "no peak" if severity == "critical" else "few peaks"
@@ -49,25 +77,49 @@ class PlannedRate:
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which the stability "
             f"margin of {seen.optimizer} would be {expected:.2g} in the present weights (alert "
-            f"above {level:g}, unstable at 1; {format_estimate(margin)} at the {max(seen.lr):.3g} "
-            f"of this step){carried_by(seen)}. Curvature may give way during a warm-up, but {few} "
-            f"above {level:g} trained in the runs behind this level. "
+            f"above {level:g}, unstable at 1; {format_estimate(seen.margin)} at the "
+            f"{max(seen.lr):.3g} of this step){carried_by(seen)}. Curvature may give way during a "
+            f"warm-up, but {few} above {level:g} trained in the runs behind this level. "
             f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or warm up for longer."
         )
+        return self._sent(seen, severity, text, expected, level)
+
+    def _noisy(self, seen: Observation, noise: BatchNoise, growth: float) -> Alert:
+        """Return the alert of batches that disagree too much for the peak."""
+        expected, level, peak = growth * noise.value, noise.level(seen), max(seen.peak)
+        factor = noise.factor(seen, growth=growth)
+        text = (
+            f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
+            f"{items_of(seen)} that disagree on the curvature would add {expected:.2g} to the "
+            f"stability margin of {seen.optimizer} in the present weights (alert above {level:g}, "
+            f"unstable at 1; {noise.value:.2g} ± {noise.error:.1g} at the {max(seen.lr):.3g} of "
+            f"this step){carried_by(seen)}. It grows as the loss falls, whatever the warm-up. "
+            f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or make the batch "
+            "larger by as much."
+        )
+        return self._sent(seen, "warning", text, expected, level)
+
+    def _sent(
+        self, seen: Observation, severity: Severity, text: str, value: float, limit: float
+    ) -> Alert:
         return alert(
             self.name,
             severity,
             text,
-            value=expected,
-            limit=level,
+            value=value,
+            limit=limit,
             step=seen.step,
             layers=seen.layers,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return whether the run is under way."""
-        return {"under_way": self._under_way}
+        """Return whether the run is under way, and what is kept for the second step."""
+        kept = None if self._kept is None else asdict(self._kept)
+        if kept is not None:
+            kept["layers"] = list(kept["layers"])
+        return {"under_way": self._under_way, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self._under_way = state["under_way"]
+        self._under_way, kept = state["under_way"], state["kept"]
+        self._kept = None if kept is None else Alert(**{**kept, "layers": tuple(kept["layers"])})

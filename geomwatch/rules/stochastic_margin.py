@@ -1,4 +1,4 @@
-"""A start whose batches disagree so much that steps of this size cannot average out."""
+"""A start whose batches disagree more than steps of this size can average out."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from typing import Any
 
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
+from geomwatch.rules.batch_noise import BatchNoise, batch_noise
 from geomwatch.rules.levels import items_of
-from geomwatch.rules.message import alert, batch_advice, carried_by
+from geomwatch.rules.message import alert, carried_by
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
-from geomwatch.rules.regime import noise_of
 from geomwatch.rules.trust import Trust
-from geomwatch.sinks import format_estimate
 
-_LEVEL = 4.0  # of the mean-square margin
-_YOUNG = range(2, 20)  # steps
-_AIMED = 1.0  # the mean-square margin that the advice aims for
+_YOUNG = range(11)  # steps
 
 
 class StochasticMargin:
-    """Warns when the mean-square margin of one of the first steps is above 4.
+    """Warns when the noise part of the mean-square margin is too large in the first ten steps.
 
-    M_ms < 1 is stability of the mean square of steps along the sharpest direction, where curvature
-    differs between batches (see `estimators.mean_square`). It is measured in the first steps where
-    these look suspicious (see `SecondLook`). Trainings at their tuned rates have .06 to .9 there,
-    at four times that up to 3.4, while noise still grows; later they settle near 1, and what a
-    value tells is left to `gradient_margin`, which goes by how much of it is noise.
+    N = M_ms - M, what batches that differ in curvature add to the margin (see
+    `estimators.mean_square`); M_ms < 1 is stability of the mean square of steps. N grows about
+    tenfold as the loss falls, so that a start must have a fraction of the limit: a warning when
+
+        N > 0.3     SGD, from step 0 on,
+        N > 1.8     methods that adapt, from step 2 on,
+
+    and for these before that when N > 4 and M > 0.6. Measured by the first probe, and again at
+    steps 5 and 8 where it is near its level (see `SecondLook`).
     """
 
     name = "stochastic_margin"
@@ -37,29 +38,17 @@ class StochasticMargin:
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
         doubt = self._trust(seen)
-        found = (seen.estimates or {}).get("stochastic_margin")
-        if doubt or seen.step not in _YOUNG or seen.deterministic or not seen.fresh:
+        found = batch_noise(seen) if seen.step in _YOUNG and not doubt else None
+        if found is None or found.excess(seen) <= 1:
             return None
-        if found is None or found.status != "ok" or found.value is None:
+        if not self._latch.admit("warning", seen.step):
             return None
-        if seen.margin is None or seen.margin.status != "ok" or seen.margin.value is None:
-            return None
-        if found.value <= _LEVEL or not self._latch.admit("warning", seen.step):
-            return None
-        factor = min(rate_factor(seen), _AIMED / found.value)
-        text = (
-            f"batches of {items_of(seen)} disagree too much for a learning rate of "
-            f"{max(seen.lr):.3g} with {seen.optimizer}: mean-square margin {format_estimate(found)}"
-            f" (alert above {_LEVEL:g} in the first {_YOUNG.stop} steps, unstable at 1; the full "
-            f"batch has {format_estimate(seen.margin)}){carried_by(seen)}. "
-            f"{lower_rate(seen, factor)}, or with a warm-up."
-        ) + batch_advice(seen.margin.value, noise_of(seen.estimates or {}))
         return alert(
             self.name,
             "warning",
-            text,
+            _text(seen, found),
             value=found.value,
-            limit=_LEVEL,
+            limit=found.level(seen),
             step=seen.step,
             layers=seen.layers,
         )
@@ -75,3 +64,16 @@ class StochasticMargin:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
         load_into(self._parts, state)
+
+
+def _text(seen: Observation, found: BatchNoise) -> str:
+    factor = min(rate_factor(seen), found.factor(seen))
+    advice = lower_rate(seen, factor)
+    return (
+        f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "
+        f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.1g} "
+        f"to a stability margin of {found.margin:.2g} (alert above {found.level(seen):g} in the "
+        f"first {_YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
+        f"{carried_by(seen)}. {advice}, warm up for some hundred steps, or make the batch "
+        "larger by as much."
+    )

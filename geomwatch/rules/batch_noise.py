@@ -1,0 +1,65 @@
+"""How much of the mean-square margin is the noise of batches, and how much of it a start bears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from geomwatch.rules.observation import Observation
+
+# Chosen on runs of three nets, between healthy and failing ones (docs/decisions/020).
+_SGD = 0.3  # runs at up to 4 x their tuned rate had .26 at most, failing ones .32 at least
+_ADAPTIVE = 1.8  # from step 2 on: 1.76 at most
+_FIRST_ADAPTIVE, _FIRST_MARGIN = 4.0, 0.6  # before: 3.1 at most, 5.0 at least, and the margin
+_SETTLED = 2  # steps, after which a preconditioner has seen more than one gradient
+_AIMED, _AIMED_ADAPTIVE = 0.1, 0.5  # what runs at their tuned rates have
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNoise:
+    """The noise part N = M_ms - M of a probe, at the rates it was measured at."""
+
+    value: float
+    error: float
+    margin: float  # M, of the full batch
+
+    def excess(self, seen: Observation, *, growth: float = 1.0) -> float:
+        """Return N over the level of a start, at `growth` times the rate; above 1 is too much.
+
+        Methods that adapt are judged by their margin as well before step 2, while v is a single
+        squared gradient: a fresh head on a pretrained net has an N of up to 190 there, at a margin
+        of .2 and a good rate.
+        """
+        if not seen.adaptive or seen.step >= _SETTLED:
+            return growth * self.value / self.level(seen)
+        shares = growth * self.value / _FIRST_ADAPTIVE, growth * self.margin / _FIRST_MARGIN
+        return min(shares)
+
+    @staticmethod
+    def level(seen: Observation) -> float:
+        """Return how much noise is too much in the first steps."""
+        if not seen.adaptive:
+            return _SGD
+        return _ADAPTIVE if seen.step >= _SETTLED else _FIRST_ADAPTIVE
+
+    def factor(self, seen: Observation, *, growth: float = 1.0) -> float:
+        """Return what to multiply that rate by so that N is what good rates have."""
+        aimed = _AIMED_ADAPTIVE if seen.adaptive else _AIMED
+        return min(aimed / (growth * self.value), 1.0)
+
+
+def batch_noise(seen: Observation) -> BatchNoise | None:
+    """Return the noise part that this step's probe has measured; None if it could not, or not yet.
+
+    Not where every step sees the same data: what differs within the batch is no noise there.
+    """
+    estimates = seen.estimates or {}
+    mean_square, margin = estimates.get("stochastic_margin"), seen.margin
+    if not seen.fresh or seen.deterministic or mean_square is None or margin is None:
+        return None
+    if mean_square.status != "ok" or margin.status != "ok":
+        return None
+    if mean_square.value is None or margin.value is None or margin.value <= 0:
+        return None
+    noise = max(mean_square.value - margin.value, 0.0)
+    error = mean_square.error or 0.0
+    return BatchNoise(noise, error, margin.value) if noise > 2 * error else None
