@@ -22,6 +22,7 @@ from forecasting.detectors import (
     first_alert,
     geomwatch,
     geomwatch_geometry,
+    geomwatch_unplanned,
     grad_norm_z_score,
     lambda_max,
     loss_rise,
@@ -222,8 +223,10 @@ def test_alerts_count_from_when_they_are_raised_and_by_their_severity_and_rule()
     assert geomwatch(told) == 9
     assert geomwatch_geometry(told) == 20
     assert first_alert(told, severities=("info",)) == 5
-    assert first_alert(told, severities=("critical",), rule="loss_rise") is None
-    assert either(geomwatch_geometry, lambda _: 12)(told) == 12
+    told.alerts.append(an_alert(2, rule="planned_rate"))
+    assert geomwatch(told) == 2
+    assert geomwatch_unplanned(told) == 9
+    assert either(geomwatch_unplanned, lambda _: 12)(told) == 9
 
 
 # Scores

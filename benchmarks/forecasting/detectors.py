@@ -130,6 +130,11 @@ def geomwatch_geometry(story: Story) -> int | None:
     return first_alert(story, severities=_LOUD, geometry=True)
 
 
+def geomwatch_unplanned(story: Story) -> int | None:
+    """Hear the first such alert of a rule that knows nothing of the schedule."""
+    return first_alert(story, severities=_LOUD, unplanned=True)
+
+
 def either(*alarms: Alarm) -> Alarm:
     """Alarm when the first of several does."""
 
@@ -140,7 +145,11 @@ def either(*alarms: Alarm) -> Alarm:
 
 
 def first_alert(
-    story: Story, *, severities: Sequence[str], geometry: bool = False, rule: str = ""
+    story: Story,
+    *,
+    severities: Sequence[str],
+    geometry: bool = False,
+    unplanned: bool = False,
 ) -> int | None:
     """Return the step before which the first such alert was raised."""
     heard = (
@@ -148,7 +157,7 @@ def first_alert(
         for alert in story.alerts
         if alert["severity"] in severities
         and not (geometry and alert["rule"].startswith(_SCALAR_RULES))
-        and rule in ("", alert["rule"])
+        and not (unplanned and alert["rule"] == "planned_rate")
     )
     return min(heard, default=None)
 

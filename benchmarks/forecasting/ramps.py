@@ -13,6 +13,7 @@ from forecasting.detectors import (
     either,
     geomwatch,
     geomwatch_geometry,
+    geomwatch_unplanned,
 )
 from forecasting.halves import Halves, Stories, cost_of, overhead, table
 from forecasting.scoring import MOST_FALSE, Score, curve, failed, freeze, healthy, score
@@ -47,6 +48,7 @@ def _ramp_rows(some: Halves) -> Iterator[Sequence[object]]:
             rank = found.recall.value, detector, threshold
             best = max(best or rank, rank, key=lambda r: r[0])
     yield _row("**geomwatch**", geomwatch, some, "its own")
+    yield _row("geomwatch, of an unknown schedule", geomwatch_unplanned, some, "its own")
     yield _row("geomwatch, geometry alone", geomwatch_geometry, some, "its own")
     if best is not None:
         _, detector, threshold = best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from forecasting.halves import Halves
+from forecasting.noise import batch_noise
 from forecasting.outcome import HEALTHY
 from forecasting.policies import ADVICE, BUDGETS, DEFAULT
 from forecasting.ramps import equal_false_alarms, ramps
@@ -34,7 +35,17 @@ monitor over that of forward, backward and optimizer; in brackets that of the pr
 
 {starts(main)}
 
+## Batch noise before the first step
+
+What batches that differ in curvature add to the stability margin, N = M_ms - M, by the first probe
+and at the largest rate of the schedule. Nets with BatchNorm have no micro-batches and are left out.
+
+{batch_noise(main)}
+
 ## Ramps, SGD with momentum
+
+A ramp is a LinearLR of torch, which leaves the rate that it is headed for in the optimizer. What is
+announced of one that leaves nothing there is in the row "of an unknown schedule".
 
 {ramps(main, adaptive=False)}
 
