@@ -42,7 +42,7 @@ from tasks.training import Recipe, prepare, train
 
 from geomwatch.progress import Settled
 from geomwatch.records import Estimate
-from geomwatch.rules import LossRise, Observation
+from geomwatch.rules import LossRise, NonFinite, Observation
 
 TEN = Rates(tuned=0.1, breaks=0.8, floor=0.0, chance=math.log(10), seconds=1.0)
 SHORT = Recipe("sgd", 0.1, 16, 0, 40)
@@ -379,11 +379,20 @@ def test_other_rules_on_a_stored_run_differ(told):
 def test_who_follows_the_advice_of_an_alert_trains_at_a_lower_rate(told):
     followed = execute(told.run, POLICIES[ADVICE])
     assert followed["caps"]
+    assert followed["caps"][0][0] == 0  # before the first step
     assert followed["caps"][0][1] < ILL.rate
-    assert followed["attempts"] > 1  # told to start again, and did
+    assert followed["attempts"] == 1
     assert followed["losses"][0] == told.losses[0]
     assert followed["losses"][-1] < told.losses[-1]
     assert set(followed["rates"]) == {ILL.rate}  # the user's own schedule is left alone
+
+
+def test_who_is_told_to_start_again_does(told, monkeypatch):
+    monkeypatch.setattr("forecasting.execute.default_rules", lambda: [LossRise(), NonFinite()])
+    followed = execute(told.run, POLICIES[ADVICE])
+    assert followed["attempts"] > 1
+    assert followed["losses"][0] == told.losses[0]
+    assert followed["losses"][-1] < told.losses[-1]
 
 
 def test_only_what_says_so_makes_a_follower_start_again():

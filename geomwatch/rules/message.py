@@ -31,6 +31,12 @@ def carried_by(seen: Observation) -> str:
     return f"; mostly in layers {', '.join(seen.layers)}" if seen.layers else ""
 
 
+def larger_batch(factor: float) -> str:
+    """Say which batch does what a rate lowered by `factor` does, where anybody would take it."""
+    times = math.ceil(1 / factor)
+    return f", or make the batch {times} x larger" if 1 < times <= _LARGEST else ""
+
+
 def batch_advice(margin: float, noise: float | None) -> str:
     """Say whether a larger batch would help, and how much larger.
 

@@ -8,7 +8,7 @@ from typing import Any
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.batch_noise import BatchNoise, batch_noise
 from geomwatch.rules.levels import items_of
-from geomwatch.rules.message import alert, carried_by
+from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Observation
 from geomwatch.sinks import format_estimate
 
@@ -92,10 +92,9 @@ class PlannedRate:
             f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
             f"{items_of(seen)} that disagree on the curvature would add {expected:.2g} to the "
             f"stability margin of {seen.optimizer} in the present weights (alert above {level:g}, "
-            f"unstable at 1; {noise.value:.2g} ± {noise.error:.1g} at the {max(seen.lr):.3g} of "
+            f"unstable at 1; {noise.value:.2g} ± {noise.error:.2g} at the {max(seen.lr):.3g} of "
             f"this step){carried_by(seen)}. It grows as the loss falls, whatever the warm-up. "
-            f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or make the batch "
-            "larger by as much."
+            f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x){larger_batch(factor)}."
         )
         return self._sent(seen, "warning", text, expected, level)
 

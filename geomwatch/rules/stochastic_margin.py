@@ -8,7 +8,7 @@ from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.batch_noise import BatchNoise, batch_noise
 from geomwatch.rules.levels import items_of
-from geomwatch.rules.message import alert, carried_by
+from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.trust import Trust
 
@@ -68,12 +68,10 @@ class StochasticMargin:
 
 def _text(seen: Observation, found: BatchNoise) -> str:
     factor = min(rate_factor(seen), found.factor(seen))
-    advice = lower_rate(seen, factor)
     return (
         f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "
-        f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.1g} "
+        f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
         f"to a stability margin of {found.margin:.2g} (alert above {found.level(seen):g} in the "
         f"first {_YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
-        f"{carried_by(seen)}. {advice}, warm up for some hundred steps, or make the batch "
-        "larger by as much."
+        f"{carried_by(seen)}. {lower_rate(seen, factor)}{larger_batch(factor)}."
     )
