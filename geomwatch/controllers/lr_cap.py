@@ -10,6 +10,7 @@ from geomwatch.actuators import LR
 from geomwatch.checks import check_count
 from geomwatch.controllers.base_rate import BaseRate
 from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
+from geomwatch.controllers.first_steps import FirstSteps
 from geomwatch.controllers.limit import Limit
 from geomwatch.controllers.margins import SmoothedMargin, growth
 from geomwatch.controllers.stall import Stall
@@ -37,6 +38,9 @@ class LearningRateCap:
     counts, which momentum makes larger. The mean is exponential, weight `smoothing` on what was
     known before. A lower cap holds at once (after `patience` steps above it), a higher one is
     approached by at most `release` in five steps, and not within `cooldown` steps of a lower one.
+
+    In the first 20 steps the noise of batches has a limit of its own, unless `c_bs` is given: it
+    shows there before any curvature along the gradient does (see `FirstSteps`).
 
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
     loss up, as any rate that is never lowered does. While the user's rate is above half the limit
@@ -91,7 +95,7 @@ class LearningRateCap:
         self._patience, self._cooldown = patience, cooldown
         self._along = SmoothedMargin(smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
-        self._limit_along = Limit()
+        self._limit_along, self._first_steps = Limit(), FirstSteps()
         self._decay, self._stall = factor, Stall()
         self._settled = 1.0  # what the loss has lowered the limit to, of the usual one
         self._unit = 1.0  # small-batch limits that the limit of this run is
@@ -109,6 +113,7 @@ class LearningRateCap:
     ) -> Sequence[Move]:
         """Set the cap for one step."""
         self._limit_along.update(seen)
+        self._first_steps.update(seen)
         fresh = self._measure(seen)
         self._recognise_full_batch(seen)
         largest = max(seen.lr, default=0.0)
@@ -178,12 +183,15 @@ class LearningRateCap:
     def _target(self, seen: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
         limits = ((self._along, self._limit(seen)), (self._top, self._c_lambda))
-        allowed = math.inf
+        allowed = self._noise_allows(seen)
         for margin, limit in limits:
             value = margin.at(seen.lr) * seen.cold_start
             if limit is not None and value > 0:
                 allowed = min(allowed, limit / value)
         return allowed
+
+    def _noise_allows(self, seen: Observation) -> float:
+        return math.inf if self._c_bs is not None else self._first_steps.allows(seen)
 
     def _limit(self, seen: Observation) -> float:
         """Return what the margin along the gradient has to stay below."""
@@ -198,6 +206,11 @@ class LearningRateCap:
         largest = max(seen.lr)
         if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
+        if cap > 0.99 * self._noise_allows(seen) * largest:
+            return (
+                f"learning rate {largest:.3g} held at {cap:.3g}: batches of the first steps "
+                "disagree on the curvature, and more so as the loss falls"
+            )
         along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
         limit = self._limit(seen)
         if self._c_lambda is not None and top / self._c_lambda > along / limit:
@@ -220,6 +233,7 @@ class LearningRateCap:
             "along": self._along.state_dict(),
             "top": self._top.state_dict(),
             "limit_along": self._limit_along.state_dict(),
+            "first_steps": self._first_steps.state_dict(),
             "settled": self._settled,
             "stall": self._stall.state_dict(),
             "unit": self._unit,
@@ -239,6 +253,7 @@ class LearningRateCap:
         self._top.load_state_dict(state["top"])
         self._settled, self._unit = state["settled"], state["unit"]
         self._limit_along.load_state_dict(state["limit_along"])
+        self._first_steps.load_state_dict(state["first_steps"])
         self._stall.load_state_dict(state["stall"])
         self._factor = math.inf if state["factor"] is None else state["factor"]
         self._sent = math.inf if state["sent"] is None else state["sent"]

@@ -10,6 +10,7 @@ from geomwatch.rules.observation import Observation
 _SGD = 0.3  # runs at up to 4 x their tuned rate had .26 at most, failing ones .32 at least
 _ADAPTIVE = 1.8  # from step 2 on: 1.76 at most
 _FIRST_ADAPTIVE, _FIRST_MARGIN = 4.0, 0.6  # before: 3.1 at most, 5.0 at least, and the margin
+YOUNG = range(11)  # steps; noise grows, so that levels are those of a start
 _SETTLED = 2  # steps, after which a preconditioner has seen more than one gradient
 _AIMED, _AIMED_ADAPTIVE = 0.1, 0.5  # what runs at their tuned rates have
 

@@ -6,13 +6,11 @@ from typing import Any
 
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.batch_noise import BatchNoise, batch_noise
+from geomwatch.rules.batch_noise import YOUNG, BatchNoise, batch_noise
 from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.trust import Trust
-
-_YOUNG = range(11)  # steps
 
 
 class StochasticMargin:
@@ -38,7 +36,7 @@ class StochasticMargin:
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
         doubt = self._trust(seen)
-        found = batch_noise(seen) if seen.step in _YOUNG and not doubt else None
+        found = batch_noise(seen) if seen.step in YOUNG and not doubt else None
         if found is None or found.excess(seen) <= 1:
             return None
         if not self._latch.admit("warning", seen.step):
@@ -72,6 +70,6 @@ def _text(seen: Observation, found: BatchNoise) -> str:
         f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "
         f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
         f"to a stability margin of {found.margin:.2g} (alert above {found.level(seen):g} in the "
-        f"first {_YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
+        f"first {YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
         f"{carried_by(seen)}. {lower_rate(seen, factor)}{larger_batch(factor)}."
     )

@@ -1,0 +1,92 @@
+"""What batch noise lets the cap of the learning rate do in the first steps."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from observations import measured
+from problems import cross_entropy, digits, mlp
+
+import geomwatch
+from geomwatch.controllers import LearningRateCap
+from geomwatch.controllers.first_steps import FirstSteps
+from geomwatch.records import Estimate
+from geomwatch.rules import Observation
+
+
+def start(step: int, noise: float, *, along: float = 0.1, **more: Any) -> Observation:
+    """A probe has found so much noise beside a margin of 0.05."""
+    estimates = {
+        "stability_margin": Estimate(0.05),
+        "stochastic_margin": Estimate(0.05 + noise, 0.01, "stderr"),
+    }
+    along_gradient = {"gradient_margin": Estimate(along), "gradient_fresh": True}
+    return measured(step, 0.05, estimates=estimates, **along_gradient, **more)
+
+
+def later(step: int, *, lr: float = 0.1, along: float = 0.1, **more: Any) -> Observation:
+    """A sentinel has found nothing to speak of."""
+    margin = Estimate(along)
+    return Observation(step, (lr,), gradient_margin=margin, gradient_fresh=True, **more)
+
+
+def test_noise_stays_below_its_limit_from_the_first_step_on():
+    (move,) = LearningRateCap()(start(0, 0.6))
+    assert move.to == pytest.approx(0.1 * 0.1 / 0.6)
+    assert "batches of the first steps disagree on the curvature" in move.reason
+    assert LearningRateCap()(start(0, 0.09))[0].to > 0.1  # than the rate: nothing is held
+    (move,) = LearningRateCap()(start(0, 3.0, adaptive=True))
+    assert move.to == pytest.approx(0.1 / 3)
+
+
+def test_it_is_held_against_the_rate_of_each_step_until_others_take_over():
+    cap = FirstSteps()
+    cap.update(start(0, 0.08))
+    assert cap.allows(later(1)) == pytest.approx(1.25)
+    assert cap.allows(later(1, lr=0.4)) == pytest.approx(1.25 / 4)
+    assert cap.allows(later(20, lr=0.4)) == math.inf
+    assert cap.allows(later(1, lr=0.4, deterministic=True)) == math.inf
+    cap.update(start(11, 9.0))  # noise has grown
+    assert cap.allows(later(19)) == pytest.approx(1.25)
+
+
+def test_the_rate_goes_up_slowly_when_it_ends():
+    cap = LearningRateCap()
+    rates = [cap(start(0, 0.6))[0].to]
+    for step in range(10, 60, 10):
+        rates += [move.to for move in cap(later(step))]
+    assert rates[0] == pytest.approx(0.1 / 6)
+    growths = [b / a for a, b in itertools.pairwise(rates)]
+    assert growths[0] == pytest.approx(1.25**2)
+    assert all(1 < g < 1.25**2 * 1.001 for g in growths)
+
+
+def test_who_sets_a_limit_gets_that_alone():
+    (move,) = LearningRateCap(c_bs=2)(start(0, 0.6))
+    assert move.to == pytest.approx(0.1 * 2 / 0.1)
+
+
+def test_it_is_remembered():
+    cap, again = LearningRateCap(), LearningRateCap()
+    cap(start(0, 0.6))
+    again.load_state_dict(json.loads(json.dumps(cap.state_dict())))
+    assert again(later(1, lr=0.2)) == cap(later(1, lr=0.2))
+    assert again.state_dict() == cap.state_dict()
+
+
+def test_a_run_far_too_fast_is_slowed_before_its_first_step():
+    torch.manual_seed(0)
+    model = mlp(64, 64, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0, momentum=0.9)
+    taken: list[float] = []
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, controllers=[LearningRateCap()])
+    optimizer.register_step_pre_hook(lambda o, *_: taken.append(o.param_groups[0]["lr"]))
+    cross_entropy(model, digits(16)).backward()
+    monitor.step(digits(16))
+    optimizer.step()
+    assert taken[0] < 1.0
