@@ -38,10 +38,18 @@ def later(step: int, *, lr: float = 0.1, along: float = 0.1, **more: Any) -> Obs
 def test_noise_stays_below_its_limit_from_the_first_step_on():
     (move,) = LearningRateCap()(start(0, 0.6))
     assert move.to == pytest.approx(0.1 * 0.1 / 0.6)
-    assert "batches of the first steps disagree on the curvature" in move.reason
+    assert "in the first steps curvature, and how much batches disagree on it" in move.reason
     assert LearningRateCap()(start(0, 0.09))[0].to > 0.1  # than the rate: nothing is held
     (move,) = LearningRateCap()(start(0, 3.0, adaptive=True))
     assert move.to == pytest.approx(0.1 / 3)
+
+
+def test_so_does_the_margin_of_the_full_batch():
+    sharp = {"gradient_margin": Estimate(0.1), "gradient_fresh": True}
+    (move,) = LearningRateCap()(measured(0, 1.4, **sharp))
+    assert move.to == pytest.approx(0.1 / 2)
+    assert LearningRateCap()(measured(0, 0.6, **sharp))[0].to > 0.1
+    assert LearningRateCap()(measured(5, 1.4, deterministic=True, **sharp))[0].to > 0.1
 
 
 def test_it_is_held_against_the_rate_of_each_step_until_others_take_over():

@@ -11,38 +11,44 @@ from geomwatch.rules import Observation
 from geomwatch.rules.batch_noise import YOUNG, batch_noise
 from geomwatch.rules.regime import FROM
 
-_SGD, _ADAPTIVE = 0.1, 1.0  # the noise part of the mean-square margin to stay below
+_SGD, _ADAPTIVE = 0.1, 1.0  # the noise part of the mean-square margin to stay below,
+_FULL_BATCH = 0.7  # and the margin of the full batch
 
 
 class FirstSteps:
-    """Keeps the noise part of the mean-square margin, N, where good starts have it.
+    """Keeps both parts of the mean-square margin where good starts have them.
 
-    At their tuned rates nets have an N of .03 to .12 at step 0 under SGD, of .05 to .8 under
-    methods that adapt (see `rules.batch_noise`), whatever their batch. Noise grows as the loss
-    falls, so that a rate that is far too large shows first here. Measured by the probes of the
-    first ten steps; from step 20 on it is for `Limit`.
+    At their tuned rates nets have a noise part N of .03 to .12 at step 0 under SGD, of .05 to .8
+    under methods that adapt, whatever their batch (see `rules.batch_noise`), and a margin M of .01
+    to .6. Noise grows as the loss falls, so that a rate that is far too large shows first here.
+    Measured by the probes of the first ten steps; from step 20 on it is for `Limit`.
     """
 
     def __init__(self) -> None:
-        self._noise = SmoothedMargin(0.0)  # the last one
+        self._noise, self._margin = SmoothedMargin(0.0), SmoothedMargin(0.0)  # the last ones
 
     def update(self, seen: Observation) -> None:
         """Take note of what a probe has measured."""
-        found = batch_noise(seen) if seen.step in YOUNG else None
+        if seen.step not in YOUNG or not seen.fresh:
+            return
+        self._margin.update(seen.margin, seen.lr)
+        found = batch_noise(seen)
         if found is not None:
             self._noise.update(Estimate(found.value, found.error, "stderr"), seen.lr)
 
     def allows(self, seen: Observation) -> float:
-        """Return the factor of the present rates at which N is at its limit; inf for none."""
-        noise = self._noise.at(seen.lr)
-        if seen.step >= FROM or seen.deterministic or noise <= 0:
+        """Return the factor of the present rates at which both are within limits; inf for none."""
+        if seen.step >= FROM or seen.deterministic:
             return math.inf
-        return (_ADAPTIVE if seen.adaptive else _SGD) / noise
+        noise, margin = self._noise.at(seen.lr), self._margin.at(seen.lr)
+        share = max(noise / (_ADAPTIVE if seen.adaptive else _SGD), margin / _FULL_BATCH)
+        return 1 / share if share > 0 else math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last measurement."""
-        return {"noise": self._noise.state_dict()}
+        """Return the last measurements."""
+        return {"noise": self._noise.state_dict(), "margin": self._margin.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
+        """Take them over."""
         self._noise.load_state_dict(state["noise"])
+        self._margin.load_state_dict(state["margin"])

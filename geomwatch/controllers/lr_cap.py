@@ -39,8 +39,9 @@ class LearningRateCap:
     known before. A lower cap holds at once (after `patience` steps above it), a higher one is
     approached by at most `release` in five steps, and not within `cooldown` steps of a lower one.
 
-    In the first 20 steps the noise of batches has a limit of its own, unless `c_bs` is given: it
-    shows there before any curvature along the gradient does (see `FirstSteps`).
+    In the first 20 steps the margin of the full batch and the noise of batches have limits of their
+    own, unless `c_bs` is given: they show before any curvature along the gradient does (see
+    `FirstSteps`).
 
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
     loss up, as any rate that is never lowered does. While the user's rate is above half the limit
@@ -208,8 +209,8 @@ class LearningRateCap:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
         if cap > 0.99 * self._noise_allows(seen) * largest:
             return (
-                f"learning rate {largest:.3g} held at {cap:.3g}: batches of the first steps "
-                "disagree on the curvature, and more so as the loss falls"
+                f"learning rate {largest:.3g} held at {cap:.3g}: in the first steps curvature, and "
+                "how much batches disagree on it, has to be far below its limit"
             )
         along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
         limit = self._limit(seen)
