@@ -12,7 +12,7 @@ from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.levels import gradient_level
 from geomwatch.rules.regime import FROM, HOLDS, LASTS, noise_of
 
-_SHARE, _SHARE_CONTROLLED = 0.5, 0.15  # of the level, from where on it matters
+_SHARE, _SHARE_CONTROLLED = 0.43, 0.13  # of the level, from where on it matters
 _EARLY, _AGAIN = 5, 8  # steps of the looks at a start
 _SUSPECT = 0.3  # stability margin of one
 _NOISY, _STILL_NOISY = 0.4, 0.5  # of the level of batch noise, by the last look
@@ -23,12 +23,12 @@ class SecondLook:
 
     The margin along the gradient is held against what batches of this size survive where they
     disagree on the curvature. Whether they do costs a probe and the products of micro-batches, so
-    that it is looked at where the answer may change what is said or done: at half the level of a
-    mean over 60 steps, .15 of it with controllers, whose limits are lower.
+    that it is looked at where the answer may change what is said or done: at .43 of the level of a
+    mean over 60 steps, .13 of it with controllers, whose limits are lower.
 
     Before step 20 micro-batches that agree say nothing, those that do not a great deal (see
     `StochasticMargin`). The first probe has looked; from step 5 on a start is looked at again at
-    half the level, a stability margin above 0.3 or two fifths of what batch noise is warned of, and
+    that share, a stability margin above 0.3 or two fifths of what batch noise is warned of, and
     from step 8 on if it is still half of that.
     """
 
@@ -43,6 +43,8 @@ class SecondLook:
         """Tell whether to probe at a step that a sentinel has just looked at."""
         margin = seen.gradient_margin
         if seen.deterministic or margin is None or margin.value is None:
+            return False
+        if seen.margin is not None and seen.margin.status != "ok":  # shares of no limit
             return False
         if seen.step < FROM:
             return seen.step >= self._early and self._is_suspect(seen, abs(margin.value))

@@ -18,7 +18,7 @@ from geomwatch.second_look import SecondLook
 
 
 def glance(step: int, along: float | None, *, lr: float = 0.1, **more: Any) -> Observation:
-    """Batches of 64, SGD with momentum 0.9: the level is 6."""
+    """Batches of 64, SGD with momentum 0.9: the level is 7."""
     defaults: dict[str, Any] = {"noise_ratio": 19.0, "items": 64}
     return Observation(step=step, lr=(lr,), gradient_margin=Estimate(along), **defaults | more)
 
@@ -30,7 +30,7 @@ def found(mean_square: float | None, status: str = "ok") -> dict[str, Estimate]:
     }
 
 
-@pytest.mark.parametrize(("controlled", "level"), [(False, 3.0), (True, 0.9)])
+@pytest.mark.parametrize(("controlled", "level"), [(False, 3.01), (True, 0.91)])
 def test_it_is_due_where_rules_or_caps_are_about_to_act(controlled, level):
     look = SecondLook(controlled=controlled)
     assert not look.due(glance(50, 0.97 * level))
@@ -44,6 +44,13 @@ def test_the_very_first_steps_and_full_batches_have_none():
     assert not look.due(glance(4, 30.0))
     assert look.due(glance(20, 30.0))
     assert not look.due(glance(20, 30.0, deterministic=True))
+
+
+def test_optimizers_without_a_limit_have_none():
+    look = SecondLook(controlled=False)
+    unknown = Estimate(5.0, status="unknown")
+    assert not look.due(glance(5, 30.0, margin=unknown))
+    assert not look.due(glance(50, 30.0, margin=unknown))
 
 
 def test_a_suspicious_start_has_one_and_goes_on_to_be_looked_at_later():

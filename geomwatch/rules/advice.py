@@ -12,7 +12,7 @@ from geomwatch.rules.levels import gradient_level
 from geomwatch.rules.observation import Observation
 
 _MARGIN, _MARGIN_FULL_BATCH = 0.4, 0.8  # of the stability margin, aimed for
-_GRADIENT, _GRADIENT_FULL_BATCH = 0.25, 0.6  # of the level of the gradient margin, aimed for
+_GRADIENT, _GRADIENT_FULL_BATCH = 0.21, 0.6  # of the level of the gradient margin, aimed for
 _AT_START = 3.0  # times that level, while the gradient lies along the sharpest directions
 _YOUNG = range(1, 21)  # steps: to start again costs less than to find out what they have done
 _AT_MOST, _AT_LEAST = 1 / 10, 1 / 30  # of the rate, where the loss says that it is too high
@@ -27,7 +27,7 @@ def rate_factor(
 ) -> float:
     """Return what to multiply the rate by, so that both margins are where healthy runs have them.
 
-    min(0.4 / M, 0.25 level / G), at most 1, with M and G as the rule has them or as this step has
+    min(0.4 / M, 0.21 level / G), at most 1, with M and G as the rule has them or as this step has
     measured them, whichever is larger; 0.8 and 0.6 where every step sees the same data, and three
     times as much of G in the first steps. 1 for optimizers without a formula: M and G are shares of
     no limit there. `is_quiet` as for the level.

@@ -8,6 +8,7 @@ from geomwatch.rules.observation import Observation
 
 # Chosen on runs of three nets, between healthy and failing ones (docs/decisions/020).
 _SGD = 0.3  # runs at up to 4 x their tuned rate had .26 at most, failing ones .32 at least
+_SGD_PEAK = 0.4  # of a planned peak: .14 at most, .48 at least
 _ADAPTIVE = 1.8  # from step 2 on: 1.76 at most
 _FIRST_ADAPTIVE, _FIRST_MARGIN = 4.0, 0.6  # before: 3.1 at most, 5.0 at least, and the margin
 YOUNG = range(11)  # steps; noise grows, so that levels are those of a start
@@ -24,22 +25,22 @@ class BatchNoise:
     margin: float  # M, of the full batch
 
     def excess(self, seen: Observation, *, growth: float = 1.0) -> float:
-        """Return N over the level of a start, at `growth` times the rate; above 1 is too much.
+        """Return N over the level of a start, at `growth` times the rate: above 1 is too much.
 
         Methods that adapt are judged by their margin as well before step 2, while v is a single
         squared gradient: a fresh head on a pretrained net has an N of up to 190 there, at a margin
         of .2 and a good rate.
         """
         if not seen.adaptive or seen.step >= _SETTLED:
-            return growth * self.value / self.level(seen)
+            return growth * self.value / self.level(seen, planned=growth > 1)
         shares = growth * self.value / _FIRST_ADAPTIVE, growth * self.margin / _FIRST_MARGIN
         return min(shares)
 
     @staticmethod
-    def level(seen: Observation) -> float:
-        """Return how much noise is too much in the first steps."""
+    def level(seen: Observation, *, planned: bool = False) -> float:
+        """Return how much noise is too much in the first steps, or at a peak that is planned."""
         if not seen.adaptive:
-            return _SGD
+            return _SGD_PEAK if planned else _SGD
         return _ADAPTIVE if seen.step >= _SETTLED else _FIRST_ADAPTIVE
 
     def factor(self, seen: Observation, *, growth: float = 1.0) -> float:
@@ -63,4 +64,4 @@ def batch_noise(seen: Observation) -> BatchNoise | None:
         return None
     noise = max(mean_square.value - margin.value, 0.0)
     error = mean_square.error or 0.0
-    return BatchNoise(noise, error, margin.value) if noise > 2 * error else None
+    return BatchNoise(noise, error, margin.value) if noise > error else None

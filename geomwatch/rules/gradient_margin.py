@@ -15,8 +15,8 @@ from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.recent import RecentMargins
 from geomwatch.rules.regime import Regime
 
-_SHORT = 10.0  # at 64 items: of SGD over the last three,
-_FIRST = 18.0  # and of SGD in one of the first steps, in units of the small-batch limit
+_SHORT = 13.0  # at 64 items: of SGD over the last three,
+_FIRST = 22.0  # and of SGD in one of the first steps, in units of the small-batch limit
 _AT_ONCE, _EDGE_AT_ONCE = 2.0, 3.0  # of one measurement, in units of the full-batch limit
 _RELEASE = 0.7  # of the level
 _LONG_SPAN, _SHORT_SPAN = 60, 40  # steps that the means look back
@@ -42,11 +42,11 @@ class GradientMargin:
     probes, at a fraction of their cost. Healthy runs settle between the two limits, the higher the
     larger the batch B. Of geometric means, re-scaled to the present rate, it is a warning when
 
-        over 60 steps   G > 6 (B/64)^(1/3)    (10 for methods that adapt),
-        over three      G > 10 (B/64)^(1/3)   (SGD),
+        over 60 steps   G > 7 (B/64)^(1/3)    (12 for methods that adapt),
+        over three      G > 13 (B/64)^(1/3)   (SGD),
 
     times sqrt(noise_ratio / 19), and 2.5 where batch noise is known to matter hardly at all (see
-    `regime`); it is critical when a single value in steps 3 to 12 exceeds 18
+    `regime`); it is critical when a single value in steps 3 to 12 exceeds 22
     (B/64)^(1/3) (SGD), or one at any step twice the limit of the full batch. Where every step sees
     the same data the level is 1.3 of that limit.
     """

@@ -7,7 +7,7 @@ import math
 from geomwatch.rules.observation import Observation
 
 _ITEMS, _RATIO = 64, 19.0  # the batch and the noise ratio (momentum 0.9) of the levels below:
-_LONG, _LONG_ADAPTIVE = 6.0, 10.0  # in units of the small-batch limit
+_LONG, _LONG_ADAPTIVE = 7.0, 12.0  # in units of the small-batch limit
 _GROWTH = 1 / 3  # power of the batch that they grow with
 _QUIET = 2.5  # times higher where batches agree
 _EDGE = 1.3  # no level lies beyond so many times the limit of the full batch, or below

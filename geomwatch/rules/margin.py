@@ -17,7 +17,7 @@ from geomwatch.rules.trust import Trust
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
 # training lives at 1 (the edge of stability) and survives 2.75 at the start. `geomwatch explain
 # stability_margin` has the runs behind the numbers.
-_NOISY = Levels(warning=0.6, critical=1.0, at_once=2.0)
+_NOISY = Levels(warning=0.8, critical=1.0, at_once=2.5)
 _FULL_BATCH = Levels(warning=1.3, critical=2.0, at_once=3.0)
 _BEFORE_START = 10.0  # at step 0, where a catapult out of sharp weights is still harmless
 _RELEASE = 0.7  # of the warning level

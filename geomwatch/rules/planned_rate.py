@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.batch_noise import BatchNoise, batch_noise
+from geomwatch.rules.kept import Kept
 from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Observation
@@ -36,19 +36,18 @@ class PlannedRate:
 
     def __init__(self) -> None:
         self._under_way = False
-        self._kept: Alert | None = None  # from the first step for the second
+        self._kept = Kept()
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge the first step at a positive rate, and say so there or at the next one."""
         if self._under_way:
-            kept, self._kept = self._kept, None
-            return None if seen.deterministic else kept
+            return self._kept.release(seen)
         if max(seen.lr, default=0.0) <= 0:
             return None
         self._under_way = True
         found = self._judged(seen)
         if found is not None and found.value <= _AT_ONCE:
-            self._kept = found
+            self._kept.keep(found)
             return None
         return found
 
@@ -86,7 +85,11 @@ class PlannedRate:
 
     def _noisy(self, seen: Observation, noise: BatchNoise, growth: float) -> Alert:
         """Return the alert of batches that disagree too much for the peak."""
-        expected, level, peak = growth * noise.value, noise.level(seen), max(seen.peak)
+        expected, level, peak = (
+            growth * noise.value,
+            noise.level(seen, planned=True),
+            max(seen.peak),
+        )
         factor = noise.factor(seen, growth=growth)
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
@@ -113,12 +116,9 @@ class PlannedRate:
 
     def state_dict(self) -> dict[str, Any]:
         """Return whether the run is under way, and what is kept for the second step."""
-        kept = None if self._kept is None else asdict(self._kept)
-        if kept is not None:
-            kept["layers"] = list(kept["layers"])
-        return {"under_way": self._under_way, "kept": kept}
+        return {"under_way": self._under_way, "kept": self._kept.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it over."""
-        self._under_way, kept = state["under_way"], state["kept"]
-        self._kept = None if kept is None else Alert(**{**kept, "layers": tuple(kept["layers"])})
+        self._under_way = state["under_way"]
+        self._kept.load_state_dict(state["kept"])

@@ -33,11 +33,11 @@ class RateJump:
     step leads. Where batch noise dominates, or is not known, a batch of B items breaks between the
     limit of the full batch, M = 1, and that of single batches, G = 1 (the margin along the
     gradient). Where the probe of this step could measure micro-batches, their mean-square margin
-    M_ms tells: levels are M_ms > 3.5 and M > 1.2 for SGD, 6 and 2 for methods that adapt. Else
+    M_ms tells: levels are M_ms > 3.5 and M > 1.3 for SGD, 6 and 2 for methods that adapt. Else
 
         sqrt(M G) > 2.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
 
-    and M > 2; where noise is known not to dominate (see `regime`) M > 1.2 and M > 2 alone, and
+    and M > 2; where noise is known not to dominate (see `regime`) M > 1.3 and M > 2 alone, and
     where every step sees the same data 2.2. M and G are geometric means of the last three
     measurements, at the new rate. Where no probe fell on the step, levels are twice those.
     """

@@ -7,10 +7,13 @@ from typing import Any
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.batch_noise import YOUNG, BatchNoise, batch_noise
+from geomwatch.rules.kept import Kept
 from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.trust import Trust
+
+_AT_ONCE = 1.0  # noise that is told of before the first step
 
 
 class StochasticMargin:
@@ -24,7 +27,8 @@ class StochasticMargin:
         N > 1.8     methods that adapt, from step 2 on,
 
     and for these before that when N > 4 and M > 0.6. Measured by the first probe, and again at
-    steps 5 and 8 where it is near its level (see `SecondLook`).
+    steps 5 and 8 where it is near its level (see `SecondLook`). What the first probe found is said
+    at the second step, unless N > 1: full-batch training shows itself there, and bears more.
     """
 
     name = "stochastic_margin"
@@ -32,9 +36,17 @@ class StochasticMargin:
     def __init__(self) -> None:
         self._latch = Latch()
         self._trust = Trust()
+        self._kept = Kept()
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
+        found = self._judged(seen)
+        if found is not None and seen.step == 0 and found.value <= _AT_ONCE:
+            self._kept.keep(found)
+            return None
+        return found or self._kept.release(seen)
+
+    def _judged(self, seen: Observation) -> Alert | None:
         doubt = self._trust(seen)
         found = batch_noise(seen) if seen.step in YOUNG and not doubt else None
         if found is None or found.excess(seen) <= 1:
@@ -53,10 +65,10 @@ class StochasticMargin:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        return {"latch": self._latch, "trust": self._trust}
+        return {"latch": self._latch, "trust": self._trust, "kept": self._kept}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the latch, and whether the loss is a function of the weights."""
+        """Return the latch, what is kept, and whether the loss is a function of the weights."""
         return state_of(self._parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
