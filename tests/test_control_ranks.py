@@ -20,7 +20,7 @@ def controlled(rank: int, size: int) -> Any:
     model = DistributedDataParallel(mlp(64, 16, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
     controllers = [
-        LearningRateCap(),
+        LearningRateCap(c_bs=2.0),
         BatchSizeScaler(through=Memory("batch_scale"), limit=0.6, patience=0, cooldown=3),
         GradientClipper(rules=None),
     ]

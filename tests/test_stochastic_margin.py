@@ -71,9 +71,17 @@ def test_all_else_is_passed_over(seen):
     assert heard(StochasticMargin(), [seen]) == []
 
 
-@pytest.mark.parametrize("seen", [start(5, 1.9, adaptive=True), start(0, 4.1, 0.61, adaptive=True)])
+@pytest.mark.parametrize("seen", [start(5, 1.9, adaptive=True), start(1, 4.1, 0.61, adaptive=True)])
 def test_methods_that_adapt_have_levels_of_their_own(seen):
-    assert brief(heard(StochasticMargin(), [seen])) == [(seen.step, "warning")]  # above 1 at once
+    assert brief(heard(StochasticMargin(), [seen])) == [(seen.step, "warning")]
+
+
+def test_methods_that_adapt_ruin_nothing_in_one_step_and_always_wait():
+    first = start(0, 190.0, 0.8, adaptive=True)
+    rule = StochasticMargin()
+    assert rule(first) is None
+    assert rule(calm(1)) is not None
+    assert heard(StochasticMargin(), [first, calm(1, deterministic=True)]) == []
 
 
 def test_it_is_said_once_and_remembered():

@@ -13,7 +13,7 @@ from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 from geomwatch.rules.trust import Trust
 
-_AT_ONCE = 1.0  # noise that is told of before the first step
+_AT_ONCE = 1.0  # noise of SGD that is told of before the first step
 
 
 class StochasticMargin:
@@ -28,7 +28,8 @@ class StochasticMargin:
 
     and for these before that when N > 4 and M > 0.6. Measured by the first probe, and again at
     steps 5 and 8 where it is near its level (see `SecondLook`). What the first probe found is said
-    at the second step, unless N > 1: full-batch training shows itself there, and bears more.
+    at the second step, unless it is SGD and N > 1, which a single step may ruin: full-batch
+    training shows itself there, and bears more.
     """
 
     name = "stochastic_margin"
@@ -41,7 +42,7 @@ class StochasticMargin:
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
         found = self._judged(seen)
-        if found is not None and seen.step == 0 and found.value <= _AT_ONCE:
+        if found is not None and seen.step == 0 and (seen.adaptive or found.value <= _AT_ONCE):
             self._kept.keep(found)
             return None
         return found or self._kept.release(seen)
