@@ -84,6 +84,14 @@ def test_methods_that_adapt_ruin_nothing_in_one_step_and_always_wait():
     assert heard(StochasticMargin(), [first, calm(1, deterministic=True)]) == []
 
 
+def test_advice_asks_for_no_less_noise_than_the_level_does():
+    """Where both N and M have to be high, either may come down."""
+    (young,) = heard(StochasticMargin(), [start(1, 30.0, 1.5, adaptive=True)])
+    assert "(0.1 x)" in young.message
+    (settled,) = heard(StochasticMargin(), [start(5, 30.0, 1.5, adaptive=True)])
+    assert "(0.017 x)" in settled.message
+
+
 def test_it_is_said_once_and_remembered():
     rule, again = StochasticMargin(), StochasticMargin()
     assert rule(start(0, 0.5)) is None

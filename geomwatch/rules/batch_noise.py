@@ -14,6 +14,7 @@ _FIRST_ADAPTIVE, _FIRST_MARGIN = 4.0, 0.6  # before: 3.1 at most, 5.0 at least, 
 YOUNG = range(11)  # steps; noise grows, so that levels are those of a start
 _SETTLED = 2  # steps, after which a preconditioner has seen more than one gradient
 _AIMED, _AIMED_ADAPTIVE = 0.1, 0.5  # what runs at their tuned rates have
+_AIMED_MARGIN = 0.15  # and their margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,16 @@ class BatchNoise:
         return _ADAPTIVE if seen.step >= _SETTLED else _FIRST_ADAPTIVE
 
     def factor(self, seen: Observation, *, growth: float = 1.0) -> float:
-        """Return what to multiply that rate by so that N is what good rates have."""
-        aimed = _AIMED_ADAPTIVE if seen.adaptive else _AIMED
-        return min(aimed / (growth * self.value), 1.0)
+        """Return what to multiply that rate by so that N is what good rates have.
+
+        Or M, whichever asks less, where both have to be high (see `excess`).
+        """
+        if not seen.adaptive:
+            return min(_AIMED / (growth * self.value), 1.0)
+        noise = _AIMED_ADAPTIVE / (growth * self.value)
+        if seen.step >= _SETTLED:
+            return min(noise, 1.0)
+        return min(max(noise, _AIMED_MARGIN / (growth * self.margin)), 1.0)
 
 
 def batch_noise(seen: Observation) -> BatchNoise | None:
