@@ -39,7 +39,7 @@ def test_a_start_whose_batches_disagree_is_warned_of_at_the_second_step():
     assert alert.value == pytest.approx(0.5)
     assert "batches of 16 disagree too much on the curvature" in alert.message
     assert "they add 0.5 ± 0.02 to a stability margin of 0.05 (alert above 0.3" in alert.message
-    assert "Lower the learning rate to about 0.02 (0.2 x)" in alert.message
+    assert "Start again at a learning rate of about 0.02 (0.2 x)" in alert.message
     assert alert.message.endswith("More: geomwatch explain stochastic_margin.")
     (later,) = heard(StochasticMargin(), [start(5, 0.5)])
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in later.message

@@ -63,10 +63,15 @@ def advised_rate(seen: Observation, factor: float) -> str:
     return f"about {max(seen.lr, default=1.0) * factor:.1g} ({factor:.2g} x)"
 
 
-def lower_rate(seen: Observation, factor: float, *, is_lost: bool = False) -> str:
-    """Say what rate to go down to; in the first steps, or if all `is_lost`, from where as well."""
+def lower_rate(
+    seen: Observation, factor: float, *, is_lost: bool = False, is_late: bool = False
+) -> str:
+    """Say what rate to go down to; in the first steps, or if all `is_lost`, from where as well.
+
+    What `is_late` is said after the step that was seen.
+    """
     rate = advised_rate(seen, factor)
-    if seen.step in _YOUNG:
+    if seen.step + is_late in _YOUNG:
         return f"Start again at a learning rate of {rate}"
     if is_lost:
         return f"Go back to an earlier checkpoint, or start again, at a learning rate of {rate}"

@@ -41,23 +41,20 @@ class StochasticMargin:
 
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
-        found = self._judged(seen)
-        if found is not None and seen.step == 0 and (seen.adaptive or found.value <= _AT_ONCE):
-            self._kept.keep(found)
-            return None
-        return found or self._kept.release(seen)
-
-    def _judged(self, seen: Observation) -> Alert | None:
         doubt = self._trust(seen)
         found = batch_noise(seen) if seen.step in YOUNG and not doubt else None
-        if found is None or found.excess(seen) <= 1:
+        if found is None or found.excess(seen) <= 1 or not self._latch.admit("warning", seen.step):
+            return self._kept.release(seen)
+        if seen.step == 0 and (seen.adaptive or found.value <= _AT_ONCE):
+            self._kept.keep(self._told(seen, found, is_late=True))
             return None
-        if not self._latch.admit("warning", seen.step):
-            return None
+        return self._told(seen, found)
+
+    def _told(self, seen: Observation, found: BatchNoise, *, is_late: bool = False) -> Alert:
         return alert(
             self.name,
             "warning",
-            _text(seen, found),
+            _text(seen, found, is_late),
             value=found.value,
             limit=found.level(seen),
             step=seen.step,
@@ -77,12 +74,12 @@ class StochasticMargin:
         load_into(self._parts, state)
 
 
-def _text(seen: Observation, found: BatchNoise) -> str:
+def _text(seen: Observation, found: BatchNoise, is_late: bool) -> str:
     factor = min(rate_factor(seen), found.factor(seen))
     return (
         f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "
         f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
         f"to a stability margin of {found.margin:.2g} (alert above {found.level(seen):g} in the "
         f"first {YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
-        f"{carried_by(seen)}. {lower_rate(seen, factor)}{larger_batch(factor)}."
+        f"{carried_by(seen)}. {lower_rate(seen, factor, is_late=is_late)}{larger_batch(factor)}."
     )
