@@ -21,7 +21,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rescuing.execute import BATCHES, TUNED
-from rescuing.grid import CALIBRATION, EDGES, LONG, SETTINGS, Run, Setting, noisy, runs
+from rescuing.grid import (
+    CALIBRATION,
+    EDGES,
+    LONG,
+    SEEDS,
+    SETTINGS,
+    Run,
+    Setting,
+    noisy,
+    runs,
+)
 from rescuing.outcomes import Outcome, Outcomes
 from rescuing.policies import BASELINES
 from rescuing.pool import predicted_seconds, work
@@ -67,11 +77,17 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
 def _jobs(options: argparse.Namespace) -> list[Job]:
     grid = runs(_settings(options), few=options.quick, seeds=1 if options.quick else 3)
     jobs = [(run, policy) for run in grid for policy in ("none", "cap")]
-    jobs += [(run, policy) for run in grid if run.multiple > 1 for policy in BASELINES]
+    jobs += [(run, policy) for run in grid if _is_compared(run) for policy in BASELINES]
     if not options.quick:
         jobs += _tunings(options)
         jobs += [job for part in _extra_jobs(options).values() for job in part]
     return jobs
+
+
+def _is_compared(run: Run) -> bool:
+    """Tell whether a run is done with what people use instead: of the large nets on one seed."""
+    first = run.seed == SEEDS[run.setting.half][0]
+    return run.multiple > 1 and (first or not run.setting.large)
 
 
 def _tunings(options: argparse.Namespace) -> list[Job]:

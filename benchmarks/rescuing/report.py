@@ -29,7 +29,8 @@ Each run starts from a multiple of the rate that trains its task best at a const
 beforehand (`benchmarks/tasks/rates.json`); schedules are multiplied as a whole. The settings of
 `LearningRateCap` were chosen on one half of the tasks ("tune"); the other half ("held") has other
 architectures and seeds. Monitor and controller run with their defaults. Loss is the mean training
-loss of the last 20 steps, accuracy is on held-out data; both are means over seeds.
+loss of the last 20 steps, accuracy is on held-out data; both are means over seeds. What people use
+instead was tried on one seed of the large nets, and is compared on that one.
 
 ## Bars
 
