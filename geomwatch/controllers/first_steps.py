@@ -34,7 +34,8 @@ class FirstSteps:
         self._margin.update(seen.margin, seen.lr)
         found = batch_noise(seen)
         if found is not None:
-            self._noise.update(Estimate(found.value, found.error, "stderr"), seen.lr)
+            counted = Estimate(found.counted(seen), found.error, "stderr")
+            self._noise.update(counted, seen.lr)
 
     def allows(self, seen: Observation) -> float:
         """Return the factor of the present rates at which both are within limits; inf for none."""

@@ -25,17 +25,19 @@ class BatchNoise:
     error: float
     margin: float  # M, of the full batch
 
-    def excess(self, seen: Observation, *, growth: float = 1.0) -> float:
-        """Return N over the level of a start, at `growth` times the rate: above 1 is too much.
+    def counted(self, seen: Observation) -> float:
+        """Return N, or of methods that adapt before step 2 what of it counts: min(N, 6.7 M).
 
-        Methods that adapt are judged by their margin as well before step 2, while v is a single
-        squared gradient: a fresh head on a pretrained net has an N of up to 190 there, at a margin
-        of .2 and a good rate.
+        v is a single squared gradient then: a fresh head on a pretrained net has an N of up to 190,
+        at a margin of .2 and a good rate.
         """
         if not seen.adaptive or seen.step >= _SETTLED:
-            return growth * self.value / self.level(seen, planned=growth > 1)
-        shares = growth * self.value / _FIRST_ADAPTIVE, growth * self.margin / _FIRST_MARGIN
-        return min(shares)
+            return self.value
+        return min(self.value, _FIRST_ADAPTIVE / _FIRST_MARGIN * self.margin)
+
+    def excess(self, seen: Observation, *, growth: float = 1.0) -> float:
+        """Return N over the level of a start, at `growth` times the rate: above 1 is too much."""
+        return growth * self.counted(seen) / self.level(seen, planned=growth > 1)
 
     @staticmethod
     def level(seen: Observation, *, planned: bool = False) -> float:
@@ -47,7 +49,7 @@ class BatchNoise:
     def factor(self, seen: Observation, *, growth: float = 1.0) -> float:
         """Return what to multiply that rate by so that N is what good rates have.
 
-        Or M, whichever asks less, where both have to be high (see `excess`).
+        Or M, whichever asks less, where both have to be high (see `counted`).
         """
         if not seen.adaptive:
             return min(_AIMED / (growth * self.value), 1.0)
