@@ -19,14 +19,16 @@ from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
 
-def start(step: int, noise: float, *, along: float = 0.1, **more: Any) -> Observation:
-    """A probe has found so much noise beside a margin of 0.05."""
+def start(
+    step: int, noise: float, *, margin: float = 0.05, along: float = 0.1, **more: Any
+) -> Observation:
+    """A probe has found so much noise beside a margin."""
     estimates = {
-        "stability_margin": Estimate(0.05),
-        "stochastic_margin": Estimate(0.05 + noise, 0.01, "stderr"),
+        "stability_margin": Estimate(margin),
+        "stochastic_margin": Estimate(margin + noise, 0.01, "stderr"),
     }
     along_gradient = {"gradient_margin": Estimate(along), "gradient_fresh": True}
-    return measured(step, 0.05, estimates=estimates, **along_gradient, **more)
+    return measured(step, margin, estimates=estimates, **along_gradient, **more)
 
 
 def later(step: int, *, lr: float = 0.1, along: float = 0.1, **more: Any) -> Observation:
@@ -40,8 +42,16 @@ def test_noise_stays_below_its_limit_from_the_first_step_on():
     assert move.to == pytest.approx(0.1 * 0.1 / 0.6)
     assert "in the first steps curvature, and how much batches disagree on it" in move.reason
     assert LearningRateCap()(start(0, 0.09))[0].to > 0.1  # than the rate: nothing is held
-    (move,) = LearningRateCap()(start(0, 3.0, adaptive=True))
+    (move,) = LearningRateCap()(start(5, 3.0, adaptive=True))
     assert move.to == pytest.approx(0.1 / 3)
+
+
+def test_noise_of_a_single_squared_gradient_counts_as_far_as_the_margin_is_high():
+    """A fresh head on a pretrained net has a hundred of it at a good rate."""
+    (move,) = LearningRateCap()(start(0, 100.0, adaptive=True))
+    assert move.to > 0.1
+    (move,) = LearningRateCap()(start(0, 100.0, margin=0.6, adaptive=True))
+    assert move.to == pytest.approx(0.1 / 4)
 
 
 def test_so_does_the_margin_of_the_full_batch():
