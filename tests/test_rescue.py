@@ -101,6 +101,14 @@ def test_a_better_baseline_is_named():
     assert Outcomes(outcomes).worse_than_a_baseline() == [(DIGITS, "constant", 8.0)]
 
 
+def test_a_baseline_is_compared_on_the_seeds_it_was_run_on():
+    own = [ended(0.01, seed=0), ended(5.0, seed=1)]
+    on_one = Outcomes([*tuned(0.01, 0.01), *own, ended(0.02, policy="clip", seed=0)])
+    assert on_one.worse_than_a_baseline() == []
+    on_other = Outcomes([*tuned(0.01, 0.01), *own, ended(0.02, policy="clip", seed=1)])
+    assert on_other.worse_than_a_baseline() == [(DIGITS, "constant", 8.0)]
+
+
 def test_the_report_says_what_was_reached():
     half = Outcomes([*tuned(0.01, 0.01), ended(0.02), ended(math.inf, policy="clip")])
     text = write({"tune": half}, {}, note="A note.")

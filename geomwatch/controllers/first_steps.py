@@ -21,7 +21,8 @@ class FirstSteps:
     At their tuned rates nets have a noise part N of .03 to .12 at step 0 under SGD, of .05 to .8
     under methods that adapt, whatever their batch (see `rules.batch_noise`), and a margin M of .01
     to .6. Noise grows as the loss falls, so that a rate that is far too large shows first here.
-    Measured by the probes of the first ten steps; from step 20 on it is for `Limit`.
+    Measured by the probes of the first ten steps, as far as it counts (`BatchNoise.counted`); from
+    step 20 on it is for `Limit`.
     """
 
     def __init__(self) -> None:
