@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from geomwatch.distributed import RankError
 from geomwatch.errors import UsageError
+from geomwatch.parallel.ranks import RankError
 from geomwatch.prober import Probed, Prober
 from geomwatch.rescaled import Rescaled
 from geomwatch.sinks import logger

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from geomwatch.controllers.control import Control
-from geomwatch.distributed import is_first_rank
 from geomwatch.errors import UsageError
+from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
 from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from geomwatch.checks import check_count, check_optimizer
-from geomwatch.distributed import Ranks, unwrapped
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
+from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.probe import Budget, Probe
 from geomwatch.quantities import evaluate, evaluate_layers, resolve, ritz_indices
 from geomwatch.records import Record

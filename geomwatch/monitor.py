@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from geomwatch.actuators import Actuator
 from geomwatch.checks import check_optimizer, check_options
 from geomwatch.controllers import Control, Controller
-from geomwatch.distributed import Ranks, unwrapped
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
@@ -20,6 +19,7 @@ from geomwatch.objective import LossFn
 from geomwatch.optimizers import is_adaptive
 from geomwatch.options import is_disabled
 from geomwatch.pace import Pace, is_frugal
+from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm

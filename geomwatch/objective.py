@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.checks import check_count, check_options
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.locate import module_of
 from geomwatch.padding import padding_mask
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay

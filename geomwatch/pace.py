@@ -6,8 +6,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from geomwatch.distributed import Ranks
 from geomwatch.guard import Guard
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.prober import Probed
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch import batches
-from geomwatch.distributed import Ranks
 from geomwatch.invariance import ScaleInvariance
 from geomwatch.locate import operation_in
 from geomwatch.objective import LossFn, Objective
 from geomwatch.own_step import OwnStep, gradient_of_step
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.plan import Plan
 from geomwatch.probe import Probe, WarmStart
 from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices

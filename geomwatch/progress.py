@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors import whole
 
 

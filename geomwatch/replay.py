@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.checks import check_loss, explain_device
-from geomwatch.distributed import Ranks
 from geomwatch.double_backward import gradients
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation import captured_by, isolated
+from geomwatch.parallel.ranks import Ranks
+from geomwatch.parallel.sync_norm import is_synchronised, sync_norm_shared
 from geomwatch.recast import recast
 from geomwatch.sharding import is_sharded, reshard, unsharded
 from geomwatch.snapshot import Snapshot
-from geomwatch.sync_norm import is_synchronised, sync_norm_shared
 from geomwatch.vectors import Layout
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar

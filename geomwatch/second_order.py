@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from geomwatch.norms import spectral_norm_held, weight_norm_written_out
-from geomwatch.sync_norm import sync_norm_alone
+from geomwatch.parallel.sync_norm import sync_norm_alone
 
 
 @contextlib.contextmanager

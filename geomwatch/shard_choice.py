@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from geomwatch.distributed import Ranks
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.sharding import is_sharded
 from geomwatch.vectors import Layout
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.fully_sharded import FullySharded
 from geomwatch.norms import spectral_norm_held
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.replay import Replay
 from geomwatch.shard_vector import ShardVector
 from geomwatch.snapshot import Snapshot

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from geomwatch.distributed import Ranks
+from geomwatch.parallel.ranks import Ranks
 
 _aten = torch.ops.aten
 

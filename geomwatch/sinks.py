@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from geomwatch.distributed import is_first_rank
+from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record
 
 logger = logging.getLogger("geomwatch")

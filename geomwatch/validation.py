@@ -10,11 +10,11 @@ from torch import nn
 
 from geomwatch import batches
 from geomwatch.agreement import Validation, validate
-from geomwatch.collectives import refuse_collectives
-from geomwatch.distributed import Ranks
 from geomwatch.errors import NoCurvatureError, UsageError
 from geomwatch.objective import LossFn, Objective
 from geomwatch.padding import padding_mask
+from geomwatch.parallel.collectives import refuse_collectives
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.sharding import is_sharded
 from geomwatch.vectors import Layout, generator
 

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geomwatch
 from geomwatch import UsageError
-from geomwatch.distributed import RankError, Ranks, unwrapped
 from geomwatch.objective import Objective
+from geomwatch.parallel.ranks import RankError, Ranks, unwrapped
 from geomwatch.progress import StepScalars
 
 Batch = tuple[Tensor, Tensor]
@@ -207,7 +207,7 @@ def test_when_a_rank_dies_the_loop_ends_with_torchs_own_error(
     left, gone = play(dies, tmp_path, probing)
     assert gone.is_gone
     assert re.search("(RuntimeError|DistBackendError): .*by peer", left.error)
-    assert "geomwatch/distributed.py" not in left.error
+    assert "geomwatch/parallel/ranks.py" not in left.error
 
 
 def paused_on_one(rank: int) -> Any:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch import shard_choice
-from geomwatch.distributed import Ranks
 from geomwatch.errors import WithheldError
 from geomwatch.fully_sharded import FullySharded
 from geomwatch.objective import Objective
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.shard_choice import choose_shards
 from geomwatch.shard_vector import Holders, ShardVector, dimension
 from geomwatch.stability import stability_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from geomwatch.distributed import Ranks
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert
 from geomwatch.sinks import logger
 

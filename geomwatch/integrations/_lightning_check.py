@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._replay import replay, turned
+from geomwatch.parallel.ranks import Ranks
 
 _LOSS_TOLERANCE = 1e-2  # relative; a forward pass may move a spectral norm's vectors a little
 _ANGLE_TOLERANCE = 5e-2  # between directions

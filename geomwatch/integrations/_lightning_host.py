@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
+from geomwatch.parallel.ranks import Ranks
 
 
 def steps_taken(trainer: Any) -> int:

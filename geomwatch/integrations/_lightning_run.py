@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.group import Group
 from geomwatch.integrations._lightning_check import difference_to_training, refuse
@@ -19,6 +18,7 @@ from geomwatch.integrations._lightning_watch import Watch
 from geomwatch.monitor import Monitor
 from geomwatch.objective import LossFn
 from geomwatch.options import Options
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 

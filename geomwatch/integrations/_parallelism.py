@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
+from geomwatch.parallel.ranks import Ranks
 
 _TAKE_THE_STEP = ("DEEPSPEED", "MEGATRON_LM")
 _CUT_THE_BATCH = ("tp", "cp", "sp")  # tensor, context and sequence parallelism

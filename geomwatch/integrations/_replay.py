@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.checks import check_loss
-from geomwatch.collectives import refuse_collectives
-from geomwatch.distributed import Ranks
 from geomwatch.isolation import isolated
 from geomwatch.objective import LossFn
+from geomwatch.parallel.collectives import refuse_collectives
+from geomwatch.parallel.ranks import Ranks
+from geomwatch.parallel.sync_norm import is_synchronised
 from geomwatch.sharding import is_sharded, reshard
-from geomwatch.sync_norm import is_synchronised
 from geomwatch.vectors import whole
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._replay import replay, turned
 from geomwatch.integrations._transformers_loss import TrainerLoss, Window
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors import Layout
 
 _LOSS_TOLERANCE = 1e-3  # relative; a forward pass may move a spectral norm's vectors a little

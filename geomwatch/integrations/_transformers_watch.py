@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch.controllers.controller import copies
-from geomwatch.distributed import Ranks
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json
 from geomwatch.integrations._transformers_actuators import actuators_of
@@ -23,6 +22,7 @@ from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitor import Monitor
 from geomwatch.objective import LossFn
 from geomwatch.options import Options
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 

@@ -273,4 +273,4 @@ def test_when_a_rank_dies_the_other_ends_with_the_hosts_own_error(tmp_path, prob
     left, gone = ranks.play(dies, tmp_path, tmp_path, probing, group=False)
     assert gone.is_gone
     assert re.search("(RuntimeError|DistBackendError): .*by peer", left.error)
-    assert "geomwatch/distributed.py" not in left.error
+    assert "geomwatch/parallel/ranks.py" not in left.error

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.parallelism import refuse_flat_parameters, refuse_tensor_parallel
+from geomwatch.parallel.parallelism import refuse_flat_parameters, refuse_tensor_parallel
 
 _CUT_OFF = "the other ranks can't be reached any more"
 _REFUSED = "another rank can't be watched; its own error says why."
