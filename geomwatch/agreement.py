@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.objective import Objective
-from geomwatch.vectors import generator
+from geomwatch.vectors.layout import generator
 
 # Of the gradient: the smallest step crosses no kink. But a model may compute parts of itself in
 # float32, whatever its parameters (as an RMSNorm does): then it drowns in rounding.

@@ -29,7 +29,7 @@ from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import LossFn, Objective
 from geomwatch.stability import stability_of, unwrap
 from geomwatch.validation import choose_backend
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 _HVPS = 7  # of a recurring probe: five for Lanczos, one for the trace, one along the gradient
 _VECTORS = 16  # Krylov vectors of a monitor's first probe, which keeps the most

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geomwatch.checks import find_once_differentiable
 from geomwatch.errors import UsageError
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 # What torch says, in its many places, of an operation that has no second derivative.
 _NO_SECOND = re.compile(

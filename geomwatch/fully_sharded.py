@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.sharding import is_fully_sharded
+from geomwatch.vectors.fsdp import is_fully_sharded
 
 _WIDE = (None, torch.float32, torch.float64)
 

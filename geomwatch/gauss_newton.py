@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.errors import UsageError
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _THROUGH = 1e-3  # of the gradient may bypass the outputs: more than rounding
 

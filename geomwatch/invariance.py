@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.vectors import Layout, whole
+from geomwatch.vectors.layout import Layout, whole
 
 _LARGEST_COSINE = 1e-3
 _TESTS = 6  # by sentinels and probes, after which probes alone go on testing

@@ -19,7 +19,7 @@ from geomwatch.records import Record
 from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 
 def measure(

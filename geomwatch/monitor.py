@@ -29,7 +29,7 @@ from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
 from geomwatch.sinks import Sink, run_line
 from geomwatch.stability import cold_start, learning_rates, planned_rates, unwrap
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _PLACE = (
     "Call monitor.step(batch) once per optimizer step, after loss.backward() and before "

@@ -22,7 +22,7 @@ from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay
 from geomwatch.second_order import not_compiled
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 _SMALLEST_PART = 16  # items
 _FEWEST_PIECES = 4  # that tell how micro-batches spread

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.recursion import Recursion
-from geomwatch.vectors import entries
+from geomwatch.vectors.layout import entries
 
 
 @dataclass(frozen=True, slots=True)

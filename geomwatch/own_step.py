@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomwatch.errors import UsageError
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _SAME_GRADIENT = 1e-4  # relative
 _SAME_LOSS = 1e-6

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def padding_mask(modules: Sequence[nn.Module], layout: Layout) -> Tensor | None:

@@ -21,7 +21,7 @@ from geomwatch.objective import Objective
 from geomwatch.records import Estimate
 from geomwatch.running import RunningTrace
 from geomwatch.stability import Stability
-from geomwatch.vectors import generator
+from geomwatch.vectors.layout import generator
 
 _PIECES = 8
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.

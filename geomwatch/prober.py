@@ -25,7 +25,7 @@ from geomwatch.sentinel import Point, Sentinel
 from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
 from geomwatch.validation import choose_backend
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(

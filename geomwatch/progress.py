@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomwatch.errors import UsageError
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.vectors import whole
+from geomwatch.vectors.layout import whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from geomwatch.isolation import captured_by, isolated
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised, sync_norm_shared
 from geomwatch.recast import recast
-from geomwatch.sharding import is_sharded, reshard, unsharded
 from geomwatch.snapshot import Snapshot
-from geomwatch.vectors import Layout
+from geomwatch.vectors.fsdp import is_sharded, reshard, unsharded
+from geomwatch.vectors.layout import Layout
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.sharding import is_sharded
-from geomwatch.vectors import Layout
+from geomwatch.vectors.fsdp import is_sharded
+from geomwatch.vectors.layout import Layout
 
 _VECTORS = 28  # of D entries each, at the peak of a monitor's first probe (docs/decisions/009)
 _SHARE = 0.5  # of the free memory: training has its own peaks
@@ -49,7 +49,7 @@ def choose_shards(
         why = f"there is room: {room}"
     if why:
         return Choice(layout, hvp, {"sharding": f"measured on a replica: {why}"})
-    from geomwatch.shard_layout import ShardLayout  # imports DTensor, which takes a while
+    from geomwatch.vectors.shard_layout import ShardLayout  # imports DTensor, which takes a while
 
     why = f"a replica has no room: {room}" if hvp == "auto" else f"hvp={hvp!r}"
     facts = {"sharding": f"measured on local shards: {why}"}
@@ -63,7 +63,7 @@ def _why_replica(model: nn.Module, layout: Layout, hvp: str, operator: str) -> s
     if operator != "hessian":
         return f"operator={operator!r}"
     from geomwatch.fully_sharded import FullySharded
-    from geomwatch.shard_layout import cut_otherwise
+    from geomwatch.vectors.shard_layout import cut_otherwise
 
     name = cut_otherwise(layout)
     if name:

@@ -14,8 +14,8 @@ from geomwatch.fully_sharded import FullySharded
 from geomwatch.norms import spectral_norm_held
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.replay import Replay
-from geomwatch.shard_vector import ShardVector
 from geomwatch.snapshot import Snapshot
+from geomwatch.vectors.shard_vector import ShardVector
 
 
 class ShardReplay(Replay):

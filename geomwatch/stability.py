@@ -31,7 +31,7 @@ from geomwatch.optimizers import (
 )
 from geomwatch.optimizers import unwrap as unwrap
 from geomwatch.recursion import Recursion
-from geomwatch.vectors import Layout, entries
+from geomwatch.vectors.layout import Layout, entries
 
 _SAMPLE = 1 << 15  # entries of a group that its median is taken from
 

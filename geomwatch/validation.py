@@ -15,8 +15,8 @@ from geomwatch.objective import LossFn, Objective
 from geomwatch.padding import padding_mask
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.sharding import is_sharded
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.fsdp import is_sharded
+from geomwatch.vectors.layout import Layout, generator
 
 _ITEMS = 4
 _PIECES_AGREE = 1e-4

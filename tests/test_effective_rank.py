@@ -11,7 +11,7 @@ from problems import Quadratic, cross_entropy, dense_hessian, digits, mlp, quadr
 import geomwatch
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import Samples, hutchinson, student_t
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def samples_of(matrix: torch.Tensor, count: int, seed: int = 0) -> Samples:

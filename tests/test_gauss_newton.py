@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch import UsageError
 from geomwatch.objective import Objective
-from geomwatch.vectors import generator
+from geomwatch.vectors.layout import generator
 
 
 def dense_gauss_newton(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 import geomwatch
 from geomwatch.estimators.lanczos import lanczos, warm_start
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def generator(seed: int = 0) -> torch.Generator:

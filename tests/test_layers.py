@@ -10,7 +10,7 @@ from torch import nn
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
 from geomwatch.estimators.layers import layer_lambda_max, layer_trace
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def generator(seed: int = 0) -> torch.Generator:

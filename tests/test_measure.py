@@ -21,7 +21,7 @@ from geomwatch.invariance import ScaleInvariance
 from geomwatch.objective import Objective
 from geomwatch.probe import Probe
 from geomwatch.stability import stability_of
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 ONE = torch.ones(1, dtype=torch.float64)
 SGD = torch.optim.SGD

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 import geomwatch
 from geomwatch.errors import UsageError
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def toy_batch(count: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

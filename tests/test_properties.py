@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 ONE = torch.ones(1, dtype=torch.float64)
 RITZ = (

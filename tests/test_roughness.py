@@ -22,7 +22,7 @@ from geomwatch.estimators.roughness import (
     take_slices,
 )
 from geomwatch.objective import Objective
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 QUANTITIES = ["roughness", "roughness_residual"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.records import Alert
 from geomwatch.stability import stability_of
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 Batch = tuple[Tensor, Tensor]
 

@@ -22,9 +22,9 @@ from geomwatch.fully_sharded import FullySharded
 from geomwatch.objective import Objective
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.shard_choice import choose_shards
-from geomwatch.shard_vector import Holders, ShardVector, dimension
 from geomwatch.stability import stability_of
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
+from geomwatch.vectors.shard_vector import Holders, ShardVector, dimension
 
 NAMES = [
     "loss",
@@ -118,7 +118,7 @@ def trained(rank: int) -> Any:
 
 def _both_scales(model: nn.Module, optimizer: Any) -> tuple[Tensor, Tensor]:
     """The margin's scale from sharded optimizer state, put together, and from whole state."""
-    from geomwatch.shard_layout import ShardLayout
+    from geomwatch.vectors.shard_layout import ShardLayout
 
     whole = Layout.of(model)
     shards = ShardLayout(whole.names, whole.params)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from geomwatch.optimizers import is_adaptive
 from geomwatch.recursion import Recursion
 from geomwatch.stability import Stability, learning_rates, stability_of, unwrap
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 optim = torch.optim
 

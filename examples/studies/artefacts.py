@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geomwatch import landscape
 from geomwatch.objective import LossFn, Objective
-from geomwatch.vectors import generator
+from geomwatch.vectors.layout import generator
 from studies.cases import Case
 from studies.data import Batch
 from studies.measuring import shapes

@@ -13,7 +13,7 @@ from geomwatch.estimators.normalized_sharpness import normalized_sharpness
 from geomwatch.estimators.readout import read_out
 from geomwatch.objective import Objective
 from geomwatch.records import Estimate
-from geomwatch.vectors import generator
+from geomwatch.vectors.layout import generator
 from studies.cases import Case
 from studies.data import Batch
 from studies.settings import Settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def filter_normalised(layout: Layout, rng: torch.Generator) -> Tensor:

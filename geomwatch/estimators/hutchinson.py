@@ -11,7 +11,7 @@ import torch
 
 from geomwatch.estimators.lanczos import Operator
 from geomwatch.records import Estimate
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 

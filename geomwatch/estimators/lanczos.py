@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from geomwatch.shard_vector import dimension
-from geomwatch.vectors import Basis
+from geomwatch.vectors.layout import Basis
+from geomwatch.vectors.shard_vector import dimension
 
 _CANCELLATION = 0.1
 _PASSES, _KEPT = 4, 0.5  # of orthogonalisation, and the share of a vector that one must leave

@@ -10,7 +10,7 @@ from torch import Tensor
 from geomwatch.estimators.hutchinson import Samples, mean_with_stderr
 from geomwatch.estimators.lanczos import Operator, lanczos
 from geomwatch.records import Estimate
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 
 def layer_lambda_max(

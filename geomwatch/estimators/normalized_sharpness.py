@@ -12,7 +12,7 @@ from torch import Tensor
 from geomwatch.estimators.readout import Readout
 from geomwatch.objective import Objective
 from geomwatch.records import Estimate
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 Extreme: TypeAlias = Callable[[Tensor], Tensor]  # direction of ascent -> u, in one tensor
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 LossAt: TypeAlias = Callable[[Tensor], float]  # (D,) displacement d -> L(w + d)
 

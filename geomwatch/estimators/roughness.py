@@ -12,7 +12,7 @@ import torch
 from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.readout import LossAt, Readout
 from geomwatch.records import Estimate
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 Floats = npt.NDArray[np.float64]
 

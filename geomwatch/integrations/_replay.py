@@ -17,8 +17,8 @@ from geomwatch.objective import LossFn
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised
-from geomwatch.sharding import is_sharded, reshard
-from geomwatch.vectors import whole
+from geomwatch.vectors.fsdp import is_sharded, reshard
+from geomwatch.vectors.layout import whole
 
 
 def replay(

@@ -11,7 +11,7 @@ from geomwatch.errors import UsageError
 from geomwatch.integrations._replay import replay, turned
 from geomwatch.integrations._transformers_loss import TrainerLoss, Window
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _LOSS_TOLERANCE = 1e-3  # relative; a forward pass may move a spectral norm's vectors a little
 _GRADIENT_TOLERANCE = 1e-2  # between directions; of gradients in 16 bits, which round as they sum:

@@ -21,7 +21,7 @@ from geomwatch.landscape.provenance import digest, provenance
 from geomwatch.landscape.results import Facts, Floats
 from geomwatch.landscape.states import State, check_states, mix, own_copies
 from geomwatch.objective import LossFn
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 

@@ -22,7 +22,7 @@ from geomwatch.landscape.results import Density, Facts, Floats
 from geomwatch.landscape.steadiness import steadiness
 from geomwatch.objective import LossFn, Objective
 from geomwatch.validation import choose_backend
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas
 _SHORTER = 0.75  # the quadrature's own error is what a quarter of its nodes changes

@@ -18,7 +18,7 @@ from geomwatch.landscape.states import check_states
 from geomwatch.landscape.steadiness import steadiness
 from geomwatch.objective import LossFn, Objective
 from geomwatch.validation import choose_backend
-from geomwatch.vectors import Layout, generator
+from geomwatch.vectors.layout import Layout, generator
 
 _SCALES = ("filter", "layer", "unit")
 

@@ -20,7 +20,7 @@ from geomwatch.landscape.data import Batches
 from geomwatch.objective import LossFn
 from geomwatch.recast import recast
 from geomwatch.snapshot import Snapshot
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 logger = logging.getLogger("geomwatch")
 

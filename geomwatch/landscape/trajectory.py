@@ -15,7 +15,7 @@ from geomwatch.landscape.directions import Direction, as_direction, layout_of
 from geomwatch.landscape.provenance import digest, weights_digest
 from geomwatch.landscape.results import Floats, Trajectory
 from geomwatch.landscape.states import State, check_states
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
 
 _RANK = 1e-10  # of the largest eigenvalue: below it there is no second direction
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.vectors import whole
+from geomwatch.vectors.layout import whole
 
 _FSDP = "torch.distributed.fsdp"
 

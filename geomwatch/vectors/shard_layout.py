@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from geomwatch.shard_vector import Holders, ShardVector
-from geomwatch.vectors import Layout
+from geomwatch.vectors.layout import Layout
+from geomwatch.vectors.shard_vector import Holders, ShardVector
 
 
 @dataclass(frozen=True)

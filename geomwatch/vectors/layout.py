@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.shard_vector import ShardVector
+from geomwatch.vectors.shard_vector import ShardVector
 
 
 @dataclass(frozen=True)
