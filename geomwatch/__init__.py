@@ -3,7 +3,7 @@
 from geomwatch.doctor import Diagnosis, doctor
 from geomwatch.errors import UsageError
 from geomwatch.group import Group
-from geomwatch.isolation import is_probing
+from geomwatch.isolation.isolation import is_probing
 from geomwatch.losses import model_loss, supervised
 from geomwatch.measure import measure
 from geomwatch.monitor import Monitor

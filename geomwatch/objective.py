@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.checks import check_count, check_options
 from geomwatch.errors import UsageError, WithheldError
+from geomwatch.isolation.twice_differentiable import not_compiled
 from geomwatch.locate import module_of
 from geomwatch.padding import padding_mask
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.products import Products
 from geomwatch.replay import LossFn as LossFn
 from geomwatch.replay import Replay
-from geomwatch.second_order import not_compiled
 from geomwatch.vectors.layout import Layout, generator
 
 _SMALLEST_PART = 16  # items

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from geomwatch.errors import UsageError
-from geomwatch.snapshot import Snapshot
+from geomwatch.isolation.snapshot import Snapshot
 
 
 def fixed_window(source: Any) -> list[Any]:

@@ -13,11 +13,11 @@ from geomwatch import batches
 from geomwatch.checks import check_loss, explain_device
 from geomwatch.double_backward import gradients
 from geomwatch.errors import UsageError, WithheldError
-from geomwatch.isolation import captured_by, isolated
+from geomwatch.isolation.isolation import captured_by, isolated
+from geomwatch.isolation.precision import recast
+from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised, sync_norm_shared
-from geomwatch.recast import recast
-from geomwatch.snapshot import Snapshot
 from geomwatch.vectors.fsdp import is_sharded, reshard, unsharded
 from geomwatch.vectors.layout import Layout
 

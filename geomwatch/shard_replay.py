@@ -11,10 +11,10 @@ from torch import Tensor
 
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.fully_sharded import FullySharded
-from geomwatch.norms import spectral_norm_held
+from geomwatch.isolation.norms import spectral_norm_held
+from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.replay import Replay
-from geomwatch.snapshot import Snapshot
 from geomwatch.vectors.shard_vector import ShardVector
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.errors import NoCurvatureError
 from geomwatch.finite_difference import FiniteDifference, NotSmoothError
+from geomwatch.isolation.precision import recast
 from geomwatch.objective import Objective
-from geomwatch.recast import recast
 
 
 class Custom(nn.Module):

@@ -24,9 +24,9 @@ from torch.nn.utils import parametrizations
 
 import geomwatch
 from geomwatch import batches
-from geomwatch.isolation import captured_by
+from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.objective import Objective
-from geomwatch.snapshot import Snapshot
 
 STEPS = 3
 

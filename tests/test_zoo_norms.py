@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import geomwatch
-from geomwatch.norms import spectral_norm_held, weight_norm_written_out
+from geomwatch.isolation.norms import spectral_norm_held, weight_norm_written_out
 from geomwatch.objective import Objective
 
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}

@@ -17,7 +17,7 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._lightning_names import dummy_logger, host_of
 from geomwatch.integrations._lightning_tap import StepCall
 from geomwatch.integrations._unknown import Unknown
-from geomwatch.isolation import captured_by
+from geomwatch.isolation.isolation import captured_by
 from geomwatch.objective import LossFn
 
 _REMEDY = (

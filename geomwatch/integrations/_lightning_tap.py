@@ -9,10 +9,10 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 from geomwatch import batches
-from geomwatch.isolation import is_probing
+from geomwatch.isolation.isolation import is_probing
+from geomwatch.isolation.snapshot import RandomState
 from geomwatch.progress import gradient_norm
 from geomwatch.sinks import logger
-from geomwatch.snapshot import RandomState
 
 _Method: TypeAlias = Callable[..., Any]
 

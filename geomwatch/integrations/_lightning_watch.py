@@ -17,11 +17,11 @@ from geomwatch.integrations._lightning_host import trained_model
 from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall
 from geomwatch.integrations._unknown import Unknown
+from geomwatch.isolation.snapshot import RandomState
 from geomwatch.monitor import Monitor
 from geomwatch.options import Options
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
-from geomwatch.snapshot import RandomState
 
 _LONGEST = 64  # batches that a module may accumulate by hand
 

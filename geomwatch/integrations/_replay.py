@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geomwatch import batches
 from geomwatch.checks import check_loss
-from geomwatch.isolation import isolated
+from geomwatch.isolation.isolation import isolated
 from geomwatch.objective import LossFn
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.integrations._transformers_tap import LossCall, TrainingStep
 from geomwatch.integrations._unknown import Unknown
-from geomwatch.isolation import captured_by
+from geomwatch.isolation.isolation import captured_by
 from geomwatch.objective import LossFn
 
 

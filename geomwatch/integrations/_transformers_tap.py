@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from geomwatch import batches
-from geomwatch.snapshot import RandomState
+from geomwatch.isolation.snapshot import RandomState
 
 _Method: TypeAlias = Callable[..., Any]
 

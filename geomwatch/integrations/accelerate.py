@@ -15,7 +15,7 @@ from geomwatch.integrations._accelerate_check import PLACE, bare, check_prepared
 from geomwatch.integrations._accelerate_loss import EachAlike
 from geomwatch.integrations._accelerate_ties import Ties
 from geomwatch.integrations.extras import missing
-from geomwatch.isolation import captured_by
+from geomwatch.isolation.isolation import captured_by
 from geomwatch.monitor import Monitor
 from geomwatch.objective import LossFn
 from geomwatch.records import Record

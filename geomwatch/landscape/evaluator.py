@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from geomwatch import batches
 from geomwatch.checks import check_options, explain_device
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.isolation import captured_by, isolated
+from geomwatch.isolation.isolation import captured_by, isolated
+from geomwatch.isolation.precision import recast
+from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.landscape.data import Batches
 from geomwatch.objective import LossFn
-from geomwatch.recast import recast
-from geomwatch.snapshot import Snapshot
 from geomwatch.vectors.layout import Layout
 
 logger = logging.getLogger("geomwatch")

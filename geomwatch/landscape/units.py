@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.isolation import isolated
+from geomwatch.isolation.isolation import isolated
 from geomwatch.landscape.operations import (
     CONVOLUTIONS,
     EACH_FOR_ITSELF,

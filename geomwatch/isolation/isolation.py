@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from geomwatch.recast import autocast_off
-from geomwatch.second_order import twice_differentiable
-from geomwatch.snapshot import HOOKS, Snapshot
+from geomwatch.isolation.precision import autocast_off
+from geomwatch.isolation.snapshot import HOOKS, Snapshot
+from geomwatch.isolation.twice_differentiable import twice_differentiable
 
 _GLOBAL_HOOKS = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 _PROBING: ContextVar[bool] = ContextVar("geomwatch_probing", default=False)

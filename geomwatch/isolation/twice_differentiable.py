@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from geomwatch.norms import spectral_norm_held, weight_norm_written_out
+from geomwatch.isolation.norms import spectral_norm_held, weight_norm_written_out
 from geomwatch.parallel.sync_norm import sync_norm_alone
 
 

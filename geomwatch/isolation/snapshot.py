@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomwatch.saved import (
+from geomwatch.isolation.saved import (
     CONTAINERS,
     GENERATORS,
     Saved,
