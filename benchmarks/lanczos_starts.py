@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.lanczos import lanczos, warm_start
-from geomwatch.objective import Objective
 from geomwatch.probe import Budget, Probe
 
 OUT = Path(__file__).parents[1] / "docs/benchmarks/lanczos_starts.md"

@@ -44,7 +44,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import geomwatch
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 
 OUT = Path(__file__).parents[1] / "docs/benchmarks/peers.md"
 RIGHT = 1e-3  # relative error of a float32 product that counts as right

@@ -160,7 +160,7 @@ def compare(name: str, build: Callable[[], nn.Module], rate: Rate, steps: int) -
 
 def probe_cost(name: str, build: Callable[[], nn.Module]) -> None:
     """Measure a recurring probe of the default quantities in units of a training step."""
-    from geomwatch.objective import Objective
+    from geomwatch.curvature.objective import Objective
 
     torch.manual_seed(0)
     model = build()

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch import batches
-from geomwatch.checks import check_loss, check_optimizer
-from geomwatch.double_backward import gradients
+from geomwatch.curvature import batches
+from geomwatch.curvature.checks import check_loss, check_optimizer
+from geomwatch.curvature.double_backward import gradients
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.readout import read_out
 from geomwatch.invariance import ScaleInvariance
-from geomwatch.objective import LossFn, Objective
 from geomwatch.stability import stability_of, unwrap
-from geomwatch.validation import choose_backend
 from geomwatch.vectors.layout import Layout, generator
 
 _HVPS = 7  # of a recurring probe: five for Lanczos, one for the trace, one along the gradient

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from geomwatch.checks import check_count, check_optimizer
+from geomwatch.curvature.checks import check_count, check_optimizer
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.invariance import ScaleInvariance
-from geomwatch.objective import LossFn, Objective
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.probe import Budget, Probe
 from geomwatch.quantities import evaluate, evaluate_layers, resolve, ritz_indices
 from geomwatch.records import Record
-from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
-from geomwatch.validation import choose_backend
 from geomwatch.vectors.layout import Layout, generator
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.actuators import Actuator
-from geomwatch.checks import check_optimizer, check_options
 from geomwatch.controllers import Control, Controller
+from geomwatch.curvature.checks import check_optimizer, check_options
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
-from geomwatch.objective import LossFn
 from geomwatch.optimizers import is_adaptive
 from geomwatch.options import is_disabled
 from geomwatch.pace import Pace, is_frugal

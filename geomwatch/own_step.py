@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomwatch.curvature.objective import Objective
 from geomwatch.errors import UsageError
-from geomwatch.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 _SAME_GRADIENT = 1e-4  # relative

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch import batches
+from geomwatch.curvature import batches
+from geomwatch.curvature.locate import operation_in
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.invariance import ScaleInvariance
-from geomwatch.locate import operation_in
-from geomwatch.objective import LossFn, Objective
 from geomwatch.own_step import OwnStep, gradient_of_step
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.plan import Plan
@@ -22,9 +24,7 @@ from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_i
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
 from geomwatch.sentinel import Point, Sentinel
-from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import learning_rates, stability_of
-from geomwatch.validation import choose_backend
 from geomwatch.vectors.layout import Layout, generator
 
 _MARGINS = ("stability_margin", "stochastic_margin")

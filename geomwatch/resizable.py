@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch.utils.data import BatchSampler, Sampler
 
 from geomwatch.actuators import BATCH
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageTypeError
 
 T = TypeVar("T")

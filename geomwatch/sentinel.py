@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.records import Estimate
 from geomwatch.stability import Stability
 

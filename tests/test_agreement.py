@@ -10,8 +10,8 @@ from problems import cross_entropy, digits, mlp
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch.agreement import Validation, validate
-from geomwatch.objective import Objective
+from geomwatch.curvature.agreement import Validation, validate
+from geomwatch.curvature.objective import Objective
 
 
 class SlightlyWrong(torch.autograd.Function):

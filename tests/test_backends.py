@@ -12,10 +12,10 @@ from silent import OnceDifferentiable, RawContext
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch.curvature.finite_difference import FiniteDifference, NotSmoothError
+from geomwatch.curvature.objective import Objective
 from geomwatch.errors import NoCurvatureError
-from geomwatch.finite_difference import FiniteDifference, NotSmoothError
 from geomwatch.isolation.precision import recast
-from geomwatch.objective import Objective
 
 
 class Custom(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import geomwatch
 from geomwatch import UsageError
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.parallel.ranks import RankError, Ranks, unwrapped
 from geomwatch.progress import StepScalars
 

@@ -15,8 +15,8 @@ from problems import cross_entropy, digits, mlp
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.doctor import _round_up, doctor
-from geomwatch.objective import Objective
 
 
 def normalised() -> nn.Sequential:

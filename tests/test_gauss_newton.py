@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch import UsageError
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.vectors.layout import generator
 
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import geomwatch
-from geomwatch import batches
+from geomwatch.curvature import batches
+from geomwatch.curvature.objective import Objective
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.isolation.snapshot import Snapshot
-from geomwatch.objective import Objective
 
 STEPS = 3
 

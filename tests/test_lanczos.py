@@ -12,8 +12,8 @@ from problems import cross_entropy, digits, mlp, wishart
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.lanczos import lanczos, warm_start
-from geomwatch.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 

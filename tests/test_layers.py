@@ -7,9 +7,9 @@ import torch
 from problems import cross_entropy, dense_hessian, digits, mlp
 from torch import nn
 
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
 from geomwatch.estimators.layers import layer_lambda_max, layer_trace
-from geomwatch.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 

@@ -15,10 +15,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch.agreement import Validation
+from geomwatch.curvature.agreement import Validation
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
 from geomwatch.invariance import ScaleInvariance
-from geomwatch.objective import Objective
 from geomwatch.probe import Probe
 from geomwatch.stability import stability_of
 from geomwatch.vectors.layout import Layout
@@ -133,7 +133,7 @@ def test_coupled_weight_decay_adds_to_the_curvature_of_the_margin_only():
 
 def test_a_record_says_what_it_has_cost_and_how_it_was_made(monkeypatch):
     calls = 0
-    monkeypatch.setattr("geomwatch.validation.validate", lambda *_: Validation(True, 0.0))
+    monkeypatch.setattr("geomwatch.curvature.validation.validate", lambda *_: Validation(True, 0.0))
 
     def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
         nonlocal calls

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.errors import UsageError
-from geomwatch.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 

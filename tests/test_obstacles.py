@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import geomwatch
-from geomwatch.locate import module_of, operation_in
+from geomwatch.curvature.locate import module_of, operation_in
 
 Batch = tuple[Tensor, Tensor]
 

@@ -14,7 +14,7 @@ from problems import Quadratic, quadratic_loss
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -12,6 +12,7 @@ from problems import cross_entropy, digits, mlp
 from torch import nn
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.readout import Readout, read_out
 from geomwatch.estimators.roughness import (
@@ -21,7 +22,6 @@ from geomwatch.estimators.roughness import (
     roughness_residual,
     take_slices,
 )
-from geomwatch.objective import Objective
 from geomwatch.vectors.layout import Layout
 
 QUANTITIES = ["roughness", "roughness_residual"]

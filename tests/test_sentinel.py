@@ -11,7 +11,7 @@ from problems import cross_entropy, digits, mlp
 from torch import Tensor, nn
 
 from geomwatch import Monitor
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.records import Estimate
 from geomwatch.rescaled import Rescaled
 from geomwatch.rules import Observation

@@ -16,12 +16,12 @@ from ranks import run
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch import shard_choice
+from geomwatch.curvature import placement as shard_choice
+from geomwatch.curvature.fully_sharded import FullySharded
+from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.placement import choose_shards
 from geomwatch.errors import WithheldError
-from geomwatch.fully_sharded import FullySharded
-from geomwatch.objective import Objective
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.shard_choice import choose_shards
 from geomwatch.stability import stability_of
 from geomwatch.vectors.layout import Layout
 from geomwatch.vectors.shard_vector import Holders, ShardVector, dimension

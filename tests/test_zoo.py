@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo import ZOO
 from zoo_case import Case, difference, double_backward, exact_hvp, learned, trainable
 
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.vectors.layout import Layout, generator
 
 SEED = 5  # of the dropout masks

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import geomwatch
+from geomwatch.curvature.objective import Objective
 from geomwatch.isolation.norms import spectral_norm_held, weight_norm_written_out
-from geomwatch.objective import Objective
 
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}
 

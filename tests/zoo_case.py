@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import geomwatch
-from geomwatch import batches
+from geomwatch.curvature import batches
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch import landscape
-from geomwatch.objective import LossFn, Objective
+from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.vectors.layout import generator
 from studies.cases import Case
 from studies.data import Batch

@@ -9,9 +9,9 @@ from torch import nn
 
 import geomwatch
 from geomwatch import landscape
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.normalized_sharpness import normalized_sharpness
 from geomwatch.estimators.readout import read_out
-from geomwatch.objective import Objective
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import generator
 from studies.cases import Case

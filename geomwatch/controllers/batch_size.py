@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.actuators import BATCH, LR, Actuator
-from geomwatch.checks import check_count
 from geomwatch.controllers.controller import Knobs, Move, check_above
 from geomwatch.controllers.margins import SmoothedMargin
+from geomwatch.curvature.checks import check_count
 from geomwatch.records import Alert, Estimate
 from geomwatch.resizable import SampledBatches
 from geomwatch.rules import Observation

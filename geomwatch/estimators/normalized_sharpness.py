@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.readout import Readout
-from geomwatch.objective import Objective
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import Layout
 

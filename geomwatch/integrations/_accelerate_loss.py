@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from geomwatch import batches
-from geomwatch.objective import LossFn
+from geomwatch.curvature import batches
+from geomwatch.curvature.objective import LossFn
 
 
 @dataclass(frozen=True, slots=True)

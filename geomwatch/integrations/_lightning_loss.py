@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
+from geomwatch.curvature import batches
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._lightning_names import dummy_logger, host_of
 from geomwatch.integrations._lightning_tap import StepCall
 from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.isolation import captured_by
-from geomwatch.objective import LossFn
 
 _REMEDY = (
     "Pass GeomwatchCallback(loss_fn=...), a function (module, batch) -> the loss alone, or give "
@@ -32,7 +32,7 @@ _ABSENT = object()
 class MicroBatch:
     """The batch of a training step, whole or a piece of it.
 
-    A batch as `geomwatch.batches` knows it: copied, cut and cast. The rest is passed through, so a
+    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast. The rest is passed through, so a
     piece knows what it is a piece of.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.group import Group
 from geomwatch.integrations._lightning_check import difference_to_training, refuse
@@ -16,7 +17,6 @@ from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall, Tap
 from geomwatch.integrations._lightning_watch import Watch
 from geomwatch.monitor import Monitor
-from geomwatch.objective import LossFn
 from geomwatch.options import Options
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
-from geomwatch import batches
+from geomwatch.curvature import batches
 from geomwatch.isolation.isolation import is_probing
 from geomwatch.isolation.snapshot import RandomState
 from geomwatch.progress import gradient_norm

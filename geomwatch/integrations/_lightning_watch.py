@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch import batches
 from geomwatch.controllers.controller import copies
+from geomwatch.curvature import batches
 from geomwatch.errors import UsageError
 from geomwatch.integrations._lightning_actuators import TrainerAccumulation, actuators_of
 from geomwatch.integrations._lightning_host import trained_model

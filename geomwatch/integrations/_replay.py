@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
-from geomwatch.checks import check_loss
+from geomwatch.curvature import batches
+from geomwatch.curvature.checks import check_loss
+from geomwatch.curvature.objective import LossFn
 from geomwatch.isolation.isolation import isolated
-from geomwatch.objective import LossFn
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
+from geomwatch.curvature import batches
+from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._transformers_tap import LossCall, TrainingStep
 from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.isolation import captured_by
-from geomwatch.objective import LossFn
 
 
 class Window:
@@ -57,7 +57,7 @@ class Window:
 class MicroBatch:
     """The inputs of a training step, whole or a piece of them.
 
-    A batch as `geomwatch.batches` knows it: copied, cut and cast in its inputs. The rest is passed
+    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast in its inputs. The rest is passed
     through, so a piece knows what it is a piece of.
     """
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from geomwatch import batches
+from geomwatch.curvature import batches
 from geomwatch.isolation.snapshot import RandomState
 
 _Method: TypeAlias = Callable[..., Any]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch.controllers.controller import copies
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json
 from geomwatch.integrations._transformers_actuators import actuators_of
@@ -20,7 +21,6 @@ from geomwatch.integrations._transformers_tap import Tap
 from geomwatch.integrations._transformers_trainer import trained_model
 from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitor import Monitor
-from geomwatch.objective import LossFn
 from geomwatch.options import Options
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.integrations._accelerate_actuators import actuators_of
 from geomwatch.integrations._accelerate_check import PLACE, bare, check_prepared, check_window
@@ -17,7 +18,6 @@ from geomwatch.integrations._accelerate_ties import Ties
 from geomwatch.integrations.extras import missing
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.monitor import Monitor
-from geomwatch.objective import LossFn
 from geomwatch.records import Record
 from geomwatch.stability import unwrap
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self, Unpack
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.group import Group
 from geomwatch.integrations._critical import wanted
@@ -28,7 +29,6 @@ from geomwatch.integrations._lightning_reports import (
 )
 from geomwatch.integrations._lightning_run import Run
 from geomwatch.monitor import Monitor
-from geomwatch.objective import LossFn
 from geomwatch.options import Options, is_disabled
 from geomwatch.sinks import logger
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import Unpack
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
@@ -22,7 +23,6 @@ from geomwatch.integrations._transformers_trainer import (
 from geomwatch.integrations._transformers_watch import Watch
 from geomwatch.integrations.extras import missing
 from geomwatch.monitor import Monitor
-from geomwatch.objective import LossFn
 from geomwatch.options import Options, is_disabled
 from geomwatch.records import Record
 from geomwatch.sinks import logger

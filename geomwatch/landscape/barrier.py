@@ -9,7 +9,8 @@ from pathlib import Path as FilePath
 import numpy as np
 from torch import nn
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.alignment import align as align_states
 from geomwatch.landscape.bar import Progress
@@ -18,7 +19,6 @@ from geomwatch.landscape.paths import Ends, Path
 from geomwatch.landscape.results import Barrier, Floats
 from geomwatch.landscape.scan import Scan, Setting
 from geomwatch.landscape.states import State, check_states, own_copies
-from geomwatch.objective import LossFn
 
 
 def barrier(

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
@@ -20,7 +21,6 @@ from geomwatch.landscape.evaluator import Evaluator, evaluating
 from geomwatch.landscape.provenance import digest, provenance
 from geomwatch.landscape.results import Facts, Floats
 from geomwatch.landscape.states import State, check_states, mix, own_copies
-from geomwatch.objective import LossFn
 from geomwatch.vectors.layout import Layout
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]

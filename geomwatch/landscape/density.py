@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import Operator, lanczos
 from geomwatch.landscape.bar import Progress, reporter
@@ -20,8 +22,6 @@ from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import provenance
 from geomwatch.landscape.results import Density, Facts, Floats
 from geomwatch.landscape.steadiness import steadiness
-from geomwatch.objective import LossFn, Objective
-from geomwatch.validation import choose_backend
 from geomwatch.vectors.layout import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas

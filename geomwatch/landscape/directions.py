@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.lanczos import lanczos
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.states import check_states
 from geomwatch.landscape.steadiness import steadiness
-from geomwatch.objective import LossFn, Objective
-from geomwatch.validation import choose_backend
 from geomwatch.vectors.layout import Layout, generator
 
 _SCALES = ("filter", "layer", "unit")

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
-from geomwatch.checks import check_options, explain_device
+from geomwatch.curvature import batches
+from geomwatch.curvature.checks import check_options, explain_device
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.landscape.data import Batches
-from geomwatch.objective import LossFn
 from geomwatch.vectors.layout import Layout
 
 logger = logging.getLogger("geomwatch")

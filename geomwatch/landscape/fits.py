@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageError
 from geomwatch.landscape.results import Floats, Slice
 

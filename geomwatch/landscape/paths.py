@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.batchnorm import recalibrate, with_statistics
 from geomwatch.landscape.bezier import Curve, digest_of, place_on
@@ -17,7 +18,6 @@ from geomwatch.landscape.evaluator import Evaluator, Place, evaluating, same
 from geomwatch.landscape.provenance import provenance
 from geomwatch.landscape.scan import Loss, Scan, Setting, scan
 from geomwatch.landscape.states import State
-from geomwatch.objective import LossFn
 
 _SAME_FUNCTION = 1e-4  # of two orders of the same units, which are summed in another order
 

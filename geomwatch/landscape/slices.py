@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from geomwatch.curvature.objective import LossFn
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.directions import Direction, as_direction, layout_of
 from geomwatch.landscape.evaluator import evaluating
@@ -17,7 +18,6 @@ from geomwatch.landscape.provenance import digest, provenance
 from geomwatch.landscape.results import Plane, Slice
 from geomwatch.landscape.scan import Scan, Setting, grid, scan
 from geomwatch.landscape.trajectory import cosine, two_directions
-from geomwatch.objective import LossFn
 
 
 def slice_1d(

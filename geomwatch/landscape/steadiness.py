@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomwatch.curvature.objective import Objective
 from geomwatch.landscape.evaluator import same
-from geomwatch.objective import Objective
 
 
 def steadiness(objective: Objective) -> dict[str, Any]:

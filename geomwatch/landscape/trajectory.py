@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomwatch.checks import check_count
+from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageError
 from geomwatch.landscape.directions import Direction, as_direction, layout_of
 from geomwatch.landscape.provenance import digest, weights_digest

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
-from geomwatch.checks import check_count, check_options
+from geomwatch.curvature import batches
+from geomwatch.curvature.checks import check_count, check_options
+from geomwatch.curvature.locate import module_of
+from geomwatch.curvature.padding import padding_mask
+from geomwatch.curvature.products import Products
+from geomwatch.curvature.replay import LossFn as LossFn
+from geomwatch.curvature.replay import Replay
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.twice_differentiable import not_compiled
-from geomwatch.locate import module_of
-from geomwatch.padding import padding_mask
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.products import Products
-from geomwatch.replay import LossFn as LossFn
-from geomwatch.replay import Replay
 from geomwatch.vectors.layout import Layout, generator
 
 _SMALLEST_PART = 16  # items
@@ -296,6 +296,6 @@ class Objective:
 def _replay_on(layout: Layout) -> type[Replay]:
     if not layout.is_cut:
         return Replay
-    from geomwatch.shard_replay import ShardReplay  # imports DTensor, which takes a while
+    from geomwatch.curvature.shard_replay import ShardReplay  # imports DTensor, which takes a while
 
     return ShardReplay

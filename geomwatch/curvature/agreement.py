@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from geomwatch.objective import Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.vectors.layout import generator
 
 # Of the gradient: the smallest step crosses no kink. But a model may compute parts of itself in

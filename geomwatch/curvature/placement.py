@@ -62,7 +62,7 @@ def _why_replica(model: nn.Module, layout: Layout, hvp: str, operator: str) -> s
         return f"hvp={hvp!r}"
     if operator != "hessian":
         return f"operator={operator!r}"
-    from geomwatch.fully_sharded import FullySharded
+    from geomwatch.curvature.fully_sharded import FullySharded
     from geomwatch.vectors.shard_layout import cut_otherwise
 
     name = cut_otherwise(layout)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch import batches
+from geomwatch.curvature import batches
 
 _OPERATION = re.compile(r"aten::(\w+)|(\w+) in the loss has no second derivative")
 

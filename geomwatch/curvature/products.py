@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from geomwatch.double_backward import gradients, lacks_second_derivative, product
+from geomwatch.curvature.double_backward import gradients, lacks_second_derivative, product
+from geomwatch.curvature.finite_difference import FiniteDifference, NotSmoothError
+from geomwatch.curvature.gauss_newton import GaussNewton, outputs_noted
+from geomwatch.curvature.replay import Replay
 from geomwatch.errors import NoCurvatureError, UsageError
-from geomwatch.finite_difference import FiniteDifference, NotSmoothError
-from geomwatch.gauss_newton import GaussNewton, outputs_noted
-from geomwatch.replay import Replay
 
 Product = Callable[[Tensor], Tensor]  # (D,) -> (D,)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geomwatch.checks import find_once_differentiable
+from geomwatch.curvature.checks import find_once_differentiable
 from geomwatch.errors import UsageError
 from geomwatch.vectors.layout import Layout
 

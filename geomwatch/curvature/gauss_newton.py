@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
+from geomwatch.curvature import batches
 from geomwatch.errors import UsageError
 from geomwatch.vectors.layout import Layout
 

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from geomwatch import batches
-from geomwatch.checks import check_loss, explain_device
-from geomwatch.double_backward import gradients
+from geomwatch.curvature import batches
+from geomwatch.curvature.checks import check_loss, explain_device
+from geomwatch.curvature.double_backward import gradients
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast

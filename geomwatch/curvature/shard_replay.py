@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomwatch.curvature.fully_sharded import FullySharded
+from geomwatch.curvature.replay import Replay
 from geomwatch.errors import UsageError, WithheldError
-from geomwatch.fully_sharded import FullySharded
 from geomwatch.isolation.norms import spectral_norm_held
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.replay import Replay
 from geomwatch.vectors.shard_vector import ShardVector
 
 

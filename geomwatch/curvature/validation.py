@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from geomwatch import batches
-from geomwatch.agreement import Validation, validate
+from geomwatch.curvature import batches
+from geomwatch.curvature.agreement import Validation, validate
+from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.padding import padding_mask
 from geomwatch.errors import NoCurvatureError, UsageError
-from geomwatch.objective import LossFn, Objective
-from geomwatch.padding import padding_mask
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.fsdp import is_sharded

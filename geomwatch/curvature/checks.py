@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from geomwatch import batches
+from geomwatch.curvature import batches
 from geomwatch.errors import UsageError, UsageTypeError
 
 _WRONG_DEVICE = "same device|expected device|expected on|weight type|storage has not been allocated"
