@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from geomwatch.stability import learning_rates
+from geomwatch.stability.problem import learning_rates
 
 LR, BATCH, CLIP = "lr_scale", "batch_scale", "clip_norm"
 KNOBS = (LR, BATCH, CLIP)  # in the order in which controllers get their turn

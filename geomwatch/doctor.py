@@ -27,8 +27,8 @@ from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.readout import read_out
-from geomwatch.invariance import ScaleInvariance
-from geomwatch.stability import stability_of, unwrap
+from geomwatch.stability.problem import stability_of, unwrap
+from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator
 
 _HVPS = 7  # of a recurring probe: five for Lanczos, one for the trace, one along the gradient

@@ -16,7 +16,6 @@ from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.guard import Guard
 from geomwatch.judge import Judge
-from geomwatch.optimizers import is_adaptive
 from geomwatch.options import is_disabled
 from geomwatch.pace import Pace, is_frugal
 from geomwatch.parallel.ranks import Ranks, unwrapped
@@ -28,7 +27,8 @@ from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty
 from geomwatch.sinks import Sink, run_line
-from geomwatch.stability import cold_start, learning_rates, planned_rates, unwrap
+from geomwatch.stability.optimizers import is_adaptive
+from geomwatch.stability.problem import cold_start, learning_rates, planned_rates, unwrap
 from geomwatch.vectors.layout import Layout
 
 _PLACE = (

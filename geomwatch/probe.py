@@ -20,7 +20,7 @@ from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.records import Estimate
 from geomwatch.running import RunningTrace
-from geomwatch.stability import Stability
+from geomwatch.stability.problem import Stability
 from geomwatch.vectors.layout import generator
 
 _PIECES = 8

@@ -18,9 +18,9 @@ import geomwatch
 from geomwatch.curvature.agreement import Validation
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
-from geomwatch.invariance import ScaleInvariance
 from geomwatch.probe import Probe
-from geomwatch.stability import stability_of
+from geomwatch.stability.problem import stability_of
+from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout
 
 ONE = torch.ones(1, dtype=torch.float64)

@@ -21,7 +21,7 @@ from geomwatch.estimators.noise import (
     spread_of,
     temperature,
 )
-from geomwatch.recursion import Recursion
+from geomwatch.stability.recursion import Recursion
 
 EVEN, UNEVEN = (8, 8, 8, 8), (20, 3, 1, 8)
 SIGMA = torch.linspace(0.1, 2.0, 12, dtype=torch.float64)  # one item's standard deviations

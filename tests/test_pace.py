@@ -10,7 +10,7 @@ import torch
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
-from geomwatch.invariance import ScaleInvariance
+from geomwatch.stability.scale_invariance import ScaleInvariance
 
 
 def minibatches():

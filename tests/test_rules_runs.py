@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch.records import Alert
-from geomwatch.stability import stability_of
+from geomwatch.stability.problem import stability_of
 from geomwatch.vectors.layout import Layout
 
 Batch = tuple[Tensor, Tensor]

@@ -16,7 +16,7 @@ from geomwatch.records import Estimate
 from geomwatch.rescaled import Rescaled
 from geomwatch.rules import Observation
 from geomwatch.sentinel import Point, Sentinel
-from geomwatch.stability import cold_start, learning_rates, planned_rates, stability_of
+from geomwatch.stability.problem import cold_start, learning_rates, planned_rates, stability_of
 from geomwatch.vectors.layout import Layout
 
 EIGENVALUES = torch.tensor([4.0, 1.0, 0.25, 0.0])

@@ -22,7 +22,7 @@ from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.errors import WithheldError
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.stability import stability_of
+from geomwatch.stability.problem import stability_of
 from geomwatch.vectors.layout import Layout
 from geomwatch.vectors.shard_vector import Holders, ShardVector, dimension
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geomwatch.optimizers import is_adaptive
-from geomwatch.recursion import Recursion
-from geomwatch.stability import Stability, learning_rates, stability_of, unwrap
+from geomwatch.stability.optimizers import is_adaptive
+from geomwatch.stability.problem import Stability, learning_rates, stability_of, unwrap
+from geomwatch.stability.recursion import Recursion
 from geomwatch.vectors.layout import Layout
 
 optim = torch.optim

@@ -23,7 +23,7 @@ from geomwatch.errors import UsageError
 from geomwatch.records import Adjustment, Alert, Effect, Estimate
 from geomwatch.rules import Observation
 from geomwatch.sinks import logger
-from geomwatch.stability import unwrap
+from geomwatch.stability.problem import unwrap
 
 _SAME = 1e-6  # relative: a knob that moves by less has not moved
 

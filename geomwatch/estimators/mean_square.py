@@ -10,7 +10,7 @@ import numpy.typing as npt
 from geomwatch.estimators.jackknife import jackknife
 from geomwatch.estimators.noise import NO_ERROR, Spread
 from geomwatch.records import Estimate
-from geomwatch.recursion import Recursion
+from geomwatch.stability.recursion import Recursion
 
 
 def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float) -> Estimate:

@@ -10,7 +10,7 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._accelerate_ties import Ties
 from geomwatch.integrations._parallelism import check_parallelism
 from geomwatch.sinks import logger
-from geomwatch.stability import unwrap
+from geomwatch.stability.problem import unwrap
 
 PLACE = (
     "Call monitor.step(batch) for each micro-batch, inside `with accelerator.accumulate(model):`, "

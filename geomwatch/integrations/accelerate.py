@@ -19,7 +19,7 @@ from geomwatch.integrations.extras import missing
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.monitor import Monitor
 from geomwatch.records import Record
-from geomwatch.stability import unwrap
+from geomwatch.stability.problem import unwrap
 
 try:
     from accelerate import Accelerator

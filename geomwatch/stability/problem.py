@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from geomwatch.optimizers import (
+from geomwatch.stability.optimizers import (
     FORMULAS,
     Coming,
     Step,
@@ -29,8 +29,8 @@ from geomwatch.optimizers import (
     plain_step,
     unscaled_step,
 )
-from geomwatch.optimizers import unwrap as unwrap
-from geomwatch.recursion import Recursion
+from geomwatch.stability.optimizers import unwrap as unwrap
+from geomwatch.stability.recursion import Recursion
 from geomwatch.vectors.layout import Layout, entries
 
 _SAMPLE = 1 << 15  # entries of a group that its median is taken from

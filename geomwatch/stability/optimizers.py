@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geomwatch.recursion import Recursion
+from geomwatch.stability.recursion import Recursion
 from geomwatch.vectors.layout import entries
 
 
