@@ -26,7 +26,7 @@ from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
-from geomwatch.estimators.readout import read_out
+from geomwatch.estimators.noise_floor import read_out
 from geomwatch.stability.problem import stability_of, unwrap
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator

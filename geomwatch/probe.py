@@ -15,7 +15,7 @@ from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
 from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, unit, warm_start
 from geomwatch.estimators.noise import Spread, pooled, spread_of
-from geomwatch.estimators.readout import Readout, read_out
+from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.records import Estimate

@@ -15,6 +15,7 @@ from geomwatch.curvature.locate import operation_in
 from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.validation import choose_backend
+from geomwatch.estimators.along_step import Point, Sentinel
 from geomwatch.own_step import OwnStep, gradient_of_step
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.plan import Plan
@@ -22,7 +23,6 @@ from geomwatch.probe import Probe, WarmStart
 from geomwatch.quantities import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
 from geomwatch.running import Held, RunningTrace
-from geomwatch.sentinel import Point, Sentinel
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator

@@ -8,7 +8,7 @@ from problems import Quadratic, cross_entropy, digits, mlp, quadratic_loss, wish
 
 import geomwatch
 from geomwatch.estimators.critical_lr import critical_lr
-from geomwatch.estimators.readout import Readout
+from geomwatch.estimators.noise_floor import Readout
 
 ONES = torch.ones(4, dtype=torch.float64)
 

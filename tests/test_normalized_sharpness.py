@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch.curvature.objective import Objective
+from geomwatch.estimators.noise_floor import read_out
 from geomwatch.estimators.normalized_sharpness import (
     normalized_sharpness,
     normalized_sharpness_linf,
 )
-from geomwatch.estimators.readout import read_out
 from geomwatch.records import Estimate
 
 BATCH = torch.ones(1, dtype=torch.float64)

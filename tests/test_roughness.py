@@ -14,7 +14,7 @@ from torch import nn
 import geomwatch
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.directions import filter_normalised
-from geomwatch.estimators.readout import Readout, read_out
+from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import (
     Slices,
     micro_scale,

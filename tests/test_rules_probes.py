@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch.estimators.noise import NO_SIGNAL
-from geomwatch.estimators.readout import NO_FUNCTION
+from geomwatch.estimators.noise_floor import NO_FUNCTION
 from geomwatch.records import Estimate
 from geomwatch.rules import (
     CriticalBatchSize,

@@ -10,8 +10,8 @@ from torch import nn
 import geomwatch
 from geomwatch import landscape
 from geomwatch.curvature.objective import Objective
+from geomwatch.estimators.noise_floor import read_out
 from geomwatch.estimators.normalized_sharpness import normalized_sharpness
-from geomwatch.estimators.readout import read_out
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import generator
 from studies.cases import Case

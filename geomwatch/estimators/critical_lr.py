@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from geomwatch.estimators.readout import LossAt, Readout
+from geomwatch.estimators.noise_floor import LossAt, Readout
 from geomwatch.records import Estimate
 
 _MOST_DOUBLINGS = 30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.curvature.objective import Objective
-from geomwatch.estimators.readout import Readout
+from geomwatch.estimators.noise_floor import Readout
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import Layout
 

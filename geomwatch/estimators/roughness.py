@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from geomwatch.estimators.directions import filter_normalised
-from geomwatch.estimators.readout import LossAt, Readout
+from geomwatch.estimators.noise_floor import LossAt, Readout
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import Layout
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from geomwatch.estimators.lanczos import Operator
-from geomwatch.estimators.readout import LossAt, Readout
+from geomwatch.estimators.noise_floor import LossAt, Readout
 from geomwatch.records import Estimate
 
 _SECOND_ORDER = 1e-3  # of the loss: what the step is chosen to change by curvature alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from geomwatch.estimators.readout import NO_FUNCTION
+from geomwatch.estimators.noise_floor import NO_FUNCTION
 from geomwatch.records import Estimate
 from geomwatch.rules.observation import Observation
 
