@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.lanczos import lanczos, warm_start
-from geomwatch.probe import Budget, Probe
+from geomwatch.quantities.probe import Budget, Probe
 
 OUT = Path(__file__).parents[1] / "docs/benchmarks/lanczos_starts.md"
 loss_fn = geomwatch.supervised(F.cross_entropy)

@@ -14,8 +14,8 @@ from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.parallel.ranks import Ranks, unwrapped
-from geomwatch.probe import Budget, Probe
-from geomwatch.quantities import evaluate, evaluate_layers, resolve, ritz_indices
+from geomwatch.quantities.probe import Budget, Probe
+from geomwatch.quantities.table import evaluate, evaluate_layers, resolve, ritz_indices
 from geomwatch.records import Record
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance

@@ -22,7 +22,7 @@ from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.probe_data import fixed_window
 from geomwatch.prober import Probed, Prober
 from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
-from geomwatch.quantities import resolve
+from geomwatch.quantities.table import resolve
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule
 from geomwatch.running import Difficulty

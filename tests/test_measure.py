@@ -18,7 +18,7 @@ import geomwatch
 from geomwatch.curvature.agreement import Validation
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
-from geomwatch.probe import Probe
+from geomwatch.quantities.probe import Probe
 from geomwatch.stability.problem import stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout

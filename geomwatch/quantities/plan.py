@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from geomwatch.probe import Budget
-from geomwatch.quantities import LIGHT, SLOW
+from geomwatch.quantities.probe import Budget
+from geomwatch.quantities.table import LIGHT, SLOW
 
 _SLOW, _SLOW_FRUGAL = 10, 25  # intervals between two measurements of what is costly and slow,
 _SETTLED, _SETTLED_FRUGAL = 1, 10  # and before the first

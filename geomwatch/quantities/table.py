@@ -22,7 +22,7 @@ from geomwatch.estimators.normalized_sharpness import (
 )
 from geomwatch.estimators.roughness import roughness, roughness_residual
 from geomwatch.estimators.sharpness import sharpness_by_losses
-from geomwatch.probe import Probe
+from geomwatch.quantities.probe import Probe
 from geomwatch.records import Estimate
 
 LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
