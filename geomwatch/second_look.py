@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from geomwatch.observation.batch_noise import BatchNoise
+from geomwatch.observation.levels import gradient_level
+from geomwatch.observation.regime import FROM, HOLDS, LASTS, noise_of
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
-from geomwatch.rules.batch_noise import BatchNoise
-from geomwatch.rules.levels import gradient_level
-from geomwatch.rules.regime import FROM, HOLDS, LASTS, noise_of
 
 _SHARE, _SHARE_CONTROLLED = 0.43, 0.13  # of the level, from where on it matters
 _EARLY, _AGAIN = 5, 8  # steps of the looks at a start

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.estimators.noise import NO_SIGNAL
 from geomwatch.estimators.noise_floor import NO_FUNCTION
+from geomwatch.observation.regime import Regime
 from geomwatch.records import Estimate
 from geomwatch.rules import (
     CriticalBatchSize,
@@ -25,7 +26,6 @@ from geomwatch.rules import (
     UntrustedProbe,
 )
 from geomwatch.rules.message import batch_advice
-from geomwatch.rules.regime import Regime
 
 # Flat but rough
 

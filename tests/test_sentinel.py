@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from geomwatch import Monitor
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.along_step import Point, Sentinel
+from geomwatch.observation.margins import Rescaled
 from geomwatch.records import Estimate
-from geomwatch.rescaled import Rescaled
 from geomwatch.rules import Observation
 from geomwatch.stability.problem import cold_start, learning_rates, planned_rates, stability_of
 from geomwatch.vectors.layout import Layout

@@ -13,9 +13,9 @@ from observations import brief, heard, measured
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
+from geomwatch.observation.batch_noise import batch_noise
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation, PlannedRate, StochasticMargin
-from geomwatch.rules.batch_noise import batch_noise
 
 
 def start(step: int, noise: float | None, margin: float = 0.05, **more: Any) -> Observation:

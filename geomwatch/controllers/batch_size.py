@@ -9,12 +9,12 @@ from typing import Any
 
 from geomwatch.actuators import BATCH, LR, Actuator
 from geomwatch.controllers.controller import Knobs, Move, check_above
-from geomwatch.controllers.margins import SmoothedMargin
 from geomwatch.curvature.checks import check_count
+from geomwatch.observation.smoothed import SmoothedMargin
+from geomwatch.observation.step import Persistence, load_into, state_of
 from geomwatch.records import Alert, Estimate
 from geomwatch.resizable import SampledBatches
 from geomwatch.rules import Observation
-from geomwatch.rules.observation import Persistence, load_into, state_of
 
 _SMOOTHING = 0.5  # weight of the past; measurements are few
 _AT_ONCE = 2.0  # largest factor of one move

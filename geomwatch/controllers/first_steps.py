@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from geomwatch.controllers.margins import SmoothedMargin
+from geomwatch.observation.batch_noise import YOUNG, batch_noise
+from geomwatch.observation.regime import FROM
+from geomwatch.observation.smoothed import SmoothedMargin
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
-from geomwatch.rules.batch_noise import YOUNG, batch_noise
-from geomwatch.rules.regime import FROM
 
 _SGD, _ADAPTIVE = 0.1, 1.0  # the noise part of the mean-square margin to stay below,
 _FULL_BATCH = 0.7  # and the margin of the full batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomwatch.observation.regime import FROM, batches_agree, noise_of
 from geomwatch.rules import Observation
-from geomwatch.rules.regime import FROM, batches_agree, noise_of
 
 _SGD, _ADAPTIVE = 2.0, 1.0  # where nothing is known of micro-batches
 _LOW, _HIGH, _QUIET = 1.0, 2.0, 5.0  # where it is; the last where noise hardly matters

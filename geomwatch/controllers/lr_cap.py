@@ -11,9 +11,9 @@ from geomwatch.controllers.base_rate import BaseRate
 from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
 from geomwatch.controllers.first_steps import FirstSteps
 from geomwatch.controllers.limit import Limit
-from geomwatch.controllers.margins import SmoothedMargin, growth
 from geomwatch.controllers.stall import Stall
 from geomwatch.curvature.checks import check_count
+from geomwatch.observation.smoothed import SmoothedMargin, growth
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from geomwatch.observation.step import Observation, Rule
 from geomwatch.rules.critical_batch import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm import GradNormSpike
@@ -9,7 +10,6 @@ from geomwatch.rules.gradient_margin import GradientMargin
 from geomwatch.rules.loss import LossRise
 from geomwatch.rules.margin import StabilityMargin
 from geomwatch.rules.nonfinite import NonFinite
-from geomwatch.rules.observation import Observation, Rule
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
 from geomwatch.rules.stochastic_margin import StochasticMargin

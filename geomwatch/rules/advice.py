@@ -8,8 +8,8 @@ those rules keep to the level of theirs.)
 
 from __future__ import annotations
 
-from geomwatch.rules.levels import gradient_level
-from geomwatch.rules.observation import Observation
+from geomwatch.observation.levels import gradient_level
+from geomwatch.observation.step import Observation
 
 _MARGIN, _MARGIN_FULL_BATCH = 0.4, 0.8  # of the stability margin, aimed for
 _GRADIENT, _GRADIENT_FULL_BATCH = 0.21, 0.6  # of the level of the gradient margin, aimed for

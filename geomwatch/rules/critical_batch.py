@@ -8,9 +8,9 @@ from collections import deque
 from typing import Any
 
 from geomwatch.estimators.noise import NO_SIGNAL
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.records import Alert
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _FAR = 10.0  # times above or below
 _ENOUGH = 3  # measurements: one alone errs by its own size

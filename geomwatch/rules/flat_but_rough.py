@@ -6,9 +6,9 @@ import statistics
 from collections import deque
 from typing import Any
 
+from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
 
 _LEAST = 0.1  # of the roughness, that a parabola leaves
 _UNUSUAL = 5.0  # times the run's own median

@@ -7,9 +7,9 @@ import statistics
 from collections import deque
 from typing import Any
 
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _WINDOW = 100  # norms
 _YOUNG = 30  # norms without a verdict

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from geomwatch.observation.levels import gradient_level, items_of
+from geomwatch.observation.recent import RecentMargins
+from geomwatch.observation.regime import Regime
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.levels import gradient_level, items_of
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
-from geomwatch.rules.recent import RecentMargins
-from geomwatch.rules.regime import Regime
 
 _SHORT = 13.0  # at 64 items: of SGD over the last three,
 _FIRST = 22.0  # and of SGD in one of the first steps, in units of the small-batch limit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
-from geomwatch.rules.observation import Observation
 
 
 class Kept:

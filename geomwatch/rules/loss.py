@@ -7,11 +7,11 @@ import statistics
 from collections import deque
 from typing import Any
 
+from geomwatch.observation.recent import RecentMargins
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
-from geomwatch.rules.recent import RecentMargins
 
 _SMOOTHING = 0.8
 _NOISE_SMOOTHING = 0.98

@@ -7,12 +7,12 @@ import statistics
 from collections import deque
 from typing import Any
 
+from geomwatch.observation.recent import RecentMargins
+from geomwatch.observation.regime import Regime
+from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.margin_message import Levels, Usual, Verdict, beyond_usual, described
-from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
-from geomwatch.rules.recent import RecentMargins
-from geomwatch.rules.regime import Regime
-from geomwatch.rules.trust import Trust
 
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
 # training lives at 1 (the edge of stability) and survives 2.75 at the start. `geomwatch explain

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from geomwatch.observation.regime import EDGE
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.message import alert, batch_advice, carried_by
-from geomwatch.rules.observation import Observation
-from geomwatch.rules.regime import EDGE
 from geomwatch.sinks import format_estimate
 
 

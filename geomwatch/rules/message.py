@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.observation import Observation
 
 _LIMIT = 1.0  # of the mean-square margin
 _LARGEST = 64  # times the batch: beyond it nobody follows the advice

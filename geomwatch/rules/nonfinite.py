@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
 
 _SKIPS = 5
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomwatch.observation.batch_noise import BatchNoise, batch_noise
+from geomwatch.observation.levels import items_of
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.batch_noise import BatchNoise, batch_noise
 from geomwatch.rules.kept import Kept
-from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by, larger_batch
-from geomwatch.rules.observation import Observation
 from geomwatch.sinks import format_estimate
 
 _WARNING, _CRITICAL, _AT_ONCE = 3.0, 5.0, 10.0

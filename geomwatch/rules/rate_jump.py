@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from geomwatch.observation.recent import RecentMargins
+from geomwatch.observation.regime import Regime, noise_of
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
 from geomwatch.rules.advice import advised_rate
 from geomwatch.rules.message import alert, carried_by
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
-from geomwatch.rules.recent import RecentMargins
-from geomwatch.rules.regime import Regime, noise_of
-from geomwatch.rules.trust import Trust
 
 _JUMP = 2.0  # times the rate of the step before
 _PROBES = 3  # averaged, of the last

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomwatch.observation.batch_noise import YOUNG, BatchNoise, batch_noise
+from geomwatch.observation.levels import items_of
+from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.batch_noise import YOUNG, BatchNoise, batch_noise
 from geomwatch.rules.kept import Kept
-from geomwatch.rules.levels import items_of
 from geomwatch.rules.message import alert, carried_by, larger_batch
-from geomwatch.rules.observation import Latch, Observation, load_into, state_of
-from geomwatch.rules.trust import Trust
 
 _AT_ONCE = 1.0  # noise of SGD that is told of before the first step
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.message import alert
-from geomwatch.rules.observation import Latch, Observation, Persistence, load_into, state_of
-from geomwatch.rules.trust import Trust
 
 _LASTING = 5  # steps that a doubt must last
 _LOOSE = 0.5  # of the margin, that its error may be,

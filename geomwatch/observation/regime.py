@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
-from geomwatch.rules.observation import Observation
 
 EDGE = 0.9  # of the limit: from here on full-batch training is at the edge of stability
 FROM = 20  # steps; before, micro-batches agree with one another in runs that fail as well

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from geomwatch.rules.observation import Observation
+from geomwatch.observation.step import Observation
 
 # Chosen on runs of three nets, between healthy and failing ones (docs/decisions/020).
 _SGD = 0.3  # runs at up to 4 x their tuned rate had .26 at most, failing ones .32 at least

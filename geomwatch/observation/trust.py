@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from geomwatch.estimators.noise_floor import NO_FUNCTION
+from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
-from geomwatch.rules.observation import Observation
 
 _MATTERS = 0.5  # margins that can't be as large need no belief
 # Quantities that compare losses, which tells whether two evaluations agree.

@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from geomwatch.rules.observation import Observation
+from geomwatch.observation.step import Observation
 
 _LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this in a geometric mean
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from geomwatch.rules.observation import Observation
+from geomwatch.observation.step import Observation
 
 _ITEMS, _RATIO = 64, 19.0  # the batch and the noise ratio (momentum 0.9) of the levels below:
 _LONG, _LONG_ADAPTIVE = 7.0, 12.0  # in units of the small-batch limit
