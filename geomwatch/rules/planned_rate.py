@@ -8,7 +8,7 @@ from geomwatch.observation.batch_noise import BatchNoise, batch_noise
 from geomwatch.observation.levels import items_of
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.kept import Kept
+from geomwatch.rules.deferred import Kept
 from geomwatch.rules.message import alert, carried_by, larger_batch
 from geomwatch.sinks import format_estimate
 

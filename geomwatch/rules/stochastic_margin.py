@@ -10,7 +10,7 @@ from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.kept import Kept
+from geomwatch.rules.deferred import Kept
 from geomwatch.rules.message import alert, carried_by, larger_batch
 
 _AT_ONCE = 1.0  # noise of SGD that is told of before the first step
