@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from geomwatch.controllers.control import Control
+from geomwatch.controllers.conductor import Control
 from geomwatch.errors import UsageError
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record

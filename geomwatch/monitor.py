@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch.actuators import Actuator
 from geomwatch.controllers import Control, Controller
+from geomwatch.controllers.actuators import Actuator
 from geomwatch.curvature.checks import check_optimizer, check_options
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError

@@ -13,7 +13,7 @@ from states import same
 from torch import nn
 from torch.optim import lr_scheduler as S
 
-from geomwatch.actuators import LearningRate
+from geomwatch.controllers.actuators import LearningRate
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], S.LRScheduler]] = {
     "step": lambda o: S.StepLR(o, 3, gamma=0.3),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from geomwatch.actuators import StepClip
 from geomwatch.controllers import GradientClipper
+from geomwatch.controllers.actuators import StepClip
 from geomwatch.errors import UsageError
 from geomwatch.progress import Settled
 from geomwatch.records import Alert

@@ -17,8 +17,8 @@ from states import everything, same, seed
 from torch import nn
 
 from geomwatch import Adjustment, JsonLines, Monitor
-from geomwatch.actuators import KNOBS, Memory
 from geomwatch.controllers import Control, LearningRateCap, Move
+from geomwatch.controllers.actuators import KNOBS, Memory
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation

@@ -11,8 +11,8 @@ from ranks import run
 from torch.nn.parallel import DistributedDataParallel
 
 import geomwatch
-from geomwatch.actuators import Memory
 from geomwatch.controllers import BatchSizeScaler, GradientClipper, LearningRateCap
+from geomwatch.controllers.actuators import Memory
 
 
 def controlled(rank: int, cap: dict[str, float]) -> Any:

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from geomwatch.controllers import Accumulation, ResizableBatchSampler
+from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.errors import UsageError
-from geomwatch.resizable import SampledBatches
 
 DATA = TensorDataset(torch.arange(64))
 

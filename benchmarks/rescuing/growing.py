@@ -11,8 +11,8 @@ from tasks.sources import Batch, Source
 from tasks.training import Loop
 
 import geomwatch
-from geomwatch.actuators import BATCH
 from geomwatch.controllers import BatchSizeScaler, Controller, LearningRateCap
+from geomwatch.controllers.actuators import BATCH
 from rescuing.policies import Nothing
 
 LARGEST = 256  # items

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from geomwatch.controllers.batch_size import BatchSizeScaler
 from geomwatch.controllers.clipping import GradientClipper
-from geomwatch.controllers.control import Control
-from geomwatch.controllers.controller import Controller, Knobs, Move
+from geomwatch.controllers.conductor import Control
 from geomwatch.controllers.lr_cap import LearningRateCap
-from geomwatch.resizable import Accumulation, ResizableBatchSampler
+from geomwatch.controllers.protocol import Controller, Knobs, Move
+from geomwatch.controllers.resizable import Accumulation, ResizableBatchSampler
 
 __all__ = [
     "Accumulation",

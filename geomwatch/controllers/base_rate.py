@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from geomwatch.actuators import LR
-from geomwatch.controllers.controller import Move
+from geomwatch.controllers.actuators import LR
+from geomwatch.controllers.protocol import Move
 
 _WINDOW = 100  # measurements
 _OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from geomwatch.actuators import BATCH, LR, Actuator
-from geomwatch.controllers.controller import Knobs, Move, check_above
+from geomwatch.controllers.actuators import BATCH, LR, Actuator
+from geomwatch.controllers.protocol import Knobs, Move, check_above
+from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.curvature.checks import check_count
 from geomwatch.observation.smoothed import SmoothedMargin
 from geomwatch.observation.step import Persistence, load_into, state_of
 from geomwatch.records import Alert, Estimate
-from geomwatch.resizable import SampledBatches
 from geomwatch.rules import Observation
 
 _SMOOTHING = 0.5  # weight of the past; measurements are few

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from geomwatch.actuators import CLIP
-from geomwatch.controllers.controller import Knobs, Move, check_above
+from geomwatch.controllers.actuators import CLIP
+from geomwatch.controllers.protocol import Knobs, Move, check_above
 from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageError
 from geomwatch.records import Alert

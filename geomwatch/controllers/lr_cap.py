@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from geomwatch.actuators import LR
+from geomwatch.controllers.actuators import LR
 from geomwatch.controllers.base_rate import BaseRate
-from geomwatch.controllers.controller import Knobs, Move, check_above, check_share
 from geomwatch.controllers.first_steps import FirstSteps
 from geomwatch.controllers.limit import Limit
+from geomwatch.controllers.protocol import Knobs, Move, check_above, check_share
 from geomwatch.controllers.stall import Stall
 from geomwatch.curvature.checks import check_count
 from geomwatch.observation.smoothed import SmoothedMargin, growth

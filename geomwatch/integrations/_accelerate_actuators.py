@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from geomwatch.actuators import BATCH, Actuator, Memory
-from geomwatch.resizable import SampledBatches, samplers_of
+from geomwatch.controllers.actuators import BATCH, Actuator, Memory
+from geomwatch.controllers.resizable import SampledBatches, samplers_of
 
 _SPLIT = (
     "With split_batches=True the shards of a batch are cut to one size when an epoch begins: use "

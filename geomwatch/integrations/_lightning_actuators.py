@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from geomwatch.actuators import BATCH, CLIP, Actuator, Memory
-from geomwatch.resizable import SampledBatches, samplers_of
+from geomwatch.controllers.actuators import BATCH, CLIP, Actuator, Memory
+from geomwatch.controllers.resizable import SampledBatches, samplers_of
 
 
 def actuators_of(trainer: Any, module: Any, optimizer: Any) -> list[Actuator]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.controllers.controller import copies
+from geomwatch.controllers.protocol import copies
 from geomwatch.curvature import batches
 from geomwatch.errors import UsageError
 from geomwatch.integrations._lightning_actuators import TrainerAccumulation, actuators_of

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from geomwatch.actuators import BATCH, CLIP, Actuator, Memory
-from geomwatch.resizable import SampledBatches, samplers_of
+from geomwatch.controllers.actuators import BATCH, CLIP, Actuator, Memory
+from geomwatch.controllers.resizable import SampledBatches, samplers_of
 
 _FIXED = (
     "A Trainer counts its epochs by the batch and the accumulation it starts with: pass "

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.controllers.controller import copies
+from geomwatch.controllers.protocol import copies
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json

@@ -14,8 +14,8 @@ from scripted import Scripted
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from geomwatch.controllers import LearningRateCap, ResizableBatchSampler
+from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.integrations.accelerate import watch
-from geomwatch.resizable import SampledBatches
 
 
 def run(

@@ -18,7 +18,7 @@ from geomwatch.controllers import (
     LearningRateCap,
     ResizableBatchSampler,
 )
-from geomwatch.resizable import SampledBatches
+from geomwatch.controllers.resizable import SampledBatches
 
 DATA = TensorDataset(*digits(1024))
 

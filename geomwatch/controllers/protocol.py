@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from geomwatch.actuators import KNOBS
+from geomwatch.controllers.actuators import KNOBS
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Alert
 from geomwatch.rules import Observation

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from geomwatch.actuators import (
+from geomwatch.controllers.actuators import (
     BATCH,
     CLIP,
     KNOBS,
@@ -18,7 +18,7 @@ from geomwatch.actuators import (
     Memory,
     StepClip,
 )
-from geomwatch.controllers.controller import Controller, Knobs, Move, check_controllers
+from geomwatch.controllers.protocol import Controller, Knobs, Move, check_controllers
 from geomwatch.errors import UsageError
 from geomwatch.records import Adjustment, Alert, Effect, Estimate
 from geomwatch.rules import Observation

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, Sampler
 
-from geomwatch.actuators import BATCH
+from geomwatch.controllers.actuators import BATCH
 from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageTypeError
 
