@@ -14,7 +14,7 @@ from problems import cross_entropy, digits, mlp
 
 import geomwatch
 from geomwatch.controllers import LearningRateCap
-from geomwatch.controllers.first_steps import FirstSteps
+from geomwatch.controllers.learning_rate_cap.first_steps import FirstSteps
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 

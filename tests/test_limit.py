@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from geomwatch.controllers import LearningRateCap
-from geomwatch.controllers.limit import Limit
+from geomwatch.controllers.learning_rate_cap.limit import Limit
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from geomwatch.controllers.stall import Stall
+from geomwatch.controllers.learning_rate_cap.stall import Stall
 
 
 def looks(losses) -> list[int]:

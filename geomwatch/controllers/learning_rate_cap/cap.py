@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from geomwatch.controllers.actuators import LR
-from geomwatch.controllers.base_rate import BaseRate
-from geomwatch.controllers.first_steps import FirstSteps
-from geomwatch.controllers.limit import Limit
+from geomwatch.controllers.learning_rate_cap.base_rate import BaseRate
+from geomwatch.controllers.learning_rate_cap.first_steps import FirstSteps
+from geomwatch.controllers.learning_rate_cap.limit import Limit
+from geomwatch.controllers.learning_rate_cap.stall import Stall
 from geomwatch.controllers.protocol import Knobs, Move, check_above, check_share
-from geomwatch.controllers.stall import Stall
 from geomwatch.curvature.checks import check_count
 from geomwatch.observation.smoothed import SmoothedMargin, growth
 from geomwatch.records import Alert

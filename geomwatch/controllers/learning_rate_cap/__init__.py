@@ -1,0 +1,1 @@
+"""controllers.learning_rate_cap."""
