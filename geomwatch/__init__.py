@@ -2,11 +2,11 @@
 
 from geomwatch.doctor import Diagnosis, doctor
 from geomwatch.errors import UsageError
-from geomwatch.group import Group
 from geomwatch.isolation.isolation import is_probing
 from geomwatch.losses import model_loss, supervised
 from geomwatch.measure import measure
-from geomwatch.monitor import Monitor
+from geomwatch.monitoring.group import Group
+from geomwatch.monitoring.monitor import Monitor
 from geomwatch.records import Adjustment, Alert, Estimate, Record
 from geomwatch.sinks import JsonLines
 

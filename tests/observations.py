@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 
-from geomwatch.progress import Settled
+from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, Rule
 

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import geomwatch
 from geomwatch import UsageError
 from geomwatch.curvature.objective import Objective
+from geomwatch.monitoring.progress import StepScalars
 from geomwatch.parallel.ranks import RankError, Ranks, unwrapped
-from geomwatch.progress import StepScalars
 
 Batch = tuple[Tensor, Tensor]
 NAMES = ["loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"]

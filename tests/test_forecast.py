@@ -40,7 +40,7 @@ from forecasting.story import Story, read
 from tasks.rates import Rates
 from tasks.training import Recipe, prepare, train
 
-from geomwatch.progress import Settled
+from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import LossRise, NonFinite, Observation
 

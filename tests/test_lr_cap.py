@@ -11,7 +11,7 @@ import pytest
 
 from geomwatch.controllers import LearningRateCap, Move
 from geomwatch.errors import UsageError
-from geomwatch.progress import Settled
+from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 

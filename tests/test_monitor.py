@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch import Alert, Monitor, Record, UsageError
-from geomwatch.options import Options
+from geomwatch.monitoring.options import Options
 from geomwatch.rules import NonFinite, Observation
 
 Batch = tuple[Tensor, Tensor]

@@ -23,7 +23,7 @@ from observations import (
     trained,
 )
 
-from geomwatch.progress import Settled
+from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import (
     CriticalBatchSize,

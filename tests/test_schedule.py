@@ -14,7 +14,7 @@ import torch
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
-from geomwatch.schedule import AdaptiveSchedule, make_schedule
+from geomwatch.monitoring.schedule import AdaptiveSchedule, make_schedule
 
 Course = Callable[[int], float]
 

@@ -12,9 +12,9 @@ from problems import cross_entropy, digits, mlp
 
 import geomwatch
 from geomwatch.controllers import LearningRateCap
+from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
-from geomwatch.second_look import SecondLook
 
 
 def glance(step: int, along: float | None, *, lr: float = 0.1, **more: Any) -> Observation:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageTypeError
-from geomwatch.monitor import Monitor
-from geomwatch.options import Options
+from geomwatch.monitoring.monitor import Monitor
+from geomwatch.monitoring.options import Options
 
 _LATER = ("params", "probe_batch")
 

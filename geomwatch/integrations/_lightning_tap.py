@@ -11,7 +11,7 @@ from torch import Tensor
 from geomwatch.curvature import batches
 from geomwatch.isolation.isolation import is_probing
 from geomwatch.isolation.snapshot import RandomState
-from geomwatch.progress import gradient_norm
+from geomwatch.monitoring.progress import gradient_norm
 from geomwatch.sinks import logger
 
 _Method: TypeAlias = Callable[..., Any]

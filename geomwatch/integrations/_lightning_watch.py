@@ -18,8 +18,8 @@ from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning_tap import StepCall
 from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.snapshot import RandomState
-from geomwatch.monitor import Monitor
-from geomwatch.options import Options
+from geomwatch.monitoring.monitor import Monitor
+from geomwatch.monitoring.options import Options
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 

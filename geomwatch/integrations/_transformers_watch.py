@@ -20,8 +20,8 @@ from geomwatch.integrations._transformers_loss import TrainerLoss, Window
 from geomwatch.integrations._transformers_tap import Tap
 from geomwatch.integrations._transformers_trainer import trained_model
 from geomwatch.integrations._unknown import Unknown
-from geomwatch.monitor import Monitor
-from geomwatch.options import Options
+from geomwatch.monitoring.monitor import Monitor
+from geomwatch.monitoring.options import Options
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger

@@ -17,7 +17,7 @@ from geomwatch.integrations._accelerate_loss import EachAlike
 from geomwatch.integrations._accelerate_ties import Ties
 from geomwatch.integrations.extras import missing
 from geomwatch.isolation.isolation import captured_by
-from geomwatch.monitor import Monitor
+from geomwatch.monitoring.monitor import Monitor
 from geomwatch.records import Record
 from geomwatch.stability.problem import unwrap
 
@@ -29,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from geomwatch.options import Options
+    from geomwatch.monitoring.options import Options
 
 
 def watch(

@@ -10,7 +10,6 @@ from typing_extensions import Self, Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.group import Group
 from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
 from geomwatch.integrations._lightning_host import (
@@ -28,8 +27,9 @@ from geomwatch.integrations._lightning_reports import (
     tell_of_no_training,
 )
 from geomwatch.integrations._lightning_run import Run
-from geomwatch.monitor import Monitor
-from geomwatch.options import Options, is_disabled
+from geomwatch.monitoring.group import Group
+from geomwatch.monitoring.monitor import Monitor
+from geomwatch.monitoring.options import Options, is_disabled
 from geomwatch.sinks import logger
 
 

@@ -22,8 +22,8 @@ from geomwatch.integrations._transformers_trainer import (
 )
 from geomwatch.integrations._transformers_watch import Watch
 from geomwatch.integrations.extras import missing
-from geomwatch.monitor import Monitor
-from geomwatch.options import Options, is_disabled
+from geomwatch.monitoring.monitor import Monitor
+from geomwatch.monitoring.options import Options, is_disabled
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from geomwatch.progress import Settled
+from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Alert, Estimate
 
 

@@ -18,8 +18,8 @@ from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
+from geomwatch.monitoring.memory import RunningTrace
 from geomwatch.records import Estimate
-from geomwatch.running import RunningTrace
 from geomwatch.stability.problem import Stability
 from geomwatch.vectors.layout import generator
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from geomwatch.errors import UsageTypeError
-from geomwatch.monitor import Monitor
+from geomwatch.monitoring.monitor import Monitor
 from geomwatch.records import Alert
 
 

@@ -16,13 +16,13 @@ from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.estimators.along_step import Point, Sentinel
-from geomwatch.own_step import OwnStep, gradient_of_step
+from geomwatch.monitoring.memory import Held, RunningTrace
+from geomwatch.monitoring.replay_fidelity import OwnStep, gradient_of_step
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.probe import Probe, WarmStart
 from geomwatch.quantities.table import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
-from geomwatch.running import Held, RunningTrace
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator

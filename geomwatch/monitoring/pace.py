@@ -6,13 +6,13 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from geomwatch.guard import Guard
+from geomwatch.monitoring.prober import Probed
+from geomwatch.monitoring.safe_prober import Guard
+from geomwatch.monitoring.schedule import make_schedule
+from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.prober import Probed
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
-from geomwatch.schedule import make_schedule
-from geomwatch.second_look import SecondLook
 
 _FOR_SENTINELS = 0.5  # of the time that probes may take, beside it
 _ASKED_FOR_MORE = 100  # an `every` below this sets its own budget, and is what it costs

@@ -14,18 +14,18 @@ from geomwatch.controllers.actuators import Actuator
 from geomwatch.curvature.checks import check_optimizer, check_options
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.guard import Guard
-from geomwatch.judge import Judge
-from geomwatch.options import is_disabled
-from geomwatch.pace import Pace, is_frugal
+from geomwatch.monitoring.dispatch import Judge
+from geomwatch.monitoring.memory import Difficulty
+from geomwatch.monitoring.options import is_disabled
+from geomwatch.monitoring.pace import Pace, is_frugal
+from geomwatch.monitoring.probe_data import fixed_window
+from geomwatch.monitoring.prober import Probed, Prober
+from geomwatch.monitoring.progress import Settled, StepCounter, StepScalars, gradient_norm
+from geomwatch.monitoring.safe_prober import Guard
 from geomwatch.parallel.ranks import Ranks, unwrapped
-from geomwatch.probe_data import fixed_window
-from geomwatch.prober import Probed, Prober
-from geomwatch.progress import Settled, StepCounter, StepScalars, gradient_norm
 from geomwatch.quantities.table import resolve
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule
-from geomwatch.running import Difficulty
 from geomwatch.sinks import Sink, run_line
 from geomwatch.stability.optimizers import is_adaptive
 from geomwatch.stability.problem import cold_start, learning_rates, planned_rates, unwrap

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from geomwatch.errors import UsageError
+from geomwatch.monitoring.prober import Probed, Prober
 from geomwatch.observation.margins import Rescaled
 from geomwatch.parallel.ranks import RankError
-from geomwatch.prober import Probed, Prober
 from geomwatch.sinks import logger
 
 _PATIENCE = 3  # failed probes in a row before probing is paused
