@@ -12,21 +12,21 @@ from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
-from geomwatch.integrations._lightning_host import (
+from geomwatch.integrations._lightning.host import (
     losses_by_name,
     refuse_own_fetching,
     refuse_several,
     refuse_unknown_gradients,
     steps_taken,
 )
-from geomwatch.integrations._lightning_names import as_callback, remade, written
-from geomwatch.integrations._lightning_reports import (
+from geomwatch.integrations._lightning.names import as_callback, remade, written
+from geomwatch.integrations._lightning.reports import (
     publish,
     react,
     tell_of_a_short_run,
     tell_of_no_training,
 )
-from geomwatch.integrations._lightning_run import Run
+from geomwatch.integrations._lightning.run import Run
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options, is_disabled

@@ -69,7 +69,7 @@ def test_a_module_can_be_copied_and_pickled_while_it_is_watched(Net, fit):
 def test_a_missing_lightning_is_named_with_what_to_install(monkeypatch):
     for name in ("lightning", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "geomwatch.integrations._lightning_names")
+    monkeypatch.delitem(sys.modules, "geomwatch.integrations._lightning.names")
     words = r"needs lightning or pytorch-lightning.*pip install 'geomwatch\[lightning\]'"
     with pytest.raises(ImportError, match=words):
-        importlib.import_module("geomwatch.integrations._lightning_names")
+        importlib.import_module("geomwatch.integrations._lightning.names")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from geomwatch.integrations._lightning_host import steps_taken, steps_to_come
+from geomwatch.integrations._lightning.host import steps_taken, steps_to_come
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 

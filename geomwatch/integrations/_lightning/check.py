@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
+from geomwatch.integrations._lightning.loss import MicroBatch, StepLoss
 from geomwatch.integrations._replay import replay, turned
 from geomwatch.parallel.ranks import Ranks
 

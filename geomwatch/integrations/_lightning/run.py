@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
-from geomwatch.integrations._lightning_check import difference_to_training, refuse
-from geomwatch.integrations._lightning_host import steps_taken, trained_model
-from geomwatch.integrations._lightning_loss import MicroBatch, StepLoss
-from geomwatch.integrations._lightning_tap import StepCall, Tap
-from geomwatch.integrations._lightning_watch import Watch
+from geomwatch.integrations._lightning.check import difference_to_training, refuse
+from geomwatch.integrations._lightning.host import steps_taken, trained_model
+from geomwatch.integrations._lightning.loss import MicroBatch, StepLoss
+from geomwatch.integrations._lightning.tap import StepCall, Tap
+from geomwatch.integrations._lightning.watch import Watch
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options
