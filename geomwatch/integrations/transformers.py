@@ -13,14 +13,14 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._critical import wanted
 from geomwatch.integrations._early import check_early
 from geomwatch.integrations._json_state import is_json
-from geomwatch.integrations._transformers_trainer import (
+from geomwatch.integrations._transformers.trainer import (
     find_trainer,
     holds,
     publish,
     refuse_several,
     refuse_unknown_gradients,
 )
-from geomwatch.integrations._transformers_watch import Watch
+from geomwatch.integrations._transformers.watch import Watch
 from geomwatch.integrations.extras import missing
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options, is_disabled

@@ -10,15 +10,15 @@ from geomwatch.controllers.protocol import copies
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.integrations._json_state import from_json, to_json
-from geomwatch.integrations._transformers_actuators import actuators_of
-from geomwatch.integrations._transformers_check import (
+from geomwatch.integrations._transformers.actuators import actuators_of
+from geomwatch.integrations._transformers.check import (
     check_reproduced,
     check_seen,
     difference_to_training,
 )
-from geomwatch.integrations._transformers_loss import TrainerLoss, Window
-from geomwatch.integrations._transformers_tap import Tap
-from geomwatch.integrations._transformers_trainer import trained_model
+from geomwatch.integrations._transformers.loss import TrainerLoss, Window
+from geomwatch.integrations._transformers.tap import Tap
+from geomwatch.integrations._transformers.trainer import trained_model
 from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options

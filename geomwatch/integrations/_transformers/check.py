@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.integrations._replay import replay, turned
-from geomwatch.integrations._transformers_loss import TrainerLoss, Window
+from geomwatch.integrations._transformers.loss import TrainerLoss, Window
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout
 
