@@ -11,10 +11,10 @@ from torch.amp.grad_scaler import OptState
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
-from geomwatch.integrations._accelerate_actuators import actuators_of
-from geomwatch.integrations._accelerate_check import PLACE, bare, check_prepared, check_window
-from geomwatch.integrations._accelerate_loss import EachAlike
-from geomwatch.integrations._accelerate_ties import Ties
+from geomwatch.integrations._accelerate.actuators import actuators_of
+from geomwatch.integrations._accelerate.check import PLACE, bare, check_prepared, check_window
+from geomwatch.integrations._accelerate.loss import EachAlike
+from geomwatch.integrations._accelerate.ties import Ties
 from geomwatch.integrations.extras import missing
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.monitoring.monitor import Monitor
