@@ -10,8 +10,8 @@ from typing_extensions import Self, Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._critical import wanted
-from geomwatch.integrations._early import check_early
+from geomwatch.integrations._host.critical import wanted
+from geomwatch.integrations._host.early import check_early
 from geomwatch.integrations._lightning.host import (
     losses_by_name,
     refuse_own_fetching,

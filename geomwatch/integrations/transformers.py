@@ -10,9 +10,9 @@ from typing_extensions import Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._critical import wanted
-from geomwatch.integrations._early import check_early
-from geomwatch.integrations._json_state import is_json
+from geomwatch.integrations._host.critical import wanted
+from geomwatch.integrations._host.early import check_early
+from geomwatch.integrations._host.json_state import is_json
 from geomwatch.integrations._transformers.trainer import (
     find_trainer,
     holds,

@@ -11,7 +11,7 @@ import transformers
 from trainers import causal, loss_only, make, sentences
 
 from geomwatch import UsageError
-from geomwatch.integrations._parallelism import check_parallelism
+from geomwatch.integrations._host.parallelism import check_parallelism
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 # Where it is put

@@ -8,7 +8,7 @@ from torch import nn
 
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._accelerate.ties import Ties
-from geomwatch.integrations._parallelism import check_parallelism
+from geomwatch.integrations._host.parallelism import check_parallelism
 from geomwatch.sinks import logger
 from geomwatch.stability.problem import unwrap
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
+from geomwatch.integrations._host.replay import replay, turned
 from geomwatch.integrations._lightning.loss import MicroBatch, StepLoss
-from geomwatch.integrations._replay import replay, turned
 from geomwatch.parallel.ranks import Ranks
 
 _LOSS_TOLERANCE = 1e-2  # relative; a forward pass may move a spectral norm's vectors a little

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from geomwatch.curvature import batches
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.integrations._host.unknown import Unknown
 from geomwatch.integrations._lightning.names import dummy_logger, host_of
 from geomwatch.integrations._lightning.tap import StepCall
-from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.isolation import captured_by
 
 _REMEDY = (

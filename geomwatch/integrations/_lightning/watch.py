@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from geomwatch.controllers.protocol import copies
 from geomwatch.curvature import batches
 from geomwatch.errors import UsageError
+from geomwatch.integrations._host.unknown import Unknown
 from geomwatch.integrations._lightning.actuators import TrainerAccumulation, actuators_of
 from geomwatch.integrations._lightning.host import trained_model
 from geomwatch.integrations._lightning.loss import MicroBatch, StepLoss
 from geomwatch.integrations._lightning.tap import StepCall
-from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.snapshot import RandomState
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options

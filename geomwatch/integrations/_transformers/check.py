@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.integrations._replay import replay, turned
+from geomwatch.integrations._host.replay import replay, turned
 from geomwatch.integrations._transformers.loss import TrainerLoss, Window
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.objective import LossFn
+from geomwatch.integrations._host.unknown import Unknown
 from geomwatch.integrations._transformers.tap import LossCall, TrainingStep
-from geomwatch.integrations._unknown import Unknown
 from geomwatch.isolation.isolation import captured_by
 
 

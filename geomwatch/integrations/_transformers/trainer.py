@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from geomwatch.errors import UsageError
-from geomwatch.integrations._parallelism import check_parallelism
+from geomwatch.integrations._host.parallelism import check_parallelism
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from geomwatch.controllers.protocol import copies
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
-from geomwatch.integrations._json_state import from_json, to_json
+from geomwatch.integrations._host.json_state import from_json, to_json
+from geomwatch.integrations._host.unknown import Unknown
 from geomwatch.integrations._transformers.actuators import actuators_of
 from geomwatch.integrations._transformers.check import (
     check_reproduced,
@@ -19,7 +20,6 @@ from geomwatch.integrations._transformers.check import (
 from geomwatch.integrations._transformers.loss import TrainerLoss, Window
 from geomwatch.integrations._transformers.tap import Tap
 from geomwatch.integrations._transformers.trainer import trained_model
-from geomwatch.integrations._unknown import Unknown
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options
 from geomwatch.parallel.ranks import Ranks
