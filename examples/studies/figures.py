@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from geomwatch import landscape
-from geomwatch.landscape.style import COLOURS, GREY, INK, MARKERS, PAGE, new_figure, styled
+from geomwatch.landscape.figures.style import COLOURS, GREY, INK, MARKERS, PAGE, new_figure, styled
 from studies.cases import ARCHITECTURES, Case
 from studies.inference import Interval, ratio
 from studies.picturing import KINDS, picture

@@ -7,7 +7,6 @@ Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and al
 from geomwatch.landscape.alignment import Alignment, align
 from geomwatch.landscape.barrier import barrier
 from geomwatch.landscape.bezier import Bending, Curve, bezier
-from geomwatch.landscape.comparison import plot_comparison
 from geomwatch.landscape.density import density
 from geomwatch.landscape.directions import (
     Direction,
@@ -16,13 +15,14 @@ from geomwatch.landscape.directions import (
     random_direction,
     update_direction,
 )
+from geomwatch.landscape.figures.comparison import plot_comparison
+from geomwatch.landscape.figures.lines import plot_barrier, plot_density, plot_slice
+from geomwatch.landscape.figures.surfaces import plot_plane, plot_surface
 from geomwatch.landscape.fits import Fit, polynomial_fit
 from geomwatch.landscape.isolated import judge_isolation
-from geomwatch.landscape.lines import plot_barrier, plot_density, plot_slice
 from geomwatch.landscape.results import Barrier, Density, Plane, Slice, Trajectory
 from geomwatch.landscape.slices import plane, slice_1d
 from geomwatch.landscape.storage import load, save
-from geomwatch.landscape.surfaces import plot_plane, plot_surface
 from geomwatch.landscape.trajectory import grid_around, pca_directions, trajectory
 from geomwatch.landscape.units import permutable_units
 

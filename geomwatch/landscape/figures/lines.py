@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from geomwatch.errors import UsageError
-from geomwatch.landscape.fits import polynomial_fit
-from geomwatch.landscape.results import Barrier, Density, Floats, Slice
-from geomwatch.landscape.style import (
+from geomwatch.landscape.figures.style import (
     COLOURS,
     COLUMN,
     GREY,
@@ -21,6 +19,8 @@ from geomwatch.landscape.style import (
     remark,
     styled,
 )
+from geomwatch.landscape.fits import polynomial_fit
+from geomwatch.landscape.results import Barrier, Density, Floats, Slice
 
 _DECADES, _MOST = 6, 9  # of a spectral density that are drawn, at least and at most
 _OF_LONE = 0.3  # the height of the peak of one eigenvalue, which is to be seen

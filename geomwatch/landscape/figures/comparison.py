@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from geomwatch.errors import UsageError
-from geomwatch.landscape.lines import (
+from geomwatch.landscape.figures.lines import (
     density_names,
     described,
     draw_barriers,
@@ -16,9 +16,9 @@ from geomwatch.landscape.lines import (
     draw_slices,
     slice_names,
 )
+from geomwatch.landscape.figures.style import PAGE, new_figure, styled
+from geomwatch.landscape.figures.surfaces import add_bar, draw_contours, draw_surface
 from geomwatch.landscape.results import Barrier, Density, Plane, Slice
-from geomwatch.landscape.style import PAGE, new_figure, styled
-from geomwatch.landscape.surfaces import add_bar, draw_contours, draw_surface
 
 _HEIGHTS = {Slice: 2.3, Plane: 2.1, Barrier: 1.8, Density: 1.8}  # inches
 _SURFACE = 2.1

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from geomwatch.errors import UsageError
+from geomwatch.landscape.figures.style import COLUMN, GREY, INK, MAP, new_figure, remark, styled
 from geomwatch.landscape.results import Floats, Plane, Trajectory
-from geomwatch.landscape.style import COLUMN, GREY, INK, MAP, new_figure, remark, styled
 
 _WIDE = 20.0  # a ratio of losses from which levels are spaced evenly in the logarithm
 _LEVELS = 14
