@@ -480,7 +480,9 @@ def test_an_alignment_that_changes_the_function_is_found_out(monkeypatch):
     state = trained(small_mlp, 1, steps=60)
     model = small_mlp()
     wrong = {"hidden": [("0.weight", 0), ("0.bias", 0)]}  # and not what follows
-    monkeypatch.setattr("geomwatch.landscape.alignment.permutable_units", lambda model: wrong)
+    monkeypatch.setattr(
+        "geomwatch.landscape.permutations.alignment.permutable_units", lambda model: wrong
+    )
     with pytest.raises(UsageError, match="align must not change what the net computes"):
         landscape.barrier(
             model, state, trained(small_mlp, 2), cross_entropy, [digits(64)], align=True

@@ -4,7 +4,6 @@ Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and al
 `pip install 'geomwatch[report]'`.
 """
 
-from geomwatch.landscape.alignment import Alignment, align
 from geomwatch.landscape.barrier import barrier
 from geomwatch.landscape.bezier import Bending, Curve, bezier
 from geomwatch.landscape.density import density
@@ -20,11 +19,12 @@ from geomwatch.landscape.figures.lines import plot_barrier, plot_density, plot_s
 from geomwatch.landscape.figures.surfaces import plot_plane, plot_surface
 from geomwatch.landscape.fits import Fit, polynomial_fit
 from geomwatch.landscape.isolated import judge_isolation
+from geomwatch.landscape.permutations.alignment import Alignment, align
+from geomwatch.landscape.permutations.units import permutable_units
 from geomwatch.landscape.results import Barrier, Density, Plane, Slice, Trajectory
 from geomwatch.landscape.slices import plane, slice_1d
 from geomwatch.landscape.storage import load, save
 from geomwatch.landscape.trajectory import grid_around, pca_directions, trajectory
-from geomwatch.landscape.units import permutable_units
 
 __all__ = [
     "Alignment",

@@ -12,10 +12,10 @@ from torch import nn
 from geomwatch.curvature.checks import check_count
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
-from geomwatch.landscape.alignment import align as align_states
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.bezier import Bending, Curve, bezier
 from geomwatch.landscape.paths import Ends, Path
+from geomwatch.landscape.permutations.alignment import align as align_states
 from geomwatch.landscape.results import Barrier, Floats
 from geomwatch.landscape.scan import Scan, Setting
 from geomwatch.landscape.states import State, check_states, own_copies

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.landscape.extras import missing
+from geomwatch.landscape.permutations.units import Units, permutable_units
 from geomwatch.landscape.states import State, check_states
-from geomwatch.landscape.units import Units, permutable_units
 
 Order: TypeAlias = npt.NDArray[np.int64]  # the unit of B that comes to each place
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.isolation.isolation import isolated
-from geomwatch.landscape.operations import (
+from geomwatch.landscape.permutations.operations import (
     CONVOLUTIONS,
     EACH_FOR_ITSELF,
     ELEMENTWISE,
