@@ -32,8 +32,8 @@ _ABSENT = object()
 class MicroBatch:
     """The batch of a training step, whole or a piece of it.
 
-    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast. The rest is passed through, so a
-    piece knows what it is a piece of.
+    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast. The rest is passed
+    through, so a piece knows what it is a piece of.
     """
 
     batch: Any

@@ -57,8 +57,8 @@ class Window:
 class MicroBatch:
     """The inputs of a training step, whole or a piece of them.
 
-    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast in its inputs. The rest is passed
-    through, so a piece knows what it is a piece of.
+    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast in its inputs. The
+    rest is passed through, so a piece knows what it is a piece of.
     """
 
     inputs: Any
