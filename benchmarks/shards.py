@@ -74,7 +74,7 @@ def measure(hvp: str) -> dict[str, Any]:
         found |= {f"{name}, s": seconds, f"{name}, vectors": most / vector}
         optimizer.step()
     last = monitor.history[-1]
-    found["its HVPs"] = last.how["hvps"]
+    found["its HVPs"] = last.provenance["hvps"]
     return found | {"lambda_max": last["lambda_max"].value}
 
 

@@ -111,7 +111,7 @@ def doctor(
 def _look(make: _Make, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Evaluate the loss and its gradient at the weights; the loss's own errors pass through."""
     with make(hvp="finite_difference") as objective:
-        mode, layout = str(objective.how["mode"]), objective.layout
+        mode, layout = str(objective.provenance["mode"]), objective.layout
         flags = [(type(m).__name__, m.training) for m in model.modules()]
         before = _random_state(layout.device)
         gradient = objective.gradient()  # from the state before, and leaves the one after it
@@ -177,7 +177,7 @@ def _time_probe(make: _Make, hvp: str, how: dict[str, Any], seconds: dict[str, f
             product = partial(objective.hvp, objective.layout.rademacher(generator(0)))
             graph = _seconds(objective, objective.gradient)
             products = [_seconds(objective, product) for _ in range(_HVPS)]
-            how.update(objective.how)
+            how.update(objective.provenance)
         whole = time.perf_counter() - start
     seconds |= {"graph": graph, "hvp": statistics.median(products), "probe": whole}
 

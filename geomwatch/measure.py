@@ -96,7 +96,7 @@ def measure(
         estimates = evaluate(probe, names)
         if per_layer:
             estimates |= evaluate_layers(probe)
-        how = objective.how | facts | choice.facts | {"hvps": objective.hvps}
+        how = objective.provenance | facts | choice.facts | {"hvps": objective.hvps}
         loss = objective.loss()
     return Record(
         step=0,
@@ -104,5 +104,5 @@ def measure(
         lr=learning_rates(optimizer) if optimizer is not None else (),
         seconds=time.perf_counter() - start,
         estimates=estimates,
-        how=how,
+        provenance=how,
     )

@@ -74,7 +74,7 @@ class Record:
     estimates: Mapping[str, Estimate]
     alerts: tuple[Alert, ...] = ()
     adjustments: tuple[Adjustment, ...] = ()
-    how: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    provenance: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     knobs: Mapping[str, float] = field(default_factory=dict)  # as controllers have set them
 
     def __getitem__(self, name: str) -> Estimate:

@@ -27,7 +27,7 @@ _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging
 _IN_THE_LOG = (
     ("lambda_max", "λ_max"),
     ("stability_margin", "margin"),
-    ("stochastic_margin", "batch margin"),
+    ("stochastic_margin", "stochastic margin"),
     ("trace", "trace"),
     ("grad_norm", "|g|"),
 )
@@ -78,7 +78,7 @@ def record_line(record: Record) -> Line:
         "lr": record.lr,
         "seconds": record.seconds,
         "estimates": {name: asdict(e) for name, e in record.estimates.items()},
-        "how": dict(record.how),
+        "provenance": dict(record.provenance),
         "knobs": dict(record.knobs),
     }
 

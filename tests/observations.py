@@ -23,7 +23,7 @@ def measured(
 
 
 def full_batch(step: int, margin: float, *, loss: float = 1.0) -> Observation:
-    return measured(step, margin, loss=loss, deterministic=True)
+    return measured(step, margin, loss=loss, same_data=True)
 
 
 def trained(step: int, loss: float | None, *, grad_norm: float = 1.0, stepped: bool = True):
@@ -53,8 +53,8 @@ def random_run(seed: int) -> list[Observation]:
     """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
     rng = random.Random(seed)
     status = rng.choice(["ok", "ok", "unknown"])
-    deterministic = rng.random() < 0.3
-    usual = math.log(1.4 if deterministic else 0.5)
+    same_data = rng.random() < 0.3
+    usual = math.log(1.4 if same_data else 0.5)
     log_margin, lr, loss, step, stepped = math.log(0.3), 0.1, 2.0, 0, True
     frozen = rng.randrange(70, 140)  # steps at a rate of zero, before the warm-up starts
     run = []
@@ -79,7 +79,7 @@ def random_run(seed: int) -> list[Observation]:
                 gradient_margin=Estimate(rng.uniform(-1, 5)),
                 gradient_fresh=fresh or i % 2 == 0,  # a sentinel, where no probe is
                 peak=(30 * lr,),
-                deterministic=deterministic,
+                same_data=same_data,
                 estimates=random_estimates(rng, i // 20 % 2) if fresh else None,
                 items=64 if fresh else 0,
                 loss=math.nan if broken else loss,

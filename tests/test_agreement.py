@@ -72,8 +72,8 @@ def test_the_jacobian_of_a_wrong_double_backward_is_symmetric_and_of_a_detached_
     assert found.passed is None
     assert "part of the loss is held constant for its gradient" in found.reason
     record = geomwatch.measure(net(0.0), semi, digits(4))
-    assert record.how["backend"] == "double_backward"
-    assert record.how["validated"] is False
+    assert record.provenance["backend"] == "double_backward"
+    assert record.provenance["validated"] is False
 
 
 def test_noise_is_told_from_an_error():
@@ -112,5 +112,5 @@ def test_rows_for_padding_are_left_out_on_both_sides():
     model = nn.Sequential(nn.Embedding(9, 6, padding_idx=0), nn.Flatten(), nn.Linear(18, 9))
     tokens = torch.randint(0, 4, (8, 3))
     record = geomwatch.measure(model, cross_entropy, (tokens, torch.arange(8)))
-    assert record.how["validated"] is True
-    assert record.how["validation_error"] < 1e-8
+    assert record.provenance["validated"] is True
+    assert record.provenance["validation_error"] < 1e-8

@@ -40,12 +40,12 @@ def test_a_backward_that_is_not_differentiable_is_found_and_replaced(function, k
     batch = digits(64)
     exact = torch.linalg.eigvalsh(dense_hessian(Custom(torch.tanh, kinks).double(), batch))
     record = geomwatch.measure(Custom(function.apply, kinks), cross_entropy, batch, max_hvps=40)
-    assert record.how["backend"] == "finite_difference"
+    assert record.provenance["backend"] == "finite_difference"
     assert record["lambda_max"].value == pytest.approx(float(exact[-1]), rel=2e-3)
-    assert record.how["validated"] is False
+    assert record.provenance["validated"] is False
     silent = function is RawContext
     expected = "double backward is off by" if silent else "no second derivative"
-    assert expected in str(record.how["validation"])
+    assert expected in str(record.provenance["validation"])
 
 
 def test_where_differences_in_float32_cross_kinks_float64_takes_over():
@@ -55,7 +55,7 @@ def test_where_differences_in_float32_cross_kinks_float64_takes_over():
         exact = one.hvp(v)
     with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
         assert (two.hvp(v) - exact).norm() < 1e-5 * exact.norm()
-        assert two.how["dtype"] == "float64"
+        assert two.provenance["dtype"] == "float64"
         assert two.gradient().dtype == torch.float32
 
 
@@ -66,7 +66,7 @@ def test_a_monitor_warns_once_of_a_silently_wrong_backward(caplog):
     for _ in range(3):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
-        assert monitor.step(batch).how["backend"] == "finite_difference"
+        assert monitor.step(batch).provenance["backend"] == "finite_difference"
         optimizer.step()
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
@@ -81,14 +81,14 @@ def test_double_backward_alone_would_have_been_wrong_on_it():
         Custom(RawContext.apply, False), cross_entropy, batch, hvp="double_backward", max_hvps=40
     )
     assert abs(record["lambda_max"].value / exact - 1) > 0.02
-    assert record.how["validated"] is False
+    assert record.provenance["validated"] is False
 
 
 def test_a_sound_model_is_validated_and_keeps_double_backward():
     record = geomwatch.measure(mlp(64, 12, 10), cross_entropy, digits(64))
-    assert record.how["backend"] == "double_backward"
-    assert record.how["validated"] is True
-    assert record.how["validation_error"] < 1e-6
+    assert record.provenance["backend"] == "double_backward"
+    assert record.provenance["validated"] is True
+    assert record.provenance["validation_error"] < 1e-6
 
 
 def test_ctc_loss_is_measured_by_differences():
@@ -104,8 +104,8 @@ def test_ctc_loss_is_measured_by_differences():
 
     batch = (inputs.transpose(0, 1), targets)
     record = geomwatch.measure(model, loss_fn, batch, max_hvps=35)
-    assert record.how["backend"] == "finite_difference"
-    assert "_ctc_loss" in str(record.how["fallback"])
+    assert record.provenance["backend"] == "finite_difference"
+    assert "_ctc_loss" in str(record.provenance["fallback"])
     with Objective(model, loss_fn, [batch], hvp="finite_difference", dtype=torch.float64) as o:
         columns = [o.hvp(e) for e in torch.eye(o.layout.dim)]
     exact = torch.linalg.eigvalsh(torch.stack(columns).double())
@@ -121,7 +121,7 @@ def test_differences_in_float32_agree_with_double_backward_on_smooth_nets(activa
     with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
         for v, hv in zip(directions, exact, strict=True):
             assert (two.hvp(v) - hv).norm() < 3e-4 * hv.norm()
-        assert two.how["dtype"] == "float32"
+        assert two.provenance["dtype"] == "float32"
 
 
 def test_differences_across_kinks_are_refused_in_float32():
@@ -143,7 +143,7 @@ def test_bfloat16_parameters_go_on_to_float64_where_differences_cross_kinks():
         exact = one.hvp(v)
     with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
         assert (two.hvp(v) - exact).norm() < 1e-4 * exact.norm()
-        assert two.how["dtype"] == "float64"
+        assert two.provenance["dtype"] == "float64"
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert torch.get_default_dtype() == torch.float32
 
@@ -186,7 +186,7 @@ def test_bfloat16_parameters_are_measured_in_float32():
     batch = (x.to(torch.bfloat16), y)
     exact = dense_hessian(wide, (x.to(torch.bfloat16).double(), y))
     record = geomwatch.measure(model, cross_entropy, batch, max_hvps=30)
-    assert record.how["dtype"] == "float32"
+    assert record.provenance["dtype"] == "float32"
     assert record["lambda_max"].value == pytest.approx(
         float(torch.linalg.eigvalsh(exact)[-1]), rel=1e-4
     )
@@ -232,7 +232,10 @@ def test_an_autocast_that_the_loss_enters_is_overridden_unless_asked_for():
     assert cast["lambda_max"].value == plain["lambda_max"].value
     assert training["lambda_max"].value != plain["lambda_max"].value
     assert training["lambda_max"].value == pytest.approx(plain["lambda_max"].value, rel=0.05)
-    assert (cast.how["precision"], training.how["precision"]) == ("float32", "training")
+    assert (cast.provenance["precision"], training.provenance["precision"]) == (
+        "float32",
+        "training",
+    )
     with torch.autocast("cpu", torch.bfloat16):  # and works as before
         assert model(batch[0]).dtype == torch.bfloat16
 

@@ -1,4 +1,4 @@
-"""A larger batch or a lower rate: what the two parts of the mean-square margin say."""
+"""A larger batch or a lower rate: what the two parts of the stochastic margin say."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_where_curvature_dominates_the_noise_the_batch_stays():
 
 
 def test_full_batch_training_is_left_alone():
-    assert Batch(scaler()).run(0.3, 3.0, deterministic=True) == []
+    assert Batch(scaler()).run(0.3, 3.0, same_data=True) == []
 
 
 def test_the_gradient_noise_scale_bounds_the_batch():

@@ -354,7 +354,7 @@ def test_what_a_controller_needs_is_measured_at_every_probe():
         assert record["gradient_noise_scale"].age == 0
     (first, *_) = needy.seen
     assert first[0].items == 64
-    assert first[0].noise_ratio == pytest.approx(19)
+    assert first[0].limit_ratio == pytest.approx(19)
 
 
 def test_two_optimizers_are_capped_apart():

@@ -65,7 +65,7 @@ def watched_and_bare(rank: int) -> Any:
     bare = train(DistributedDataParallel(net()), shard(rank), cross_entropy, bare=True)[1]
     monitor, weights = train(DistributedDataParallel(net()), shard(rank), cross_entropy)
     same = all(torch.equal(a, b) for a, b in zip(bare, weights, strict=True))
-    return same, numbers(monitor), monitor.history[0].how
+    return same, numbers(monitor), monitor.history[0].provenance
 
 
 def test_ranks_measure_the_joined_batch_and_training_is_bit_identical(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def normalised(rank: int, sync: bool) -> Any:
     for part in zip(*(t.split(70 if rank == 0 else 20) for t in shard(rank)), strict=True):
         monitor.observe(part)
     monitor.step()
-    return {n: e.value for n, e in record.estimates.items()}, record.how, vectors, said
+    return {n: e.value for n, e in record.estimates.items()}, record.provenance, vectors, said
 
 
 def test_batch_statistics_are_those_of_all_ranks_or_recorded_as_each_ranks_own(
@@ -341,7 +341,7 @@ def sharded(rank: int, optimizer_name: str) -> Any:
             optimizer.step()
         found.append([p.full_tensor() for p in model.parameters()])
     same = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    return same, numbers(monitor), monitor.history[0].how
+    return same, numbers(monitor), monitor.history[0].provenance
 
 
 @pytest.mark.parametrize("optimizer_name", ["SGD", "AdamW"])

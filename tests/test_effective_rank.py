@@ -117,7 +117,7 @@ def test_a_trained_net_is_within_its_interval():
     found = record["effective_rank"]
     assert found.value == pytest.approx(truth, abs=4 * found.error)
     assert found.error < 0.2 * truth
-    assert record.how["hvps"] <= 20 + 30  # the samples are those of the trace
+    assert record.provenance["hvps"] <= 20 + 30  # the samples are those of the trace
 
 
 def test_it_is_found_through_measure():

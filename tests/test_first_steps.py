@@ -59,7 +59,7 @@ def test_so_does_the_margin_of_the_full_batch():
     (move,) = LearningRateCap()(measured(0, 1.4, **sharp))
     assert move.to == pytest.approx(0.1 / 2)
     assert LearningRateCap()(measured(0, 0.6, **sharp))[0].to > 0.1
-    assert LearningRateCap()(measured(5, 1.4, deterministic=True, **sharp))[0].to > 0.1
+    assert LearningRateCap()(measured(5, 1.4, same_data=True, **sharp))[0].to > 0.1
 
 
 def test_it_is_held_against_the_rate_of_each_step_until_others_take_over():
@@ -68,7 +68,7 @@ def test_it_is_held_against_the_rate_of_each_step_until_others_take_over():
     assert cap.allows(later(1)) == pytest.approx(1.25)
     assert cap.allows(later(1, lr=0.4)) == pytest.approx(1.25 / 4)
     assert cap.allows(later(20, lr=0.4)) == math.inf
-    assert cap.allows(later(1, lr=0.4, deterministic=True)) == math.inf
+    assert cap.allows(later(1, lr=0.4, same_data=True)) == math.inf
     cap.update(start(11, 9.0))  # noise has grown
     assert cap.allows(later(19)) == pytest.approx(1.25)
 

@@ -314,7 +314,7 @@ def test_an_observation_comes_back_from_json_as_it_was():
         optimizer="SGD momentum 0.9",
         margin=Estimate(0.4, math.inf, "residual", hvps=5),
         fresh=True,
-        deterministic=True,
+        same_data=True,
         estimates={"lambda_max": Estimate(None, status="failed", reason="why")},
         loss=math.nan,
         layers=("a (90%)",),

@@ -43,7 +43,7 @@ def test_products_are_those_of_the_dense_matrix(activation: type[nn.Module], cut
         for seed in range(3):
             v = objective.layout.normal(generator(seed))
             torch.testing.assert_close(objective.hvp(v), exact @ v, rtol=1e-10, atol=1e-12)
-        assert objective.how["operator"] == "ggn"
+        assert objective.provenance["operator"] == "ggn"
 
 
 def test_every_quantity_can_be_had_from_it_and_the_spectrum_is_positive() -> None:
@@ -64,7 +64,7 @@ def test_every_quantity_can_be_had_from_it_and_the_spectrum_is_positive() -> Non
     assert abs(trace.value - float(exact.sum())) < 4 * trace.error
     true_rank = float(exact.sum()) ** 2 / float(exact.square().sum())
     assert abs(rank.value - true_rank) < 4 * rank.error
-    assert record.how["operator"] == "ggn"
+    assert record.provenance["operator"] == "ggn"
 
 
 def test_the_hessian_that_is_indefinite_has_an_effective_rank_with_it_only() -> None:
@@ -147,7 +147,7 @@ def test_a_monitor_leaves_no_trace_with_it() -> None:
                 monitor.step(digits(64))
             optimizer.step()
         if watch:
-            assert [r.how["operator"] for r in monitor.history] == ["ggn"] * 3
+            assert [r.provenance["operator"] for r in monitor.history] == ["ggn"] * 3
             assert all(r["stability_margin"].value > 0 for r in monitor.history)
         assert not model._forward_hooks
         return [*model.state_dict().values(), torch.get_rng_state()]

@@ -14,7 +14,7 @@ from geomwatch.rules.gradient_margin import GradientMargin
 
 def seen(step: int, along: float | None, lr: float = 0.1, **more: Any) -> Observation:
     """A sentinel whose margin is in units of the small-batch limit; batches of 64, momentum 0.9."""
-    defaults: dict[str, Any] = {"gradient_fresh": True, "noise_ratio": 19.0, "items": 64}
+    defaults: dict[str, Any] = {"gradient_fresh": True, "limit_ratio": 19.0, "items": 64}
     return Observation(
         step=step,
         lr=(lr,),
@@ -58,12 +58,12 @@ def test_no_level_lies_beyond_the_edge_of_the_full_batch_or_below_that_of_small_
     huge = 64 * 1000
     (alert,) = alerts(GradientMargin(), dict.fromkeys(SPARSE, 26.0), items=huge)
     assert alert.limit == pytest.approx(1.3 * 19)
-    (alert,) = alerts(GradientMargin(), dict.fromkeys(SPARSE, 1.5), items=1, noise_ratio=1.0)
+    (alert,) = alerts(GradientMargin(), dict.fromkeys(SPARSE, 1.5), items=1, limit_ratio=1.0)
     assert alert.limit == pytest.approx(1.3)
 
 
 def agreeing(step: int, along: float, noise: float) -> Observation:
-    """A probe whose mean-square margin is `noise` times its margin."""
+    """A probe whose stochastic margin is `noise` times its margin."""
     estimates = {"stability_margin": Estimate(0.2), "stochastic_margin": Estimate(0.2 * noise)}
     return seen(step, along, fresh=True, estimates=estimates)
 
@@ -130,9 +130,9 @@ def test_weights_that_are_too_sharp_at_step_0_may_be_left_behind():
 
 def test_full_batch_training_lives_at_the_limit():
     edge = {step: 1.25 * 19 for step in SPARSE}
-    assert not alerts(GradientMargin(), edge, deterministic=True)
+    assert not alerts(GradientMargin(), edge, same_data=True)
     beyond = {step: 1.35 * 19 for step in SPARSE}
-    assert alerts(GradientMargin(), beyond, deterministic=True)
+    assert alerts(GradientMargin(), beyond, same_data=True)
 
 
 def test_values_held_from_before_are_re_scaled_when_the_rate_rises():

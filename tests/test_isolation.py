@@ -191,7 +191,7 @@ def assert_watching_changes_nothing(net: Net, make_optimizer: Callable[..., Any]
     assert_same(without, with_it)
     # It did measure: a probe that failed would leave no trace either.
     assert [r.step for r in records] == list(range(STEPS))
-    assert all(r["lambda_max"].value > 0 and r.how["hvps"] >= 3 for r in records)
+    assert all(r["lambda_max"].value > 0 and r.provenance["hvps"] >= 3 for r in records)
 
 
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
@@ -882,7 +882,7 @@ def test_the_surroundings_of_a_measurement_do_not_matter(surroundings):
         record = geomwatch.measure(model, cross_entropy, batch, optimizer=optimizer)
         assert_same(before, everything(model, optimizer))
     assert record.estimates == plain.estimates
-    assert record.how["dtype"] == "float32"
+    assert record.provenance["dtype"] == "float32"
 
 
 def test_batches_made_under_inference_mode_can_be_measured_on():
@@ -982,7 +982,7 @@ def test_eval_mode_measures_the_loss_of_evaluation():
     model[2] = nn.Identity()  # no noise
     record = geomwatch.measure(model, cross_entropy, batch, mode="eval")
     assert record.loss == cross_entropy(model.eval(), batch).item()
-    assert record.how["mode"] == "eval"
+    assert record.provenance["mode"] == "eval"
 
 
 class Merging(nn.Module):

@@ -123,7 +123,7 @@ def test_a_cold_start_is_within_one_percent_after_twenty_hvps(widths, trained):
             model, cross_entropy, batch, quantities=["lambda_max"], max_hvps=20, seed=seed
         )
         assert record["lambda_max"].value == pytest.approx(exact[0], rel=0.01)
-        assert record.how["hvps"] <= 20
+        assert record.provenance["hvps"] <= 20
     names = ["lambda_max", "lambda_2", "lambda_3"]
     record = geomwatch.measure(model, cross_entropy, batch, quantities=names, max_hvps=30)
     found = [record[name].value for name in names]
@@ -131,7 +131,7 @@ def test_a_cold_start_is_within_one_percent_after_twenty_hvps(widths, trained):
     certain = 3 if trained else 2
     assert found[:certain] == pytest.approx(list(exact[:certain]), rel=0.01)
     assert len({round(value, 4) for value in found}) == 3
-    assert record.how["hvps"] <= 30
+    assert record.provenance["hvps"] <= 30
 
 
 def test_a_warm_start_follows_real_training():

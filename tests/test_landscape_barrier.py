@@ -153,8 +153,8 @@ def test_a_barrier_of_a_loss_that_changes_with_the_call_is_marked():
         return cross_entropy(model, batch) + 0.01 * next(calls)
 
     found = landscape.barrier(model, a, b, drifting, [digits(16)], points=3)
-    assert not found.how["deterministic"]
-    assert found.how["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert not found.provenance["deterministic"]
+    assert found.provenance["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
 
 
 # --- states ------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_batchnorm_statistics_are_those_of_each_point():
     batch = digits(512)
     anew = landscape.barrier(model, a, b, cross_entropy, [batch])
     kept = landscape.barrier(model, a, b, cross_entropy, [batch], recalibrate=False)
-    assert anew.how["recalibrated"] == 3
-    assert kept.how["recalibrated"] == 0
+    assert anew.provenance["recalibrated"] == 3
+    assert kept.provenance["recalibrated"] == 0
     assert anew.height < 0.8 * kept.height
     # at the middle, against statistics that were taken by hand
     middle = copy.deepcopy(model)
@@ -346,7 +346,10 @@ def test_batchnorm_statistics_may_come_from_other_batches_and_frozen_layers_keep
     )
     assert not np.allclose(own.losses, theirs.losses, rtol=1e-4)
     model[2].eval()  # a frozen layer in a net that trains
-    assert landscape.barrier(model, a, b, cross_entropy, test, points=3).how["recalibrated"] == 2
+    assert (
+        landscape.barrier(model, a, b, cross_entropy, test, points=3).provenance["recalibrated"]
+        == 2
+    )
 
 
 # --- alignment ---------------------------------------------------------------------------------
@@ -398,7 +401,10 @@ def test_aligning_two_trainings_lowers_the_barrier_between_them():
     after = landscape.barrier(model, a, b, cross_entropy, batches, align=True)
     assert before.height > 0.1
     assert after.height < 0.6 * before.height
-    assert after.how["alignment"]["cosine_after"] > after.how["alignment"]["cosine_before"]
+    assert (
+        after.provenance["alignment"]["cosine_after"]
+        > after.provenance["alignment"]["cosine_before"]
+    )
     assert after.loss_b == pytest.approx(before.loss_b, rel=1e-5)
 
 

@@ -127,8 +127,8 @@ def test_the_density_of_a_trained_net_is_that_of_its_dense_hessian():
     truth = smoothed(exact, found.grid, found.sigma)
     inside = abs(found.density - truth) <= found.error + 1e-4 * truth.max()
     assert np.mean(inside) > 0.9
-    assert found.how["mode"] == "train"
-    assert found.how["hvps"] == 360
+    assert found.provenance["mode"] == "train"
+    assert found.provenance["hvps"] == 360
     halves = [(batch[0][:100], batch[1][:100]), (batch[0][100:], batch[1][100:])]
     split = landscape.density(model, cross_entropy, halves, vectors=12, steps=30)
     assert split.density == pytest.approx(found.density, rel=1e-2, abs=1e-3 * truth.max())
@@ -171,7 +171,7 @@ def test_a_density_of_a_loss_that_changes_with_the_call_is_marked():
         return cross_entropy(model, batch) + 0.01 * next(calls)
 
     steady = landscape.density(model, cross_entropy, [digits(16)], vectors=2, steps=3)
-    assert steady.how["deterministic"]
+    assert steady.provenance["deterministic"]
     found = landscape.density(model, drifting, [digits(16)], vectors=2, steps=3)
-    assert not found.how["deterministic"]
-    assert found.how["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert not found.provenance["deterministic"]
+    assert found.provenance["repeat_difference"] == pytest.approx(0.01, rel=1e-3)

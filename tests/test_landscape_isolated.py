@@ -73,7 +73,7 @@ def made(
         argmax_height=0.5,
         nonfinite=0,
         straight=path,
-        how={},
+        provenance={},
     )
     return record, replace(found, **more)
 

@@ -60,7 +60,7 @@ def test_a_slice_of_a_quadratic_is_exact(dtype):
     assert len(found.losses) == 41
     assert np.abs(found.losses - expected).max() < 1e-6 * max(np.abs(expected))
     assert found.loss == pytest.approx(exact(model, torch.zeros(DIM)), rel=1e-6)
-    assert (found.nonfinite, found.how["deterministic"]) == (0, True)
+    assert (found.nonfinite, found.provenance["deterministic"]) == (0, True)
 
 
 def test_a_plane_of_a_quadratic_is_exact_also_in_an_oblique_one():
@@ -74,7 +74,7 @@ def test_a_plane_of_a_quadratic_is_exact_also_in_an_oblique_one():
         expected = exact(model, a * first.vector + b * second)
         assert found.losses[i, j] == pytest.approx(expected, rel=1e-9)
     cosine = float(first.vector @ second / second.norm())
-    assert found.how["cosine"] == pytest.approx(cosine)
+    assert found.provenance["cosine"] == pytest.approx(cosine)
     assert found.directions == ("unit random", "given")
 
 
@@ -119,7 +119,7 @@ def test_batches_count_by_their_items_and_a_loader_is_shuffled_alike_at_each_poi
     whole = small_slice(model, batches=[(x, y)])
     uneven = small_slice(model, batches=[(x[:70], y[:70]), (x[70:], y[70:])])
     assert uneven.losses == pytest.approx(whole.losses, rel=1e-6)
-    assert uneven.how["items"] == 100
+    assert uneven.provenance["items"] == 100
     data = torch.utils.data.TensorDataset(x, y)
     for generator in (None, torch.Generator().manual_seed(1)):
         loader = torch.utils.data.DataLoader(
@@ -128,7 +128,7 @@ def test_batches_count_by_their_items_and_a_loader_is_shuffled_alike_at_each_poi
         state = None if generator is None else generator.get_state()
         found = small_slice(model, batches=loader)
         # the ten items that are dropped are the same ones each time
-        assert found.how["deterministic"]
+        assert found.provenance["deterministic"]
         assert state is None or torch.equal(generator.get_state(), state)
 
 
@@ -136,10 +136,10 @@ def test_dropout_is_one_draw_and_batchnorm_follows_the_mode():
     model = noisy_net()
     train, again = small_slice(model), small_slice(model)
     assert np.array_equal(train.losses, again.losses)
-    assert train.how["deterministic"]
+    assert train.provenance["deterministic"]
     model.eval()
     evaluated = small_slice(model, mode="eval")
-    assert (train.how["mode"], evaluated.how["mode"]) == ("train", "eval")
+    assert (train.provenance["mode"], evaluated.provenance["mode"]) == ("train", "eval")
     assert not np.allclose(train.losses, evaluated.losses, rtol=1e-3)
 
 
@@ -289,7 +289,7 @@ def test_points_that_are_not_finite_are_kept_and_counted():
     assert found.nonfinite == (~np.isfinite(found.losses)).sum()
     broken = small_slice(mlp(64, 16, 10), lambda m, b: cross_entropy(m, b) * math.nan)
     assert broken.nonfinite == 7
-    assert broken.how["deterministic"]
+    assert broken.provenance["deterministic"]
 
 
 def test_a_loss_that_changes_with_the_call_is_marked():
@@ -299,8 +299,8 @@ def test_a_loss_that_changes_with_the_call_is_marked():
         return cross_entropy(model, batch) + 0.01 * next(calls)
 
     found = small_slice(mlp(64, 16, 10), drifting)
-    assert not found.how["deterministic"]
-    assert found.how["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert not found.provenance["deterministic"]
+    assert found.provenance["repeat_difference"] == pytest.approx(0.01, rel=1e-3)
 
 
 def test_a_batch_in_the_place_of_batches_is_explained():
@@ -363,7 +363,7 @@ def test_a_bar_is_written_to_stderr(capsys):
 def test_provenance_is_plain_json_and_names_what_was_evaluated():
     model = mlp(64, 8, 10)
     found = small_slice(model, mode="eval")
-    how = json.loads(json.dumps(dict(found.how)))
+    how = json.loads(json.dumps(dict(found.provenance)))
     assert how["mode"] == "eval"
     assert how["dtype"] == "float32"
     assert how["model"] == "Sequential"
@@ -371,7 +371,7 @@ def test_provenance_is_plain_json_and_names_what_was_evaluated():
     assert how["torch"] == torch.__version__
     assert {"kind": "random", "scale": "filter", "seed": 0}.items() <= how["directions"][0].items()
     other = copy.deepcopy(model)
-    assert small_slice(other).how["weights"] == how["weights"]
+    assert small_slice(other).provenance["weights"] == how["weights"]
     with torch.no_grad():
         other[2].bias[0] += 1e-3
-    assert small_slice(other).how["weights"] != how["weights"]
+    assert small_slice(other).provenance["weights"] != how["weights"]

@@ -69,8 +69,8 @@ def test_the_json_says_what_was_evaluated_and_is_strict(tmp_path):
     again = landscape.load(path)
     assert np.array_equal(again.losses, losses, equal_nan=True)
     assert np.isnan(again.loss)
-    assert again.how == {"repeat_difference": float("inf")}
-    how = every_kind()["plane"].how
+    assert again.provenance == {"repeat_difference": float("inf")}
+    how = every_kind()["plane"].provenance
     wanted = {"geomwatch", "torch", "date", "weights", "model", "loss_fn", "mode", "dtype", "items"}
     assert wanted | {"directions", "passes", "seconds", "deterministic", "cosine"} <= set(how)
 

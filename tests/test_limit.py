@@ -1,4 +1,4 @@
-"""The limit of the margin along the gradient, as probes of micro-batches set it."""
+"""The limit of the gradient margin, as probes of micro-batches set it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seen(
     status: str = "ok",
     **more: Any,
 ) -> Observation:
-    """A probe; with a mean-square margin if it has measured micro-batches."""
+    """A probe; with a stochastic margin if it has measured micro-batches."""
     estimates = {"stability_margin": Estimate(margin)}
     if mean_square is not None:
         estimates["stochastic_margin"] = Estimate(mean_square, status=status)

@@ -96,7 +96,7 @@ def test_a_start_near_the_limit_that_has_taught_nothing_is_a_warning_after_ten_s
     assert (
         "margin has been up to 0.7. Start again at a learning rate of about 0.01" in alert.message
     )
-    assert heard(LossRise(), started(*STUCK, margin=3.1, deterministic=True))
+    assert heard(LossRise(), started(*STUCK, margin=3.1, same_data=True))
 
 
 def test_a_spike_of_the_start_is_a_warning_where_it_has_not_healed_and_the_margin_is_high():
@@ -128,7 +128,7 @@ def test_the_advice_goes_by_the_margins_before_the_rise_within_bounds(gradient, 
     for seen in losses([2.0] * 50 + [6.0] * 9):
         fresh = seen.step < 50
         known = None if gradient is None else Estimate(gradient)
-        alert = rule(replace(seen, gradient_margin=known, gradient_fresh=fresh, noise_ratio=19.0))
+        alert = rule(replace(seen, gradient_margin=known, gradient_fresh=fresh, limit_ratio=19.0))
         if alert is not None:
             break
     assert alert is not None
@@ -158,7 +158,7 @@ def test_the_largest_margin_of_the_start_counts():
         started(*STUCK, margin=0.5),  # the rate is not why
         started(*STUCK, margin=None),
         started(*STUCK, status="unknown"),  # no share of a limit
-        started(*STUCK, margin=2.9, deterministic=True),  # a catapult
+        started(*STUCK, margin=2.9, same_data=True),  # a catapult
         started(*STUCK, items=15),
         started(*[2.0] * 8, *[2.3] * 10),
     ],

@@ -17,7 +17,7 @@ from geomwatch.rules import Observation
 
 
 def glanced(step: int, margin: float | None, *, lr=0.1, status="ok", **more) -> Observation:
-    """The margin along the gradient, at the user's rate, was measured just now."""
+    """The gradient margin, at the user's rate, was measured just now."""
     rates = lr if isinstance(lr, tuple) else (lr,)
     estimate = Estimate(margin, status=status)
     more = {"optimizer": "SGD momentum 0.9"} | more
@@ -142,7 +142,7 @@ def test_adams_first_steps_count_as_large_as_they_are():
 
 
 def test_full_batch_training_is_held_to_the_limit_of_full_batches():
-    at_the_edge = {"deterministic": True, "noise_ratio": 19.0}
+    at_the_edge = {"same_data": True, "limit_ratio": 19.0}
     applied = Applied(LearningRateCap())
     # that it is full-batch is known from the second probe on
     assert applied(glanced(0, 15.0, fresh=True)) < 0.02
@@ -224,7 +224,7 @@ def test_the_limit_falls_once_the_loss_has_stopped_falling_at_a_high_rate():
     [
         {"losses": noisy(600, falling=0.002)},  # it falls, if slowly
         {"losses": noisy(600), "margin": 0.9},  # the rate is not what keeps the loss up
-        {"losses": noisy(600), "deterministic": True, "fresh": True},  # no noise to be averaged out
+        {"losses": noisy(600), "same_data": True, "fresh": True},  # no noise to be averaged out
         {"losses": [None] * 600},
         {"losses": [math.nan] * 600},
     ],

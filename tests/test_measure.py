@@ -144,9 +144,9 @@ def test_a_record_says_what_it_has_cost_and_how_it_was_made(monkeypatch):
     names = ["loss", "grad_norm", "lambda_max", "batch_sharpness", "trace", "trace_per_param"]
     record = geomwatch.measure(model, loss_fn, ONE, quantities=names, max_hvps=10, samples=5)
     assert record["lambda_max"].hvps <= 10
-    assert record.how["hvps"] == record["lambda_max"].hvps + 5 + 1
-    assert record.how["dtype"] == "float64"
-    assert record.how["mode"] == "train"
+    assert record.provenance["hvps"] == record["lambda_max"].hvps + 5 + 1
+    assert record.provenance["dtype"] == "float64"
+    assert record.provenance["mode"] == "train"
     assert calls == 1  # one graph serves all
 
 

@@ -31,7 +31,7 @@ def test_uneven_pieces_give_the_numbers_of_the_whole_batch(size):
     )
     for name in names:
         assert pieces[name].value == pytest.approx(whole[name].value, rel=2e-5)
-    assert pieces.how["items"] == 100
+    assert pieces.provenance["items"] == 100
 
 
 def test_a_piece_is_never_larger_than_asked_for():

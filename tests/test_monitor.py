@@ -119,8 +119,8 @@ def test_a_record_holds_what_the_step_was_trained_on():
     assert record["loss"].value == record.loss
     assert record["grad_norm"].value == pytest.approx(norm.item(), rel=1e-5)
     assert record.lr == (0.05,)
-    assert record.how["mode"] == "train"
-    assert record.how["items"] == 64
+    assert record.provenance["mode"] == "train"
+    assert record.provenance["items"] == 64
 
 
 def test_the_margin_is_rate_times_curvature_over_the_limit_of_the_optimizer():
@@ -217,7 +217,7 @@ def test_a_window_of_micro_batches_measures_like_their_union():
     for name in ("loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"):
         window, union = records["window"][name].value, records["union"][name].value
         assert window == pytest.approx(union, rel=1e-5), name
-    assert records["window"].how["items"] == 64
+    assert records["window"].provenance["items"] == 64
 
 
 def test_a_window_ends_with_its_step():
@@ -229,7 +229,7 @@ def test_a_window_ends_with_its_step():
         cross_entropy(model, batch).backward()
         monitor.observe(batch)
         record = monitor.step()
-        assert record.how["items"] == 16
+        assert record.provenance["items"] == 16
         optimizer.step()
 
 
@@ -243,7 +243,7 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own():
         expected = cross_entropy(model, probe_batch).item()
         record = monitor.step()
         assert record.loss == pytest.approx(expected, rel=1e-6)
-        assert record.how["items"] == 100
+        assert record.provenance["items"] == 100
         optimizer.step()
 
 

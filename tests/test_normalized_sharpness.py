@@ -229,4 +229,4 @@ def test_it_is_found_through_measure():
     )
     # ||u||_2 = 1 in place of |u_i| <= 1: smaller by about the root of the number of weights
     assert 0 < 5 * record["normalized_sharpness"].value < record["normalized_sharpness_linf"].value
-    assert record.how["hvps"] == 0
+    assert record.provenance["hvps"] == 0

@@ -557,7 +557,7 @@ def test_hvps_are_counted_and_told_with_how_they_were_made():
         for _ in range(3):
             objective.hvp(torch.ones(18))
         assert objective.hvps == 3
-        assert objective.how == {
+        assert objective.provenance == {
             "backend": "double_backward",
             "dtype": "float32",
             "mode": "train",

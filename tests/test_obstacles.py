@@ -79,11 +79,11 @@ def test_a_model_without_curvature_trains_on_and_is_told_of_once(
             assert record[name].value > 0
         assert record["batch_sharpness"].reason.startswith("by differences of losses")
         assert record["batch_sharpness"].error > 0
-        assert record.how["backend"] == "none"
+        assert record.provenance["backend"] == "none"
         assert record["lambda_max"].value is None
         assert "no curvature here" in record["stability_margin"].reason
-        assert "once_differentiable" in record.how["obstacle"]
-        assert record.how["validated"] is False
+        assert "once_differentiable" in record.provenance["obstacle"]
+        assert record.provenance["validated"] is False
 
 
 def test_what_is_known_to_fail_is_not_tried_again() -> None:

@@ -43,7 +43,9 @@ def go_on(monitor: Any, model: Any, optimizer: Any, batches: Any, *, jump: int |
 
 def work(monitor: geomwatch.Monitor) -> float:
     """Steps' worth of the probes but the dear ones: two gradients, and 2.2 steps a product."""
-    return sum(2 + 2.2 * r.how["hvps"] for r in monitor.history if "roughness" not in fresh(r))
+    return sum(
+        2 + 2.2 * r.provenance["hvps"] for r in monitor.history if "roughness" not in fresh(r)
+    )
 
 
 def fresh(record: geomwatch.Record) -> set[str]:
@@ -148,7 +150,7 @@ def test_full_batch_training_is_known_from_the_second_look():
 
     class Listening(geomwatch.rules.NonFinite):
         def __call__(self, observation: Any) -> None:
-            seen.append(observation.deterministic)
+            seen.append(observation.same_data)
 
     monitor = geomwatch.Monitor(model, cross_entropy, optimizer, rules=[Listening()])
     go_on(monitor, model, optimizer, itertools.repeat(digits(256), 5))

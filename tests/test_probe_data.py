@@ -34,7 +34,7 @@ def step_once(probe_batch: object) -> geomwatch.Record:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_loader_is_measured_as_the_mean_over_its_items(shuffle: bool) -> None:
     whole, loaded = step_once(digits(100)), step_once(loader(100, shuffle=shuffle))
-    assert loaded.how["items"] == 100
+    assert loaded.provenance["items"] == 100
     assert loaded["loss"].value == pytest.approx(whole["loss"].value, rel=1e-5)
     assert loaded["lambda_max"].value == pytest.approx(whole["lambda_max"].value, rel=1e-2)
 

@@ -26,6 +26,7 @@ from observations import (
 from geomwatch.monitoring.progress import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import (
+    BatchNoise,
     CriticalBatchSize,
     FlatButRough,
     GradientMargin,
@@ -36,7 +37,6 @@ from geomwatch.rules import (
     PlannedRate,
     RateJump,
     StabilityMargin,
-    StochasticMargin,
     UntrustedProbe,
     default_rules,
 )
@@ -417,7 +417,7 @@ def test_a_resumed_run_raises_the_same_alerts(carry: Callable):
         for rule in second:
             count = sum(f"rule={rule.name!r}" in text for text in after)
             after_the_cut[rule.name] = after_the_cut.get(rule.name, 0) + count
-    after_the_cut.pop("stochastic_margin")  # of the first steps alone
+    after_the_cut.pop("batch_noise")  # of the first steps alone
     assert min(after_the_cut.values()) >= 40, after_the_cut
 
 
@@ -459,7 +459,7 @@ def test_every_monitor_gets_rules_of_its_own():
         LossRise,
         StabilityMargin,
         GradientMargin,
-        StochasticMargin,
+        BatchNoise,
         PlannedRate,
         RateJump,
         GradNormSpike,

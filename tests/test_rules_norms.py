@@ -52,7 +52,7 @@ def test_five_in_a_row_are_a_warning():
 
 
 def test_the_spikes_of_full_batch_training_are_no_warning():
-    run = norms([*[0.1] * 200, *[9.0] * 20], deterministic=True)
+    run = norms([*[0.1] * 200, *[9.0] * 20], same_data=True)
     assert brief(heard(GradNormSpike(), run)) == [(200, "info")]
 
 

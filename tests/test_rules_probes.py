@@ -152,7 +152,7 @@ def test_measurements_of_another_batch_size_do_not_count():
 
 def test_full_batch_training_has_no_critical_batch():
     run = [
-        Observation(t, (0.1,), deterministic=True, items=64, estimates=noisy(t, 1e5).estimates)
+        Observation(t, (0.1,), same_data=True, items=64, estimates=noisy(t, 1e5).estimates)
         for t in range(9)
     ]
     assert not heard(CriticalBatchSize(), run)
@@ -184,7 +184,7 @@ def moving(step: int, margin: float = 3.0) -> Observation:
 
 def wrong(step: int) -> Observation:
     how = {"validation_failed": True, "backend": "double_backward", "validation": "off by 30 %"}
-    return doubtful(step, 3.0, 0.01, how=how)
+    return doubtful(step, 3.0, 0.01, provenance=how)
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_the_same_margin_when_believed_is_critical():
 
 
 def test_differences_of_gradients_mend_a_wrong_double_backward():
-    mended = {**(wrong(1).how or {}), "backend": "finite_difference"}
-    run = [doubtful(t, 3.0, 0.01, how=mended) for t in range(1, 20)]
+    mended = {**(wrong(1).provenance or {}), "backend": "finite_difference"}
+    run = [doubtful(t, 3.0, 0.01, provenance=mended) for t in range(1, 20)]
     assert heard(StabilityMargin(), run)
     assert not heard(UntrustedProbe(), run)
 
@@ -305,7 +305,7 @@ def whole(step: int, margin: float, mean_square: float, **more) -> Observation:
 def test_the_factor_of_the_batch_brings_the_mean_square_margin_down_to_one():
     # D = 0.9, N = 1.55: ceil(1.55 / 0.1) = 16, and 0.9 + 1.55 / 16 < 1
     alerts = heard(StabilityMargin(), [whole(20, 0.9, 2.45), measured(22, 0.9)])
-    assert "make the batch 16 x larger: 63% of the mean-square margin 2.5" in alerts[0].message
+    assert "make the batch 16 x larger: 63% of the stochastic margin 2.5" in alerts[0].message
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_advice_about_the_batch_says_whether_it_helps(margin, noise, words):
 
 
 def test_full_batch_training_has_no_larger_batch():
-    run = [whole(t, 1.6, 9.0, loss=1 + t / 9, deterministic=True) for t in (20, 30)]
+    run = [whole(t, 1.6, 9.0, loss=1 + t / 9, same_data=True) for t in (20, 30)]
     alerts = heard(StabilityMargin(), run)
     assert alerts
     assert all("batch" not in a.message for a in alerts)
@@ -340,7 +340,7 @@ def test_the_regime_is_noisy_where_batches_disagree_in_curvature():
     assert regime.noise(measured(31, 0.9)) == pytest.approx(4.0)
     assert regime.is_noisy(measured(31, 0.9))
     assert not regime.is_quiet(measured(31, 0.9))
-    assert not regime.is_noisy(measured(31, 0.9, deterministic=True))
+    assert not regime.is_noisy(measured(31, 0.9, same_data=True))
     assert regime.is_noisy(measured(90, 0.9))
     assert regime.is_noisy(measured(91, 0.9)) is None  # too long ago
 
@@ -374,4 +374,4 @@ def test_only_the_same_data_makes_an_edge():
     regime = Regime()
     regime(whole(0, 1.0, 1.01))  # micro-batches agree, as they do at the start of any run
     assert not regime.is_edge(measured(1, 1.0), 1.0, below=1.3)
-    assert regime.is_edge(measured(1, 1.0, deterministic=True), 1.0, below=1.3)
+    assert regime.is_edge(measured(1, 1.0, same_data=True), 1.0, below=1.3)

@@ -47,7 +47,7 @@ def test_a_peak_far_beyond_is_told_of_at_once_and_others_a_step_later():
 def test_full_batch_training_reaches_peaks_that_mini_batches_do_not():
     rule = PlannedRate()
     assert rule(planned(0.1, 9.9)) is None
-    assert rule(measured(1, 0.1, deterministic=True)) is None
+    assert rule(measured(1, 0.1, same_data=True)) is None
 
 
 def test_the_peak_is_judged_once():
@@ -163,8 +163,8 @@ def test_a_margin_above_two_is_too_much_for_any_batch():
 
 
 def test_the_edge_of_stability_takes_jumps_better():
-    assert not heard(RateJump(), after(0.1, 9.0, factor=21, deterministic=True))
-    assert heard(RateJump(), after(0.1, 9.0, factor=23, deterministic=True))
+    assert not heard(RateJump(), after(0.1, 9.0, factor=21, same_data=True))
+    assert heard(RateJump(), after(0.1, 9.0, factor=23, same_data=True))
 
 
 def both_margins(margin: float, mean_square: float) -> dict[str, Estimate]:
@@ -212,7 +212,7 @@ def test_micro_batches_measured_at_the_jump_decide(adaptive, margin, noise, spea
     found = heard(RateJump(), run)
     assert brief(found) == ([(51, "critical")] if speaks else [])
     if speaks and noise > 2:
-        assert f"mean-square margin {margin * noise:.2g}, alert above" in found[0].message
+        assert f"stochastic margin {margin * noise:.2g}, alert above" in found[0].message
 
 
 def test_a_cap_lowers_what_micro_batches_have_measured():

@@ -19,7 +19,7 @@ from geomwatch.rules import Observation
 
 def glance(step: int, along: float | None, *, lr: float = 0.1, **more: Any) -> Observation:
     """Batches of 64, SGD with momentum 0.9: the level is 7."""
-    defaults: dict[str, Any] = {"noise_ratio": 19.0, "items": 64}
+    defaults: dict[str, Any] = {"limit_ratio": 19.0, "items": 64}
     return Observation(step=step, lr=(lr,), gradient_margin=Estimate(along), **defaults | more)
 
 
@@ -43,7 +43,7 @@ def test_the_very_first_steps_and_full_batches_have_none():
     look = SecondLook(controlled=False)
     assert not look.due(glance(4, 30.0))
     assert look.due(glance(20, 30.0))
-    assert not look.due(glance(20, 30.0, deterministic=True))
+    assert not look.due(glance(20, 30.0, same_data=True))
 
 
 def test_optimizers_without_a_limit_have_none():
@@ -160,7 +160,7 @@ def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not():
     assert looks(near)[0] == 0
     assert later[0] < 100
     assert all(step >= 3 * later[0] for step in later[1:2])
-    assert not near.history[-1].how["deterministic"]  # one step looked at twice is one step
+    assert not near.history[-1].provenance["same_data"]  # one step looked at twice is one step
     calm, _ = trained(0.02, 120)
     assert calm is not None
     assert looks(calm) == [0]

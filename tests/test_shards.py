@@ -111,7 +111,7 @@ def trained(rank: int) -> Any:
         ends.append([p.full_tensor() for p in model.parameters()])
         seen.append(outside(model))
         if monitor is not None:
-            found, how = numbers(monitor), monitor.history[0].how
+            found, how = numbers(monitor), monitor.history[0].provenance
     same = all(map(torch.equal, *ends)) and seen[0] == seen[1]
     return same, found, how, lines, _both_scales(model, optimizer)
 
@@ -215,7 +215,9 @@ def refused(rank: int) -> Any:
     def why(model: nn.Module, loss_fn: Any = cross_entropy) -> dict[str, str]:
         options: Any = {"hvp": "finite_difference", "quantities": ["lambda_max", "roughness"]}
         record = geomwatch.measure(model, loss_fn, part(rank), **options)
-        return {"": str(record.how["backend"])} | {n: e.reason for n, e in record.estimates.items()}
+        return {"": str(record.provenance["backend"])} | {
+            n: e.reason for n, e in record.estimates.items()
+        }
 
     narrow = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     kinky = nn.Sequential(*net()[:2], nn.Linear(17, 64), nn.ReLU(), nn.Linear(64, 10))

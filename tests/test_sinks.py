@@ -114,7 +114,7 @@ def test_a_record_line_holds_every_estimate_in_full(tmp_path):
     told = monitor.history[-1]
     assert last["loss"] == told.loss
     assert last["lr"] == list(told.lr)
-    assert last["how"] == dict(told.how)
+    assert last["provenance"] == dict(told.provenance)
     assert set(last["estimates"]) == set(told)
     for name, found in last["estimates"].items():
         assert Estimate(**found) == told[name]

@@ -305,7 +305,7 @@ def test_each_group_has_its_own_rate_momentum_and_decay() -> None:
     assert problem.decay is not None
     assert torch.equal(problem.decay, 0.3 * one.double())
     assert problem.uniform is None
-    assert problem.noise_ratio == pytest.approx(19)
+    assert problem.limit_ratio == pytest.approx(19)
     assert learning_rates(optimizer) == (0.1, 0.02)
 
 
@@ -522,7 +522,7 @@ def test_an_optimizer_without_a_formula_is_unknown(cls: type, ready: Ready) -> N
     assert problem.status == "unknown"
     assert "lr * lambda_max(H)" in problem.reason
     assert problem.uniform == pytest.approx(0.5)
-    assert problem.noise_ratio == 1
+    assert problem.limit_ratio == 1
 
 
 def test_muon_is_directional() -> None:
@@ -608,7 +608,7 @@ def test_noise_ratio_is_the_ratio_of_the_two_thresholds(
     make: Any, expected: float, ready: Ready
 ) -> None:
     model, layout = ready
-    assert stability_of(make(model.parameters()), layout).noise_ratio == pytest.approx(expected)
+    assert stability_of(make(model.parameters()), layout).limit_ratio == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("cold_start", [False, True])
@@ -622,7 +622,7 @@ def test_the_small_batch_margin_of_adam_is_half_eta_times_batch_sharpness(
     for cls in (optim.Adam, optim.NAdam, optim.Adamax):
         s = stability_of(cls(model.parameters(), lr=0.1), layout, cold_start=cold_start)
         d, p = s.scale**2 * g, s.inverse_preconditioner * g
-        ours = s.noise_ratio * (d @ hessian @ d) / (g @ d)
+        ours = s.limit_ratio * (d @ hessian @ d) / (g @ d)
         torch.testing.assert_close(ours, 0.1 / 2 * (p @ hessian @ p) / (g @ p))
 
 
@@ -649,7 +649,7 @@ def test_the_small_batch_threshold_is_that_of_rare_large_kicks(recursion: Any) -
             total += weight * np.kron(one, one)
         return max(abs(np.linalg.eigvals(total)))
 
-    threshold = step.threshold / step.noise_ratio
+    threshold = step.threshold / step.limit_ratio
     assert growth(0.99 * threshold) < 1 < growth(1.01 * threshold)
 
 

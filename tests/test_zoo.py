@@ -42,7 +42,7 @@ def test_an_hvp_is_that_of_the_twin_in_float64(case):
             Objective(model, case.loss_fn, [batch], hvp=case.backend) as objective,
         ):
             found = objective.hvp(v.to(dtype))
-            assert objective.how["backend"] == case.backend
+            assert objective.provenance["backend"] == case.backend
         assert relative(found, exact) <= tolerance, dtype
 
 

@@ -72,8 +72,8 @@ def of_both(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_a_loss_that_evaluates_a_spectral_norm_twice_is_validated():
     record = geomwatch.measure(Critic(), of_both, digits(32))
-    assert record.how["validated"] is True
-    assert record.how["backend"] == "double_backward"
+    assert record.provenance["validated"] is True
+    assert record.provenance["backend"] == "double_backward"
 
 
 @pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm])

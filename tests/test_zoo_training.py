@@ -56,7 +56,7 @@ def test_training_is_bit_identical_and_records_say_how_they_came_about(case, cap
 
 
 def assert_says_how(case: Case, record: geomwatch.Record) -> None:
-    how = record.how
+    how = record.provenance
     assert (how["backend"], how["dtype"]) == (case.backend, case.dtype)
     assert how["validated"] is not bool(case.validation)
     if case.validation:

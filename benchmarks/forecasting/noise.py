@@ -28,7 +28,7 @@ def batch_noise(halves: Halves) -> str:
 
 
 def forecast_noise(story: Story) -> float | None:
-    """Return the noise part of the mean-square margin at step 0, times the growth of the rate."""
+    """Return the noise part of the stochastic margin at step 0, times the growth of the rate."""
     first = story.data["records"][0] if story.data["records"] else None
     if first is None or first["step"] > 0:
         return None

@@ -109,7 +109,7 @@ def _look(
     ]
     means = {name: float(np.mean(v)) if v else None for name, v in shapes(lines).items()}
     return means | {
-        "deterministic": all(line.how["deterministic"] for line in lines),
+        "deterministic": all(line.provenance["deterministic"] for line in lines),
         "alphas": lines[0].alphas,
         "losses": lines[0].losses,
     }

@@ -24,7 +24,7 @@ _SHRINK = 0.7  # of the limit, that the margin must stay below with half the bat
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The two parts of the mean-square margin at the user's rate."""
+    """The two parts of the stochastic margin at the user's rate."""
 
     curvature: float  # D, the deterministic margin: what is left in the full-batch limit
     noise: float  # N = M_ms - D, in inverse proportion to the batch
@@ -33,7 +33,7 @@ class _Parts:
 class BatchSizeScaler:
     """Chooses between a larger batch and a lower rate, by computing what each would do.
 
-    The mean-square margin of a step is M_ms = D + N: the deterministic margin D and the part N of
+    The stochastic margin of a step is M_ms = D + N: the deterministic margin D and the part N of
     batches that differ in curvature, which falls as 1 / batch (see `stochastic_margin`). Where
     M_ms > `limit`:
 
@@ -50,7 +50,7 @@ class BatchSizeScaler:
     BatchNorm normalises, they can't be had: accumulate, so that micro-batches can be compared.
 
     Args:
-        limit: the mean-square margin to stay below. At 1 the mean square of steps stops shrinking,
+        limit: the stochastic margin to stay below. At 1 the mean square of steps stops shrinking,
             and runs that train well stay near it.
         max_batch: items, on all ranks together; 16 times the first batch by default.
         noise_scale: largest batch in units of the gradient noise scale.
@@ -117,7 +117,7 @@ class BatchSizeScaler:
 
     def _measure(self, seen: Observation, present: float) -> _Parts | None:
         """Take in the margins of a probe; None where it has not measured both."""
-        if not seen.fresh or seen.estimates is None or seen.deterministic or not seen.lr:
+        if not seen.fresh or seen.estimates is None or seen.same_data or not seen.lr:
             return None
         scale = _fresh(seen.estimates.get("gradient_noise_scale"))
         if scale is not None:  # geometric: it spreads over decades
@@ -142,7 +142,7 @@ class BatchSizeScaler:
             return ()
         total = parts.curvature + parts.noise
         reason = (
-            f"the mean-square margin {total:.3g} is above {self._limit:g}, {parts.noise:.3g} of it "
+            f"the stochastic margin {total:.3g} is above {self._limit:g}, {parts.noise:.3g} of it "
             f"from the noise of batches, which {wanted} x the batch would bring down"
         )
         return self._move(seen, to, reason)
@@ -220,4 +220,4 @@ def _fresh(estimate: Estimate | None) -> float | None:
 
 def _calm_reason(parts: _Parts, limit: float) -> str:
     total = parts.curvature + 2 * parts.noise
-    return f"half the batch would keep the mean-square margin at {total:.3g}, well below {limit:g}"
+    return f"half the batch would keep the stochastic margin at {total:.3g}, well below {limit:g}"

@@ -117,7 +117,7 @@ class Objective:
         self._stack.close()
 
     @property
-    def how(self) -> dict[str, str | int | float | bool]:
+    def provenance(self) -> dict[str, str | int | float | bool]:
         """How the numbers are obtained: operator, backend, dtype, mode and items."""
         facts: dict[str, str | int | float | bool] = {
             "operator": self._kind["operator"],

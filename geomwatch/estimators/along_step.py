@@ -65,7 +65,7 @@ class Sentinel:
         self._margin = found
         if point.stability.decay is not None:
             found += float(d @ (point.stability.decay * d)) / slope
-        margin = point.stability.noise_ratio * found
+        margin = point.stability.limit_ratio * found
         reason = "by differences of losses"
         return Estimate(margin, _ERROR * abs(margin), "residual", reason=reason)
 

@@ -123,7 +123,7 @@ def _result(found: Scan, straight: Scan, *, aligned: bool) -> Barrier:
     return Barrier(
         alphas=np.linspace(0, 1, len(losses)),
         losses=losses,
-        path=str(found.how["path"]),
+        path=str(found.provenance["path"]),
         aligned=aligned,
         loss_a=float(losses[0]),
         loss_b=float(losses[-1]),
@@ -133,7 +133,7 @@ def _result(found: Scan, straight: Scan, *, aligned: bool) -> Barrier:
         argmax_height=argmax_height,
         nonfinite=found.nonfinite,
         straight=straight.losses,
-        how=found.how,
+        provenance=found.provenance,
     )
 
 

@@ -50,7 +50,7 @@ class Curve:
 
     control: Mapping[str, Tensor]
     losses: Floats  # (steps,), of the training
-    how: Facts
+    provenance: Facts
 
 
 def bezier(

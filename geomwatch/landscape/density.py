@@ -93,12 +93,14 @@ def density(
         for done in range(2, vectors + 1):
             runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known.vectors))
             report(done, vectors)
-        facts: dict[str, Any] = objective.how | validation | {"hvps": objective.hvps, "seed": seed}
+        facts: dict[str, Any] = (
+            objective.provenance | validation | {"hvps": objective.hvps, "seed": seed}
+        )
         facts |= steadiness(objective)
     facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
     how = provenance(model, loss_fn, facts)
     return quadrature(
-        runs, layout.dim, known=known.values, sigma=sigma, hvps=objective.hvps, how=how
+        runs, layout.dim, known=known.values, sigma=sigma, hvps=objective.hvps, provenance=how
     )
 
 
@@ -147,7 +149,7 @@ def quadrature(
     known: Floats | None = None,
     sigma: float | None = None,
     hvps: int = 0,
-    how: Facts | None = None,
+    provenance: Facts | None = None,
 ) -> Density:
     """Return the density that some runs and some known eigenvalues stand for.
 
@@ -177,7 +179,7 @@ def quadrature(
         trace=float(traces.mean()),
         trace_error=float(traces.std(ddof=1)) / math.sqrt(len(runs)),
         hvps=hvps,
-        how=how or {},
+        provenance=provenance or {},
     )
 
 

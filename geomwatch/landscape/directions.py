@@ -83,7 +83,7 @@ def gradient_direction(
     with Objective(
         model, loss_fn, window, layout=layout, mode=mode, also=also, precision=precision
     ) as objective:
-        gradient, how = objective.gradient(), objective.how | steadiness(objective)
+        gradient, how = objective.gradient(), objective.provenance | steadiness(objective)
     norm = float(gradient.norm())
     if not 0 < norm < float("inf"):
         raise UsageError(f"the gradient must be finite and not zero, got norm {norm:g}.")
@@ -144,7 +144,7 @@ def hessian_directions(
         found = lanczos(
             objective.hvp, start, max_hvps=max_hvps, top=k, tol=tol, until=tuple(range(k))
         )
-        how = objective.how | validation | steadiness(objective)
+        how = objective.provenance | validation | steadiness(objective)
     if len(found.values) < k:
         raise UsageError(f"k must be at most the {layout.dim} parameters, got {k}.")
     made = []

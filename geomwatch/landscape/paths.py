@@ -62,7 +62,7 @@ class Path:
             found = scan(
                 evaluator, places, reference=places[0], header=facts, setting=setting, loss=loss
             )
-        return Scan(found.losses, found.loss, {**origin, **found.how})
+        return Scan(found.losses, found.loss, {**origin, **found.provenance})
 
     def _facts(self, ends: Ends, curve: Curve | None) -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -75,7 +75,7 @@ class Path:
         if ends.alignment is not None:
             facts["alignment"] = dict(ends.alignment)
         if curve is not None:
-            facts["curve"] = {key: curve.how[key] for key in ("steps", "lr", "seed")}
+            facts["curve"] = {key: curve.provenance[key] for key in ("steps", "lr", "seed")}
             facts["control"] = digest_of(curve.control)
         return facts
 

@@ -25,7 +25,7 @@ class Slice:
     loss: float  # L(w)
     direction: str
     nonfinite: int
-    how: Facts
+    provenance: Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Plane:
     loss: float  # L(w)
     directions: tuple[str, str]
     nonfinite: int
-    how: Facts
+    provenance: Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +50,7 @@ class Trajectory:
     distance: Floats  # (states,), distance from the centre
     explained: tuple[float, ...]  # share of the squared distances that lies along each direction
     directions: tuple[str, str]
-    how: Facts
+    provenance: Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +74,7 @@ class Barrier:
     argmax_height: float | None  # alpha of height
     nonfinite: int
     straight: Floats  # (n,), the losses on the straight path: `losses` itself unless it is bent
-    how: Facts
+    provenance: Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +95,7 @@ class Density:
     trace: float  # D times the mean eigenvalue
     trace_error: float  # one standard error
     hvps: int
-    how: Facts
+    provenance: Facts
 
 
 Result: TypeAlias = Slice | Plane | Trajectory | Barrier | Density

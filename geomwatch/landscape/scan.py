@@ -41,7 +41,7 @@ class Scan:
 
     losses: Floats  # (points,)
     loss: float
-    how: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
     @property
     def nonfinite(self) -> int:

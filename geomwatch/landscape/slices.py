@@ -57,7 +57,7 @@ def slice_1d(
     axis = grid("alphas", alphas, np.linspace(-1, 1, 41))
     setting = Setting(mode, also, precision, resume, progress)
     found = _scan(model, loss_fn, batches, [v], [axis], "slice", setting)
-    return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.how)
+    return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.provenance)
 
 
 def plane(
@@ -92,7 +92,7 @@ def plane(
         found.loss,
         (first.label, second.label),
         found.nonfinite,
-        found.how,
+        found.provenance,
     )
 
 
@@ -123,5 +123,5 @@ def _scan(
         found = scan(
             evaluator, places, reference=at([0.0] * len(axes)), header=header, setting=setting
         )
-    how = {key: value for key, value in found.how.items() if key != "grid"}
+    how = {key: value for key, value in found.provenance.items() if key != "grid"}
     return Scan(found.losses, found.loss, {**origin, **how})

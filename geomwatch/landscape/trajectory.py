@@ -85,7 +85,7 @@ def trajectory(
         distance=squares.sqrt().numpy(),
         explained=(share, float(along.sum()) / total - share),
         directions=(first.label, second.label),
-        how={
+        provenance={
             "weights": weights_digest(model),
             "directions_digest": digest([first.vector, second.vector]),
             "states": len(states),

@@ -96,7 +96,7 @@ class Pace:
         """Take note of a sentinel."""
         margin = _applied(self._guard.gradient_margin.at(lr), scale)
         if margin is not None and self._guard.last is not None:
-            margin /= self._guard.last.noise_ratio  # as the other margin counts
+            margin /= self._guard.last.limit_ratio  # as the other margin counts
         self._schedule.glanced(step, margin=margin)
 
     def _may(self, step: int, has_time: bool) -> bool:
@@ -108,7 +108,7 @@ class Pace:
         if not self._counts_work or self._guard.last is None:
             return True
         # There the edge of stability is all there is to see, and sentinels look past it.
-        more = _FULL_BATCH if self._guard.prober.is_deterministic else 1.0
+        more = _FULL_BATCH if self._guard.prober.same_data else 1.0
         return self._guard.work + _PROBE <= more * _WORK * step
 
     @property

@@ -43,7 +43,7 @@ class Probed:
     margin: Estimate | None
     gradient_margin: Estimate
     layers: tuple[str, ...]
-    noise_ratio: float
+    limit_ratio: float
     items: int  # of all ranks
 
 
@@ -108,7 +108,7 @@ class Prober:
         self._own = OwnStep()
         self._trace = RunningTrace()
         self._held = Held()
-        self.is_deterministic = False  # each step sees the same data
+        self.same_data = False  # each step sees the same data
         self._fingerprint: tuple[float, ...] | None = None
         self._compared: int | None = None  # the step it was taken at
         self._obstacle = ""  # why this model has no HVPs
@@ -150,7 +150,7 @@ class Prober:
             layers = self._layers(probe, fresh)
             self._own.compare(objective, gradient if window is same_data else None, loss)
             along = self._along_gradient(probe, gradient)
-            how = objective.how | (self._validation or {}) | {"hvps": objective.hvps}
+            how = objective.provenance | (self._validation or {}) | {"hvps": objective.hvps}
             how |= self._sharding or {}
             loss, items = objective.loss(), self._items(objective)
             self.surprises += [
@@ -166,10 +166,10 @@ class Prober:
             lr=learning_rates(self._optimizer),
             seconds=time.perf_counter() - start,
             estimates=self._ordered(self._held.merge(step, fresh)),
-            how=how | {"deterministic": self.is_deterministic},
+            provenance=how | {"same_data": self.same_data},
         )
         margin = fresh.get("stability_margin")
-        return Probed(record, margin, along, layers, probe.noise_ratio, items)
+        return Probed(record, margin, along, layers, probe.limit_ratio, items)
 
     def glance(
         self,
@@ -264,7 +264,7 @@ class Prober:
         if probe.knows_margin_sharpness:
             exact = probe.margin_sharpness
             self._sentinel.note(exact)
-            return Estimate(stability.noise_ratio * exact, 0.0, "none")
+            return Estimate(stability.limit_ratio * exact, 0.0, "none")
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
         is_own = self._own.has_gradient or gradient is None
@@ -318,7 +318,7 @@ class Prober:
             and len(before) == len(now) > 0
             and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(before, now, strict=True))
         )
-        self.is_deterministic = self.ranks.all(same)
+        self.same_data = self.ranks.all(same)
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self._names if name in estimates}

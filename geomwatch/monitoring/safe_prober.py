@@ -58,7 +58,7 @@ class Guard:
         return probed
 
     def glance(self, window: Sequence[Any], step: int, lr: tuple[float, ...], **known: Any) -> bool:
-        """Measure the margin along the gradient; tell whether it could be had.
+        """Measure the gradient margin; tell whether it could be had.
 
         What keeps it from being measured is for the next probe to report.
         """
@@ -81,7 +81,7 @@ class Guard:
         """Return the steps' worth of a probe; what is dear has a period of its own (see `plan`)."""
         if self.prober.plan.is_whole and self.prober.plan.probes > 1:
             return 0.0
-        return _GRADIENTS + _PRODUCT * int(probed.record.how["hvps"])
+        return _GRADIENTS + _PRODUCT * int(probed.record.provenance["hvps"])
 
     def resume(self) -> None:
         """Probe again after a pause."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from geomwatch.observation.batch_noise import BatchNoise
+from geomwatch.observation.batch_noise import NoisePart
 from geomwatch.observation.levels import gradient_level
 from geomwatch.observation.regime import FROM, HOLDS, LASTS, noise_of
 from geomwatch.records import Estimate
@@ -19,15 +19,15 @@ _NOISY, _STILL_NOISY = 0.4, 0.5  # of the level of batch noise, by the last look
 
 
 class SecondLook:
-    """Asks for the mean-square margin before the rules, or a cap, have to speak without it.
+    """Asks for the stochastic margin before the rules, or a cap, have to speak without it.
 
-    The margin along the gradient is held against what batches of this size survive where they
+    The gradient margin is held against what batches of this size survive where they
     disagree on the curvature. Whether they do costs a probe and the products of micro-batches, so
     that it is looked at where the answer may change what is said or done: at .43 of the level of a
     mean over 60 steps, .13 of it with controllers, whose limits are lower.
 
     Before step 20 micro-batches that agree say nothing, those that do not a great deal (see
-    `StochasticMargin`). The first probe has looked; from step 5 on a start is looked at again at
+    `BatchNoise`). The first probe has looked; from step 5 on a start is looked at again at
     that share, a stability margin above 0.3 or two fifths of what batch noise is warned of, and
     from step 8 on if it is still half of that.
     """
@@ -37,12 +37,12 @@ class SecondLook:
         self._next = float(FROM)
         self._rate = math.inf  # of the last look
         self._early = _EARLY  # step from which on a start is looked at; FROM when it was
-        self._noise = 0.0  # noise part of the mean-square margin at the start, over the rate
+        self._noise = 0.0  # noise part of the stochastic margin at the start, over the rate
 
     def due(self, seen: Observation) -> bool:
         """Tell whether to probe at a step that a sentinel has just looked at."""
         margin = seen.gradient_margin
-        if seen.deterministic or margin is None or margin.value is None:
+        if seen.same_data or margin is None or margin.value is None:
             return False
         if seen.margin is not None and seen.margin.status != "ok":  # shares of no limit
             return False
@@ -53,7 +53,7 @@ class SecondLook:
         return abs(margin.value) > self._share * gradient_level(seen)
 
     def _is_suspect(self, seen: Observation, along: float) -> bool:
-        noise = max(seen.lr, default=0.0) * self._noise / BatchNoise.level(seen)
+        noise = max(seen.lr, default=0.0) * self._noise / NoisePart.level(seen)
         if self._early > _EARLY:
             return _STILL_NOISY < noise <= 1  # what is more was said
         top = (seen.margin.value if seen.margin else None) or 0.0

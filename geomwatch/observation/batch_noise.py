@@ -1,4 +1,4 @@
-"""How much of the mean-square margin is the noise of batches, and how much of it a start bears."""
+"""How much of the stochastic margin is the noise of batches, and how much of it a start bears."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AIMED_MARGIN = 0.15  # and their margin
 
 
 @dataclass(frozen=True, slots=True)
-class BatchNoise:
+class NoisePart:
     """The noise part N = M_ms - M of a probe, at the rates it was measured at."""
 
     value: float
@@ -59,14 +59,14 @@ class BatchNoise:
         return min(max(noise, _AIMED_MARGIN / (growth * self.margin)), 1.0)
 
 
-def batch_noise(seen: Observation) -> BatchNoise | None:
+def noise_part(seen: Observation) -> NoisePart | None:
     """Return the noise part that this step's probe has measured; None if it could not, or not yet.
 
     Not where every step sees the same data: what differs within the batch is no noise there.
     """
     estimates = seen.estimates or {}
     mean_square, margin = estimates.get("stochastic_margin"), seen.margin
-    if not seen.fresh or seen.deterministic or mean_square is None or margin is None:
+    if not seen.fresh or seen.same_data or mean_square is None or margin is None:
         return None
     if mean_square.status != "ok" or margin.status != "ok":
         return None
@@ -74,4 +74,4 @@ def batch_noise(seen: Observation) -> BatchNoise | None:
         return None
     noise = max(mean_square.value - margin.value, 0.0)
     error = mean_square.error or 0.0
-    return BatchNoise(noise, error, margin.value) if noise > error else None
+    return NoisePart(noise, error, margin.value) if noise > error else None

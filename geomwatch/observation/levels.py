@@ -21,13 +21,13 @@ def gradient_level(
     `at_64` is that of 64 items and a momentum of 0.9; by default that of a mean over 60 steps.
     Where `is_quiet`, batch noise is known to matter hardly at all (see `regime`).
     """
-    edge = _EDGE * seen.noise_ratio
-    if seen.deterministic:
+    edge = _EDGE * seen.limit_ratio
+    if seen.same_data:
         return edge
     if at_64 is None:
         at_64 = _LONG_ADAPTIVE if seen.adaptive else _LONG
     at_64 *= _QUIET if is_quiet else 1.0
-    level = at_64 * (items_of(seen) / _ITEMS) ** _GROWTH * math.sqrt(seen.noise_ratio / _RATIO)
+    level = at_64 * (items_of(seen) / _ITEMS) ** _GROWTH * math.sqrt(seen.limit_ratio / _RATIO)
     return float(min(max(level, _EDGE), edge))
 
 

@@ -22,9 +22,9 @@ class Regime:
     Deterministic is a run whose steps all see the same data, in any order: it settles at a margin
     of 1, the edge of stability, and mini-batch levels would call that an emergency. A small spread
     of curvature *within* the batch is not enough: at the start of mini-batch runs, those that fail
-    included, the mean-square margin is within a few percent of the full-batch one.
+    included, the stochastic margin is within a few percent of the full-batch one.
 
-    Noise dominates where the mean-square margin is more than 2.5 x the full-batch one: most of it
+    Noise dominates where the stochastic margin is more than 2.5 x the full-batch one: most of it
     is then what a larger batch would take away. Below 1.3 x, at a margin of at least 0.1, it
     hardly matters, until it is 1.8 x: a GPT under SGD lives by the limit of the full batch, though
     its batches are small (docs/decisions/018).
@@ -46,8 +46,8 @@ class Regime:
             self._step, self._rate = seen.step, max(seen.lr, default=0.0)
 
     def noise(self, seen: Observation) -> float | None:
-        """Return the mean-square margin in units of the full-batch one; None if not known."""
-        if seen.deterministic:
+        """Return the stochastic margin in units of the full-batch one; None if not known."""
+        if seen.same_data:
             return 1.0
         holds = max(seen.lr, default=0.0) <= self._holds * self._rate
         return self._noise if holds and seen.step <= LASTS * self._step else None
@@ -59,11 +59,11 @@ class Regime:
 
     def is_quiet(self, seen: Observation) -> bool:
         """Tell whether batch noise is known to matter hardly at all."""
-        return seen.deterministic or (self.noise(seen) is not None and self._agree)
+        return seen.same_data or (self.noise(seen) is not None and self._agree)
 
     def is_edge(self, seen: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
-        return seen.deterministic and EDGE <= margin <= below
+        return seen.same_data and EDGE <= margin <= below
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was last measured."""
@@ -86,7 +86,7 @@ def is_noisy(noise: float) -> bool:
 
 
 def noise_of(estimates: Mapping[str, Estimate]) -> float | None:
-    """Return the mean-square margin in units of the full-batch one, where a probe has had both."""
+    """Return the stochastic margin in units of the full-batch one, where a probe has had both."""
     mean_square, margin = estimates.get("stochastic_margin"), estimates.get("stability_margin")
     if mean_square is None or mean_square.status != "ok" or mean_square.value is None:
         return None

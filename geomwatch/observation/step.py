@@ -16,7 +16,7 @@ class Observation:
 
     `margin` is the stability margin at this step's learning rate: measured now when `fresh`,
     otherwise the last one re-scaled; `gradient_margin`, measured more often, is the small-batch
-    margin along the coming preconditioned step d = S^2 g, noise_ratio * d'(H + W)d / g'd (see
+    margin along the coming preconditioned step d = S^2 g, limit_ratio * d'(H + W)d / g'd (see
     `stability`): eta BS / (2 (1-mu)) for SGD with momentum, negative where the loss is concave.
     `settled` is what became known of the step before.
     """
@@ -30,11 +30,11 @@ class Observation:
     gradient_fresh: bool = False
     cold_start: float = 1.0  # factor of Adam's first steps that both margins leave out
     adaptive: bool = False  # the optimizer preconditions its steps, as Adam does
-    noise_ratio: float = 1.0  # full-batch over small-batch limit of the coming step
+    limit_ratio: float = 1.0  # full-batch over small-batch limit of the coming step
     peak: tuple[float, ...] = ()  # the highest rate each group is known to be headed for
-    deterministic: bool = False  # every step sees the same data, as in full-batch training
+    same_data: bool = False  # every step sees the same data, as in full-batch training
     estimates: Mapping[str, Estimate] | None = None  # of a probe at this step
-    how: Mapping[str, str | int | float | bool] | None = None  # the probe obtained them
+    provenance: Mapping[str, str | int | float | bool] | None = None  # the probe obtained them
     loss: float | None = None  # of a probe at this step
     items: int = 0  # of the batch last measured on, over all ranks
     layers: tuple[str, ...] = ()

@@ -35,7 +35,7 @@ class Trust:
         """Judge a probe; what it did not look at stays as it was."""
         if seen.estimates is not None:
             self._note(seen.estimates)
-        how = seen.how or {}
+        how = seen.provenance or {}
         if how.get("validation_failed") and how.get("backend") == "double_backward":
             return str(how.get("validation", "double backward is wrong"))
         if self._moving:

@@ -131,9 +131,9 @@ class Probe:
         return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
     @property
-    def noise_ratio(self) -> float:
+    def limit_ratio(self) -> float:
         """Full-batch over small-batch limit of the coming step."""
-        return 1.0 if self.stability is None else self.stability.noise_ratio
+        return 1.0 if self.stability is None else self.stability.limit_ratio
 
     @property
     def knows_margin_sharpness(self) -> bool:

@@ -241,7 +241,7 @@ def _critical_lr(probe: Probe) -> Estimate:
         direction,
         replace(readout, loss=s.sign * readout.loss),
         slope=s.sign * float(gradient @ direction),
-        start=2 * float(rate) * s.noise_ratio,
+        start=2 * float(rate) * s.limit_ratio,
     )
     if found.value is None or s.status == "ok":
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from geomwatch.observation.step import Observation, Rule
+from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm import GradNormSpike
@@ -12,10 +13,10 @@ from geomwatch.rules.margin import StabilityMargin
 from geomwatch.rules.nonfinite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
-from geomwatch.rules.stochastic_margin import StochasticMargin
 from geomwatch.rules.untrusted import UntrustedProbe
 
 __all__ = [
+    "BatchNoise",
     "CriticalBatchSize",
     "FlatButRough",
     "GradNormSpike",
@@ -27,7 +28,6 @@ __all__ = [
     "RateJump",
     "Rule",
     "StabilityMargin",
-    "StochasticMargin",
     "UntrustedProbe",
     "default_rules",
 ]
@@ -40,7 +40,7 @@ def default_rules() -> list[Rule]:
         LossRise(),
         StabilityMargin(),
         GradientMargin(),
-        StochasticMargin(),
+        BatchNoise(),
         PlannedRate(),
         RateJump(),
         GradNormSpike(),

@@ -34,9 +34,9 @@ def rate_factor(
     """
     if seen.margin is not None and seen.margin.status != "ok":
         return 1.0
-    aimed = _MARGIN_FULL_BATCH if seen.deterministic else _MARGIN
+    aimed = _MARGIN_FULL_BATCH if seen.same_data else _MARGIN
     level = gradient_level(seen, is_quiet=is_quiet)
-    aimed_along = level * (_GRADIENT_FULL_BATCH if seen.deterministic else _GRADIENT)
+    aimed_along = level * (_GRADIENT_FULL_BATCH if seen.same_data else _GRADIENT)
     if seen.step in _YOUNG:
         aimed_along *= _AT_START
     if seen.fresh and seen.margin is not None:

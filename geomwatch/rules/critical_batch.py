@@ -92,7 +92,7 @@ class CriticalBatchSize:
 def _signal(seen: Observation) -> float | None:
     """Return the share of ||g||^2 that is signal; 0 where the noise hides it, None if unknown."""
     found = (seen.estimates or {}).get("gradient_noise_scale")
-    if found is None or found.status == "held" or seen.items < 1 or seen.deterministic:
+    if found is None or found.status == "held" or seen.items < 1 or seen.same_data:
         return None
     if found.value is None:
         return 0.0 if found.reason.startswith(NO_SIGNAL) else None

@@ -25,7 +25,7 @@ class Kept:
     def release(self, seen: Observation) -> Alert | None:
         """Return what was kept, once."""
         alert, self._alert = self._alert, None
-        return None if seen.deterministic else alert
+        return None if seen.same_data else alert
 
     def state_dict(self) -> dict[str, Any]:
         """Return the alert as primitives."""

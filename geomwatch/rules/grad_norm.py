@@ -51,7 +51,7 @@ class GradNormSpike:
         if z <= _LEVEL:
             self._latch.calm(settled.step) if z < _LEVEL / 2 else self._latch.between()
             return None
-        lasting = self._row >= _IN_A_ROW and not seen.deterministic
+        lasting = self._row >= _IN_A_ROW and not seen.same_data
         severity: Severity = "warning" if lasting else "info"
         if not self._latch.admit(severity, settled.step):
             return None

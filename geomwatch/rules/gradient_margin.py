@@ -38,14 +38,14 @@ class GradientMargin:
     """Warns when the curvature along the steps is more than batches of this size survive.
 
     G = d'(H + W)d / g'd along the coming step d = S^2 g, in units of the limit of small batches
-    (`noise_ratio` times further off is that of the full batch): what sentinels measure between
+    (`limit_ratio` times further off is that of the full batch): what sentinels measure between
     probes, at a fraction of their cost. Healthy runs settle between the two limits, the higher the
     larger the batch B. Of geometric means, re-scaled to the present rate, it is a warning when
 
         over 60 steps   G > 7 (B/64)^(1/3)    (12 for methods that adapt),
         over three      G > 13 (B/64)^(1/3)   (SGD),
 
-    times sqrt(noise_ratio / 19), and 2.5 where batch noise is known to matter hardly at all (see
+    times sqrt(limit_ratio / 19), and 2.5 where batch noise is known to matter hardly at all (see
     `regime`); it is critical when a single value in steps 3 to 12 exceeds 22
     (B/64)^(1/3) (SGD), or one at any step twice the limit of the full batch. Where every step sees
     the same data the level is 1.3 of that limit.
@@ -83,14 +83,14 @@ class GradientMargin:
         """Hold one value and the means against their levels."""
         judged = [_Found(0.0, now, math.inf, "")]
         level_of = partial(gradient_level, seen, is_quiet=self._regime.is_quiet(seen))
-        at_once = seen.noise_ratio * (_EDGE_AT_ONCE if seen.deterministic else _AT_ONCE)
+        at_once = seen.limit_ratio * (_EDGE_AT_ONCE if seen.same_data else _AT_ONCE)
         if seen.step > 0 and not seen.fresh:  # of a probe StabilityMargin speaks
             judged.append(_found(now, at_once, "measured once", "critical"))
         mean, count = self._long.mean(seen)
         if mean is not None and count >= _ENOUGH and seen.step >= _WARM_UP:
             shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
             judged.append(_found(mean, level_of(), shown))
-        if seen.adaptive or seen.deterministic:
+        if seen.adaptive or seen.same_data:
             return judged
         if seen.step in _YOUNG:
             judged.append(_found(now, level_of(_FIRST), "measured once", "critical"))
@@ -105,12 +105,12 @@ class GradientMargin:
         factor = rate_factor(seen, gradient=found.value, is_quiet=is_quiet)
         agreeing = " that agree on the curvature" if is_quiet else ""
         batch = f"batches of {items_of(seen)}{agreeing}"
-        batch = "full-batch training" if seen.deterministic else batch
+        batch = "full-batch training" if seen.same_data else batch
         text = (
             f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
             f"survive for long with {seen.optimizer}: {found.value:.3g} x the limit of small "
             f"batches, {found.shown} (alert above {found.level:.3g}; the full batch would allow "
-            f"{seen.noise_ratio:.3g}). {lower_rate(seen, factor)}, or end its warm-up there."
+            f"{seen.limit_ratio:.3g}). {lower_rate(seen, factor)}, or end its warm-up there."
         )
         return alert(
             self.name, found.severity, text, value=found.value, limit=found.level, step=seen.step

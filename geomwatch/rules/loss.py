@@ -97,7 +97,7 @@ class LossRise:
         # Without a formula for the optimizer it is no share of a limit.
         if seen.margin is not None and seen.margin.status == "ok":
             self._margin = max(self._margin, seen.margin.value or 0.0)
-        level = _START_FULL_BATCH if seen.deterministic else _START_MARGIN
+        level = _START_FULL_BATCH if seen.same_data else _START_MARGIN
         is_suspect = self._margin > level and seen.items >= _START_ITEMS
         if not is_suspect:
             return None

@@ -63,7 +63,7 @@ class StabilityMargin:
             return None
         if seen.margin.status != "ok":
             return self._relative(seen, seen.margin.value)
-        levels = _FULL_BATCH if seen.deterministic else _NOISY
+        levels = _FULL_BATCH if seen.same_data else _NOISY
         self._recent.add(seen, seen.margin.value)
         mean, count = self._recent.mean(seen)
         if mean is None:  # at a rate of 0
@@ -107,11 +107,11 @@ class StabilityMargin:
         persistent = self._persistent(mean > levels.critical and seen.step > 0, seen.step)
         # Two recent measurements above the level, or two that lie further apart.
         lasting = self._lasting(mean > levels.warning, seen.step) or count >= 2
-        trouble = self._loss_rises(seen) or not seen.deterministic
+        trouble = self._loss_rises(seen) or not seen.same_data
         if seen.step == 0:
             return "critical" if seen.margin.value > _BEFORE_START else None
         # Full-batch training leaves sharp weights by a catapult, with a passing rise of the loss.
-        spared = seen.deterministic and seen.step < _WARM_UP
+        spared = seen.same_data and seen.step < _WARM_UP
         if seen.margin.value > levels.at_once or (persistent and trouble and not spared):
             return "critical"
         if mean > levels.warning and lasting and seen.step >= _WARM_UP and trouble:

@@ -85,7 +85,7 @@ def _sent(
 def _text(seen: Observation, value: float, margin: str, factor: float) -> str:
     lr = max(seen.lr, default=1.0)
     beyond = "is beyond" if value > 1 else "comes close to"
-    rising = ", and the loss rises" if seen.deterministic else ""
+    rising = ", and the loss rises" if seen.same_data else ""
     return (
         f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
         f"stability margin {margin}{_curvature(seen)}{carried_by(seen)}. "

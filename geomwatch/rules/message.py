@@ -7,7 +7,7 @@ import math
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 
-_LIMIT = 1.0  # of the mean-square margin
+_LIMIT = 1.0  # of the stochastic margin
 _LARGEST = 64  # times the batch: beyond it nobody follows the advice
 
 
@@ -40,7 +40,7 @@ def larger_batch(factor: float) -> str:
 def batch_advice(margin: float, noise: float | None) -> str:
     """Say whether a larger batch would help, and how much larger.
 
-    The mean-square margin is D + N, D the margin of the full batch and N what the disagreement of
+    The stochastic margin is D + N, D the margin of the full batch and N what the disagreement of
     batches adds. A batch k x larger leaves D and divides N by k: k = ceil(N / (1 - D)) brings the
     sum down to 1, if D < 1; otherwise no batch does.
 
@@ -56,7 +56,7 @@ def batch_advice(margin: float, noise: float | None) -> str:
     if margin + extra <= _LIMIT:
         return ""
     times = math.ceil(extra / (_LIMIT - margin))
-    source = f"{extra / (margin + extra):.0%} of the mean-square margin {margin + extra:.2g} is"
+    source = f"{extra / (margin + extra):.0%} of the stochastic margin {margin + extra:.2g} is"
     if times > _LARGEST:
         return f" {source} batch noise, but it would take a batch {times} x larger to outgrow it."
     return f" Or make the batch {times} x larger: {source} batch noise."

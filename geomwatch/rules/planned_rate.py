@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from geomwatch.observation.batch_noise import BatchNoise, batch_noise
+from geomwatch.observation.batch_noise import NoisePart, noise_part
 from geomwatch.observation.levels import items_of
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
@@ -27,8 +27,8 @@ class PlannedRate:
     train well too. Whether that is so shows at the second step, so that a forecast below 10 is kept
     for it, and dropped there.
 
-    A warning as well where the noise part of the mean-square margin, at the peak, would be too much
-    for a start (see `StochasticMargin`). The highest rates are those that the groups of the
+    A warning as well where the noise part of the stochastic margin, at the peak, would be too much
+    for a start (see `BatchNoise`). The highest rates are those that the groups of the
     optimizer carry (see `planned_rates`).
     """
 
@@ -60,7 +60,7 @@ class PlannedRate:
         )
         if growth < _AHEAD:
             return None
-        expected, noise = margin.value * growth, batch_noise(seen)
+        expected, noise = margin.value * growth, noise_part(seen)
         excess = 0.0 if noise is None else noise.excess(seen, growth=growth)
         if expected <= _WARNING and noise is not None and excess > 1:
             return self._noisy(seen, noise, growth)
@@ -83,7 +83,7 @@ class PlannedRate:
         )
         return self._sent(seen, severity, text, expected, level)
 
-    def _noisy(self, seen: Observation, noise: BatchNoise, growth: float) -> Alert:
+    def _noisy(self, seen: Observation, noise: NoisePart, growth: float) -> Alert:
         """Return the alert of batches that disagree too much for the peak."""
         expected, level, peak = (
             growth * noise.value,

@@ -21,7 +21,7 @@ _SGD, _ADAPTIVE = 2.4, 5.0  # of the geometric mean of both margins
 _FULL_BATCH = 2.2  # of the margin, where every step sees the same data,
 _QUIET = 1.2  # of SGD where batch noise was measured and does not dominate,
 _AT_ONCE = 2.0  # and at whatever noise
-_MEAN_SQUARE, _MEAN_SQUARE_ADAPTIVE = 3.5, 6.0  # of the mean-square margin, where it was measured
+_MEAN_SQUARE, _MEAN_SQUARE_ADAPTIVE = 3.5, 6.0  # of the stochastic margin, where it was measured
 _HELD = 2.0  # times higher, where this step was not measured
 _TARGET = 0.5  # of the level, that the advice aims for
 
@@ -32,7 +32,7 @@ class RateJump:
     A jump that is too high ruins a run within one or two steps, so that only a judgement before the
     step leads. Where batch noise dominates, or is not known, a batch of B items breaks between the
     limit of the full batch, M = 1, and that of single batches, G = 1 (the margin along the
-    gradient). Where the probe of this step could measure micro-batches, their mean-square margin
+    gradient). Where the probe of this step could measure micro-batches, their stochastic margin
     M_ms tells: levels are M_ms > 3.5 and M > 1.3 for SGD, 6 and 2 for methods that adapt. Else
 
         sqrt(M G) > 2.4 sqrt(B / 64)    for SGD,    5 sqrt(B / 64)    for methods that adapt,
@@ -80,7 +80,7 @@ class RateJump:
     def _share(self, seen: Observation, margin: float) -> tuple[float, str]:
         """Return what the new rate is of the one where runs break, and from what."""
         held = 1.0 if seen.fresh else _HELD
-        if seen.deterministic:
+        if seen.same_data:
             # One measurement will do: there is no noise of batches to average.
             now = (seen.margin.value if seen.margin else None) or margin
             return _share_of(now, held * _FULL_BATCH)
@@ -123,12 +123,12 @@ def _share_of(margin: float, level: float) -> tuple[float, str]:
 
 
 def _share_of_both(seen: Observation, margin: float, noise: float) -> tuple[float, str]:
-    """Return the larger share of its level: of the mean-square margin, or the full batch's."""
+    """Return the larger share of its level: of the stochastic margin, or the full batch's."""
     level = _MEAN_SQUARE_ADAPTIVE if seen.adaptive else _MEAN_SQUARE
     share, text = _share_of(margin, _AT_ONCE if seen.adaptive else _QUIET)
     if noise * margin / level > share:
         share, text = _share_of(noise * margin, level)
-        return share, f"mean-square {text}, {noise:.2g} x that of the full batch"
+        return share, f"stochastic {text}, {noise:.2g} x that of the full batch"
     return share, text
 
 

@@ -41,7 +41,7 @@ class Stability:
     """The stability problem of one coming step, per coordinate. The margin M has no unit.
 
     The small-batch margin looks along d = S^2 g, the preconditioned gradient, and costs one HVP:
-    noise_ratio * d'(sign H + W)d / g'S^2 g. That is eta BS / 2 for SGD, eta BS / (2(1-mu)) with
+    limit_ratio * d'(sign H + W)d / g'S^2 g. That is eta BS / 2 for SGD, eta BS / (2(1-mu)) with
     momentum, eta BS_P / 2 for Adam, BS_P = g'P^-1 H P^-1 g / g'P^-1 g (Andreyev et al. 2026).
     """
 
@@ -55,9 +55,9 @@ class Stability:
     reason: str = ""  # why it is not "ok"
 
     @property
-    def noise_ratio(self) -> float:
+    def limit_ratio(self) -> float:
         """Deterministic over small-batch threshold, the largest of the groups."""
-        return max((r.noise_ratio for r in self.recursions), default=1.0)
+        return max((r.limit_ratio for r in self.recursions), default=1.0)
 
     def step_along(self, gradient: Tensor) -> Tensor:
         """Return d = S^2 g: the coming step but for its length and its past. One pass over D."""

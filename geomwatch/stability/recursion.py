@@ -39,7 +39,7 @@ class Recursion:
         return (1 + self.keep) * (1 + self.memory) / push if push else math.inf
 
     @property
-    def noise_ratio(self) -> float:
+    def limit_ratio(self) -> float:
         """The threshold over that of the small-batch limit.
 
         When the noise of small batches dominates (h -> 0 at a finite E[h^2]/E[h]) each kick is

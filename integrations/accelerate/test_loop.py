@@ -275,7 +275,7 @@ def test_the_loss_measured_is_the_loss_trained_on(accelerator, sizes):
             optimizer.step()
     assert record.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert record["grad_norm"].value == pytest.approx(norm.item(), rel=1e-5)
-    assert record.how["items"] == sum(sizes)
+    assert record.provenance["items"] == sum(sizes)
 
 
 def test_lambda_max_is_that_of_measure_on_the_same_window(accelerator):
@@ -308,7 +308,7 @@ def test_observe_and_a_step_at_the_end_of_the_window_do_too(make_accelerator):
         accelerator.backward(cross_entropy(model, batch) / 2)
         monitor.observe(batch)
     record = monitor.step(loss=1.0)
-    assert record.how["items"] == 32
+    assert record.provenance["items"] == 32
     assert record.loss == pytest.approx(
         sum(cross_entropy(model, b).item() for b in parts) / 2, rel=1e-6
     )
@@ -320,7 +320,7 @@ def test_a_probe_batch_is_measured_instead(accelerator):
     expected = cross_entropy(model, fixed).item()
     _, record = one_step(accelerator, monitor, model, optimizer, cut([8, 8]))
     assert record.loss == pytest.approx(expected, rel=1e-6)
-    assert record.how["items"] == 50
+    assert record.provenance["items"] == 50
 
 
 def test_rules_see_the_mean_of_the_losses_of_a_window(accelerator):

@@ -108,7 +108,7 @@ def watched_and_bare(rank: int) -> Any:
         seen.append(copy.deepcopy(state))
     found = [[(n, e.value) for n, e in r.estimates.items()] for r in monitor.history]
     rows = [step for step, values in loop.rows.rows if "geom/lambda_max" in values]
-    return same(*seen), said, rows, found, monitor.history[0].how
+    return same(*seen), said, rows, found, monitor.history[0].provenance
 
 
 def test_training_is_bit_identical_and_both_ranks_measure_the_same(tmp_path):
@@ -159,7 +159,7 @@ def uneven(rank: int) -> Any:
     loop = Loop()
     monitor = loop.watch(**ONE)
     loop.train(monitor, batches)
-    return numbers(monitor), monitor.history[0].how["items"]
+    return numbers(monitor), monitor.history[0].provenance["items"]
 
 
 def test_ranks_and_micro_batches_count_alike_as_they_do_in_training(tmp_path, forget):
@@ -319,4 +319,6 @@ def test_the_character_model_is_trained_on_two_ranks(needs_data, tmp_path):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["kind"] for line in lines] == ["run", *["record"] * len(lines[1:])]  # of one rank
     assert [line["step"] for line in lines[1:4]] == [0, 1, 2]
-    assert all((line["how"]["ranks"], line["how"]["items"]) == (2, 8) for line in lines[1:])
+    assert all(
+        (line["provenance"]["ranks"], line["provenance"]["items"]) == (2, 8) for line in lines[1:]
+    )

@@ -60,7 +60,7 @@ def test_train_prints_what_it_measures(needs_data, tmp_path):
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
     assert list(found)[:4] == [0, 1, 2, 3]
-    assert all(record["how"]["items"] == 2 * 4 for record in found.values())
+    assert all(record["provenance"]["items"] == 2 * 4 for record in found.values())
     first, *_, last = found.values()
     assert last["loss"] < first["loss"]
 

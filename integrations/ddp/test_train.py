@@ -67,7 +67,7 @@ def test_train_prints_what_it_measures(tmp_path):
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
     assert [record["step"] for record in found[:6]] == [0, 1, 2, 3, 5, 8]
-    assert all((r["how"]["ranks"], r["how"]["items"]) == (2, 2 * 16) for r in found)
+    assert all((r["provenance"]["ranks"], r["provenance"]["items"]) == (2, 2 * 16) for r in found)
     assert found[-1]["loss"] < 0.5 < found[0]["loss"]
 
 
@@ -77,7 +77,7 @@ def test_training_is_bit_identical_when_watched(tmp_path, sharing):
     train(tmp_path / "off", "--steps=6", *sharing, watching=False)
     assert same(state(tmp_path / "on"), state(tmp_path / "off"))
     assert state(tmp_path / "on")["step"] == 6
-    per_rank = found[0]["how"].get("batch_statistics")
+    per_rank = found[0]["provenance"].get("batch_statistics")
     assert per_rank == ("of each rank's own batch" if sharing == ("--norm=batch",) else None)
 
 

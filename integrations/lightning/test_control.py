@@ -104,7 +104,7 @@ def test_windows_that_widen_are_measured_whole(Noted, fit):
     fit(module, [callback])
     losses = [loss for _, _, loss in module.steps]
     assert [r.loss for r in callback.monitor.history] == pytest.approx(losses, rel=1e-5)
-    assert [r.how["items"] for r in callback.monitor.history][-1] == 64
+    assert [r.provenance["items"] for r in callback.monitor.history][-1] == 64
 
 
 def test_a_resizable_sampler_is_found_in_the_loader_that_lightning_uses(Net, fit):

@@ -47,7 +47,7 @@ def test_training_at_another_precision(Net, assert_bit_identical, precision):
     callback = assert_bit_identical(Net, precision=precision)
     assert steps(callback) == [0, 3, 6]
     dtype = "float64" if precision == "64-true" else "float32"
-    assert {record.how["dtype"] for record in callback.monitor.history} == {dtype}
+    assert {record.provenance["dtype"] for record in callback.monitor.history} == {dtype}
 
 
 @pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU.*")

@@ -156,7 +156,7 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(Noted, fit):
     callback = GeomwatchCallback(**LOSS_ONLY, probe_batch=probe_batch)
     fit(module, [callback], precision="64-true")  # the batch is cast as those of the loader
     record = callback.monitor.history[0]
-    assert record.how["items"] == 20
+    assert record.provenance["items"] == 20
     assert record.loss == pytest.approx(mean_of_means(start, [probe_batch]).item(), rel=1e-5)
 
 

@@ -113,7 +113,7 @@ def watched_and_bare(rank: int, folder: Path) -> Any:
     differing = [key for key in seen[0] if not same(seen[0][key], seen[1][key])]
     history = callback.monitor.history
     found = [[(n, e.value) for n, e in r.estimates.items()] for r in history]
-    how = history[0].how
+    how = history[0].provenance
     shown = "geom/stability_margin" in trainer.callback_metrics
     return differing + said, [r.step for r in history], found, dict(how), shown
 
@@ -156,7 +156,7 @@ def uneven(rank: int) -> Any:
     callback = GeomwatchCallback(**ONE)
     loader = DataLoader(TensorDataset(inputs[own], targets[own]), batch_size=96)
     fit(Net(), callback, loader=loader)
-    how = callback.monitor.history[0].how
+    how = callback.monitor.history[0].provenance
     return numbers(callback), (how["ranks"], how["items"])
 
 
@@ -363,7 +363,7 @@ def sharded(rank: int, folder: Path) -> Any:
             Sharded(), *callbacks, strategy=strategy, gradient_clip_val=1.0, folder=folder
         )
         weights.append([p.full_tensor() for p in trainer.lightning_module.parameters()])
-    return same(*weights), numbers(callback), callback.monitor.history[0].how["ranks"], said
+    return same(*weights), numbers(callback), callback.monitor.history[0].provenance["ranks"], said
 
 
 def test_a_model_cut_by_fully_shard_is_measured_and_trained_as_a_whole_one(tmp_path):

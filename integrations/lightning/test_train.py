@@ -32,8 +32,8 @@ def test_a_resnet_18_is_watched_on_mnist(train, tmp_path, monkeypatch, needs_dat
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     assert lines[0]["parameters"] == 11_175_370
     (record,) = (line for line in lines if line["kind"] == "record")
-    assert record["how"]["items"] == 8
-    assert record["how"]["validated"]
+    assert record["provenance"]["items"] == 8
+    assert record["provenance"]["validated"]
     assert record["estimates"]["stability_margin"]["value"] > 0
     assert trainer.global_step == 3
     assert "geom/lambda_max" in capsys.readouterr().out

@@ -82,7 +82,7 @@ def test_a_window_accumulated_by_hand_is_measured_as_a_whole(host, fit, load):
         **LOSS_ONLY, loss_fn=lambda module, batch: cross_entropy(module.layers, batch)
     )
     fit(module, [callback])
-    assert [record.how["items"] for record in callback.monitor.history] == [128, 128]
+    assert [record.provenance["items"] for record in callback.monitor.history] == [128, 128]
     trained = [sum(module.losses[:4]) / 4, sum(module.losses[4:]) / 4]
     assert [record.loss for record in callback.monitor.history] == pytest.approx(trained, rel=1e-6)
 

@@ -69,7 +69,7 @@ def test_windows_of_accumulation_widen_and_are_measured_whole():
         monitor.step()
         optimizer.step()
         optimizer.zero_grad()
-    assert [r.how["items"] for r in monitor.history] == [32, 32, 64, 64]
+    assert [r.provenance["items"] for r in monitor.history] == [32, 32, 64, 64]
 
 
 def test_three_controllers_share_a_run_that_would_have_been_lost():

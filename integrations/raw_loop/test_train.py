@@ -68,7 +68,7 @@ def test_train_prints_what_it_measures(tmp_path):
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
     assert [record["step"] for record in found[:6]] == [0, 1, 2, 3, 5, 8]
-    assert all(record["how"]["items"] == 2 * 32 for record in found)
+    assert all(record["provenance"]["items"] == 2 * 32 for record in found)
     assert found[-1]["loss"] < 0.2 < found[0]["loss"]
 
 

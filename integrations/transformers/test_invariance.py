@@ -188,7 +188,7 @@ def test_there_are_steps_over_every_records_at_optimizer_steps(tmp_path, steps, 
     make(tmp_path, callback, max_steps=steps, gradient_accumulation_steps=accumulate).train()
     assert len(callback.monitor.history) == math.ceil(steps / every)
     assert [r.step for r in callback.monitor.history] == list(range(0, steps, every))
-    assert {r.how["items"] for r in callback.monitor.history} == {4 * accumulate}
+    assert {r.provenance["items"] for r in callback.monitor.history} == {4 * accumulate}
 
 
 def test_the_environment_turns_it_off(tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_with_dropout_it_is_the_loss_under_the_very_masks_of_the_step(tmp_path):
 def test_under_autocast_it_is_that_loss_to_the_rounding_of_bfloat16(tmp_path):
     trainer, records = watched(tmp_path, watch=LOSS_ONLY, dropout=0.1, bf16=True)
     assert [r.loss for r in records] == pytest.approx(logged(trainer, "loss"), rel=1e-3)
-    assert {r.how["dtype"] for r in records} == {"float32"}
+    assert {r.provenance["dtype"] for r in records} == {"float32"}
 
 
 @pytest.mark.parametrize("path", ["the model's loss", "a classifier's", "compute_loss is a mean"])
@@ -197,4 +197,4 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(tmp_path):
     torch.manual_seed(1)
     expected = causal()(**probe_batch).loss.item()
     assert records[0].loss == pytest.approx(expected, rel=1e-5)
-    assert {r.how["items"] for r in records} == {6}
+    assert {r.provenance["items"] for r in records} == {6}

@@ -69,7 +69,7 @@ def test_one_that_is_added_after_training_has_begun_joins_with_the_next_whole_wi
     trainer.train()
     assert "added after training had begun: it watches from step 4 on" in caplog.text
     assert [record.step for record in callback.monitor.history] == [4, 5, 6, 7]
-    assert {record.how["items"] for record in callback.monitor.history} == {8}
+    assert {record.provenance["items"] for record in callback.monitor.history} == {8}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [r.loss for r in callback.monitor.history] == pytest.approx(losses[4:], rel=1e-6)
 

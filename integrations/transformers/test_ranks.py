@@ -56,7 +56,7 @@ def watched_and_bare(rank: int, folder: Path) -> Any:
     rows = [row["step"] for row in trainer.state.log_history if "geom/lambda_max" in row]
     history = callback.monitor.history
     found = [[(n, e.value) for n, e in r.estimates.items()] for r in history]
-    return differing + said, rows, found, dict(history[0].how)
+    return differing + said, rows, found, dict(history[0].provenance)
 
 
 def test_training_is_bit_identical_and_both_ranks_measure_the_same(tmp_path):

@@ -35,8 +35,10 @@ def test_train_fine_tunes_minilm_and_prints_what_it_measures(needs_data, tmp_pat
     assert run_line["parameters"] > 15e6
     assert [first["step"], second["step"]] == [0, 2]
     for record in (first, second):
-        assert record["how"]["backend"] == "double_backward"  # through default SDPA attention
-        assert record["how"]["validated"] is True
+        assert (
+            record["provenance"]["backend"] == "double_backward"
+        )  # through default SDPA attention
+        assert record["provenance"]["validated"] is True
         assert record["estimates"]["lambda_max"]["value"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
 

@@ -24,7 +24,7 @@ _SAME = 1e-9  # relative: caps that differ by less are one
 
 
 class LearningRateCap:
-    """Caps the rate where the small-batch margin along the gradient would exceed `c_bs`.
+    """Caps the rate where the small-batch gradient margin would exceed `c_bs`.
 
     With m_s = eta |BS| / (2(1-mu)) for SGD with momentum, eta |BS_P| / 2 for Adam (its bias
     correction included) and so on, the margin of the user's rate eta,
@@ -52,7 +52,7 @@ class LearningRateCap:
     failed, are not finite, or belong to an optimizer without a stability formula change nothing.
 
     Args:
-        c_bs: the margin along the gradient to stay below; by default between 1 and 2 as
+        c_bs: the gradient margin to stay below; by default between 1 and 2 as
             micro-batches have it, 5 where they agree; without them 2 for SGD, 1 for methods that
             adapt their steps to gradients, as Adam (docs/decisions/013 and 019).
         c_lambda: if given, the margin (lambda_max and its error) to stay below too; 0.5, say.
@@ -141,7 +141,7 @@ class LearningRateCap:
     def _recognise_full_batch(self, seen: Observation) -> None:
         """Take over the limit of full batches where every step has turned out to see the same."""
         if seen.fresh:  # else it is what a run that was resumed does not know yet
-            unit = seen.noise_ratio if seen.deterministic else 1.0
+            unit = seen.limit_ratio if seen.same_data else 1.0
             if unit > self._unit:  # what was capped before was capped by mistake
                 self._factor = math.inf
             self._unit = unit
@@ -149,7 +149,7 @@ class LearningRateCap:
     def _settle(self, seen: Observation) -> None:
         """Lower the limit where the rate is high and the loss does not fall."""
         loss = None if seen.settled is None else seen.settled.loss
-        if loss is None or seen.deterministic or self._decay == 1:
+        if loss is None or seen.same_data or self._decay == 1:
             return
         margin = self._along.at(seen.lr) * seen.cold_start
         if margin > _HIGH * self._usual_limit(seen) and self._stall(loss):
@@ -195,7 +195,7 @@ class LearningRateCap:
         return math.inf if self._c_bs is not None else self._first_steps.allows(seen)
 
     def _limit(self, seen: Observation) -> float:
-        """Return what the margin along the gradient has to stay below."""
+        """Return what the gradient margin has to stay below."""
         return self._usual_limit(seen) * self._settled
 
     def _usual_limit(self, seen: Observation) -> float:

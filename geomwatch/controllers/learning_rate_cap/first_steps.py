@@ -1,27 +1,27 @@
-"""What the batches of the first steps allow, before a margin along the gradient shows anything."""
+"""What the batches of the first steps allow, before a gradient margin shows anything."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from geomwatch.observation.batch_noise import YOUNG, batch_noise
+from geomwatch.observation.batch_noise import YOUNG, noise_part
 from geomwatch.observation.regime import FROM
 from geomwatch.observation.smoothed import SmoothedMargin
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
-_SGD, _ADAPTIVE = 0.1, 1.0  # the noise part of the mean-square margin to stay below,
+_SGD, _ADAPTIVE = 0.1, 1.0  # the noise part of the stochastic margin to stay below,
 _FULL_BATCH = 0.7  # and the margin of the full batch
 
 
 class FirstSteps:
-    """Keeps both parts of the mean-square margin where good starts have them.
+    """Keeps both parts of the stochastic margin where good starts have them.
 
     At their tuned rates nets have a noise part N of .03 to .12 at step 0 under SGD, of .05 to .8
     under methods that adapt, whatever their batch (see `rules.batch_noise`), and a margin M of .01
     to .6. Noise grows as the loss falls, so that a rate that is far too large shows first here.
-    Measured by the probes of the first ten steps, as far as it counts (`BatchNoise.counted`); from
+    Measured by the probes of the first ten steps, as far as it counts (`NoisePart.counted`); from
     step 20 on it is for `Limit`.
     """
 
@@ -33,14 +33,14 @@ class FirstSteps:
         if seen.step not in YOUNG or not seen.fresh:
             return
         self._margin.update(seen.margin, seen.lr)
-        found = batch_noise(seen)
+        found = noise_part(seen)
         if found is not None:
             counted = Estimate(found.counted(seen), found.error, "stderr")
             self._noise.update(counted, seen.lr)
 
     def allows(self, seen: Observation) -> float:
         """Return the factor of the present rates at which both are within limits; inf for none."""
-        if seen.step >= FROM or seen.deterministic:
+        if seen.step >= FROM or seen.same_data:
             return math.inf
         noise, margin = self._noise.at(seen.lr), self._margin.at(seen.lr)
         share = max(noise / (_ADAPTIVE if seen.adaptive else _SGD), margin / _FULL_BATCH)

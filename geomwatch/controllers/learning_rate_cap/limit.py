@@ -1,4 +1,4 @@
-"""What the margin along the gradient has to stay below, as far as micro-batches can tell."""
+"""What the gradient margin has to stay below, as far as micro-batches can tell."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from geomwatch.rules import Observation
 
 _SGD, _ADAPTIVE = 2.0, 1.0  # where nothing is known of micro-batches
 _LOW, _HIGH, _QUIET = 1.0, 2.0, 5.0  # where it is; the last where noise hardly matters
-_MEAN_SQUARE = 1.25  # the mean-square margin aimed for
+_MEAN_SQUARE = 1.25  # the stochastic margin aimed for
 
 
 class Limit:
-    """Translates the limit of the mean square into one of the margin along the gradient.
+    """Translates the limit of the mean square into one of the gradient margin.
 
-    Healthy runs at their tuned rates have a mean-square margin M_ms near 1, whatever the net, where
+    Healthy runs at their tuned rates have a stochastic margin M_ms near 1, whatever the net, where
     noise matters; the margin G along the gradient, which costs a fraction, is then anything from .5
     to 3. So the limit of G is what it would be at M_ms = 1.25 by the last probe that had both, but
     between 1 and 2: a probe sees one batch, and older ones saw less noise. Where noise hardly

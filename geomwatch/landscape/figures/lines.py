@@ -77,7 +77,7 @@ def draw_slices(
         losses = _gaps(found.losses)
         dots = {"marker": marker, "color": colour, "lw": 0, "ms": 2.8}
         top.plot(found.alphas, losses, label=name, **dots)
-        remark(top, found.how, found.nonfinite)
+        remark(top, found.provenance, found.nonfinite)
         if np.isfinite(losses).sum() > degree + 1:
             fit = polynomial_fit(found, degree=degree)
             order = "quadratic" if degree == 2 else f"degree {degree}"
@@ -100,7 +100,7 @@ def draw_barriers(ax: Any, barriers: Sequence[Barrier], names: Sequence[str]) ->
         line = (found.loss_a, found.loss_b)
         ax.plot(found.alphas, losses, marker=marker, color=colour, label=name, ms=2.5)
         ax.plot((0, 1), line, ls=":", color=colour, lw=1)
-        remark(ax, found.how, found.nonfinite)
+        remark(ax, found.provenance, found.nonfinite)
     first = barriers[0]
     if first.height is not None and first.height > 0.05 * np.nanmax(_gaps(first.losses)):
         _mark_height(ax, first, _gaps(first.losses))  # once all are drawn: it makes room above
@@ -125,7 +125,7 @@ def draw_densities(ax: Any, densities: Sequence[Density], names: Sequence[str]) 
         ax.fill_between(found.grid, np.maximum(low, floor), np.maximum(high, floor), **band)
         shown = np.where(found.density >= floor, found.density, np.nan)
         ax.plot(found.grid, shown, color=colour, lw=1.1, label=name)
-        remark(ax, found.how)
+        remark(ax, found.provenance)
     ax.axvline(0, color=GREY, lw=0.7, zorder=0)
     ax.set_yscale("log")
     ax.set_ylim(floor, 3 * largest)

@@ -81,14 +81,14 @@ def draw_contours(ax: Any, plane: Plane) -> Any:
     ax.set_ylim(plane.betas[0], plane.betas[-1])
     for side in ("top", "right"):
         ax.spines[side].set_visible(True)
-    remark(ax, plane.how, plane.nonfinite)
+    remark(ax, plane.provenance, plane.nonfinite)
     return filled
 
 
 def draw_trajectory(ax: Any, plane: Plane, path: Trajectory) -> None:
     """Draw the states of a run, first to last, on the contours of its plane."""
     for key, what in (("weights", "weights at its centre"), ("directions_digest", "directions")):
-        if plane.how.get(key) != path.how.get(key):
+        if plane.provenance.get(key) != path.provenance.get(key):
             raise UsageError(
                 f"path must be of the same plane, got other {what}. Make both with the "
                 "same model and directions."
@@ -177,7 +177,7 @@ def _label_axes(ax: Any, plane: Plane, *, logarithmic: bool) -> None:
         ax.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10.0**value:.2g}"))
     ax.set_box_aspect((1, 1, 0.75), zoom=0.84)
     ax.view_init(elev=30, azim=-58)
-    remark(ax, plane.how, plane.nonfinite, inside=True)
+    remark(ax, plane.provenance, plane.nonfinite, inside=True)
 
 
 def _masked(plane: Plane) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from geomwatch.observation.batch_noise import YOUNG, BatchNoise, batch_noise
+from geomwatch.observation.batch_noise import YOUNG, NoisePart, noise_part
 from geomwatch.observation.levels import items_of
 from geomwatch.observation.step import Latch, Observation, load_into, state_of
 from geomwatch.observation.trust import Trust
@@ -16,8 +16,8 @@ from geomwatch.rules.message import alert, carried_by, larger_batch
 _AT_ONCE = 1.0  # noise of SGD that is told of before the first step
 
 
-class StochasticMargin:
-    """Warns when the noise part of the mean-square margin is too large in the first ten steps.
+class BatchNoise:
+    """Warns when the noise part of the stochastic margin is too large in the first ten steps.
 
     N = M_ms - M, what batches that differ in curvature add to the margin (see
     `estimators.mean_square`); M_ms < 1 is stability of the mean square of steps. N grows about
@@ -32,7 +32,7 @@ class StochasticMargin:
     training shows itself there, and bears more.
     """
 
-    name = "stochastic_margin"
+    name = "batch_noise"
 
     def __init__(self) -> None:
         self._latch = Latch()
@@ -42,7 +42,7 @@ class StochasticMargin:
     def __call__(self, seen: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
         doubt = self._trust(seen)
-        found = batch_noise(seen) if seen.step in YOUNG and not doubt else None
+        found = noise_part(seen) if seen.step in YOUNG and not doubt else None
         if found is None or found.excess(seen) <= 1 or not self._latch.admit("warning", seen.step):
             return self._kept.release(seen)
         if seen.step == 0 and (seen.adaptive or found.value <= _AT_ONCE):
@@ -50,7 +50,7 @@ class StochasticMargin:
             return None
         return self._told(seen, found)
 
-    def _told(self, seen: Observation, found: BatchNoise, *, is_late: bool = False) -> Alert:
+    def _told(self, seen: Observation, found: NoisePart, *, is_late: bool = False) -> Alert:
         return alert(
             self.name,
             "warning",
@@ -74,7 +74,7 @@ class StochasticMargin:
         load_into(self._parts, state)
 
 
-def _text(seen: Observation, found: BatchNoise, is_late: bool) -> str:
+def _text(seen: Observation, found: NoisePart, is_late: bool) -> str:
     factor = min(rate_factor(seen), found.factor(seen))
     return (
         f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "

@@ -13,9 +13,9 @@ from observations import brief, heard, measured
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
-from geomwatch.observation.batch_noise import batch_noise
+from geomwatch.observation.batch_noise import noise_part
 from geomwatch.records import Estimate
-from geomwatch.rules import Observation, PlannedRate, StochasticMargin
+from geomwatch.rules import BatchNoise, Observation, PlannedRate
 
 
 def start(step: int, noise: float | None, margin: float = 0.05, **more: Any) -> Observation:
@@ -34,22 +34,22 @@ def calm(step: int, **more: Any) -> Observation:
 
 
 def test_a_start_whose_batches_disagree_is_warned_of_at_the_second_step():
-    (alert,) = heard(StochasticMargin(), [start(0, 0.5), calm(1)])
+    (alert,) = heard(BatchNoise(), [start(0, 0.5), calm(1)])
     assert (alert.severity, alert.step, alert.limit) == ("warning", 0, 0.3)
     assert alert.value == pytest.approx(0.5)
     assert "batches of 16 disagree too much on the curvature" in alert.message
     assert "they add 0.5 ± 0.02 to a stability margin of 0.05 (alert above 0.3" in alert.message
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in alert.message
     assert alert.message.endswith("More: geomwatch explain stochastic_margin.")
-    (later,) = heard(StochasticMargin(), [start(5, 0.5)])
+    (later,) = heard(BatchNoise(), [start(5, 0.5)])
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in later.message
 
 
 def test_much_noise_is_told_of_before_the_first_step_and_none_of_full_batches():
-    rule = StochasticMargin()
+    rule = BatchNoise()
     assert rule(start(0, 1.1)) is not None
     assert rule(calm(1)) is None
-    assert heard(StochasticMargin(), [start(0, 0.9), calm(1, deterministic=True)]) == []
+    assert heard(BatchNoise(), [start(0, 0.9), calm(1, same_data=True)]) == []
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_much_noise_is_told_of_before_the_first_step_and_none_of_full_batches():
         start(11, 30.0),  # later it is no matter of a start
         start(5, None),
         start(5, 0.5, error=0.6),  # noise of the noise
-        start(5, 30.0, deterministic=True),
+        start(5, 30.0, same_data=True),
         start(5, 30.0, status="unknown"),
         start(5, 1.7, adaptive=True),
         start(0, 3.9, margin=0.7, adaptive=True),
@@ -68,32 +68,32 @@ def test_much_noise_is_told_of_before_the_first_step_and_none_of_full_batches():
     ],
 )
 def test_all_else_is_passed_over(seen):
-    assert heard(StochasticMargin(), [seen]) == []
+    assert heard(BatchNoise(), [seen]) == []
 
 
 @pytest.mark.parametrize("seen", [start(5, 1.9, adaptive=True), start(1, 4.1, 0.61, adaptive=True)])
 def test_methods_that_adapt_have_levels_of_their_own(seen):
-    assert brief(heard(StochasticMargin(), [seen])) == [(seen.step, "warning")]
+    assert brief(heard(BatchNoise(), [seen])) == [(seen.step, "warning")]
 
 
 def test_methods_that_adapt_ruin_nothing_in_one_step_and_always_wait():
     first = start(0, 190.0, 0.8, adaptive=True)
-    rule = StochasticMargin()
+    rule = BatchNoise()
     assert rule(first) is None
     assert rule(calm(1)) is not None
-    assert heard(StochasticMargin(), [first, calm(1, deterministic=True)]) == []
+    assert heard(BatchNoise(), [first, calm(1, same_data=True)]) == []
 
 
 def test_advice_asks_for_no_less_noise_than_the_level_does():
     """Where both N and M have to be high, either may come down."""
-    (young,) = heard(StochasticMargin(), [start(1, 30.0, 1.5, adaptive=True)])
+    (young,) = heard(BatchNoise(), [start(1, 30.0, 1.5, adaptive=True)])
     assert "(0.1 x)" in young.message
-    (settled,) = heard(StochasticMargin(), [start(5, 30.0, 1.5, adaptive=True)])
+    (settled,) = heard(BatchNoise(), [start(5, 30.0, 1.5, adaptive=True)])
     assert "(0.017 x)" in settled.message
 
 
 def test_it_is_said_once_and_remembered():
-    rule, again = StochasticMargin(), StochasticMargin()
+    rule, again = BatchNoise(), BatchNoise()
     assert rule(start(0, 0.5)) is None
     again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
     assert again(calm(1)) == rule(calm(1)) is not None
@@ -104,12 +104,12 @@ def test_it_is_said_once_and_remembered():
 def test_noise_counts_at_the_planned_peak():
     """It is said at the second step, when full-batch training has shown itself."""
     first = start(0, 0.025, 0.01, error=0.002, peak=(2.0,))  # 20 x the first rate
-    assert brief(heard(StochasticMargin(), [first])) == []
+    assert brief(heard(BatchNoise(), [first])) == []
     (alert,) = heard(PlannedRate(), [first, measured(1, 0.01)])
     assert (alert.severity, alert.step, alert.value) == ("warning", 0, pytest.approx(0.5))
     assert "would add 0.5 to the stability margin of SGD" in alert.message
     assert "Lower the peak to about 0.4 (0.2 x)" in alert.message
-    assert heard(PlannedRate(), [first, measured(1, 0.01, deterministic=True)]) == []
+    assert heard(PlannedRate(), [first, measured(1, 0.01, same_data=True)]) == []
     small = start(0, 0.019, 0.01, error=0.002, peak=(2.0,))
     assert heard(PlannedRate(), [small, measured(1, 0.01)]) == []
 
@@ -141,7 +141,7 @@ def run(lr: float, size: int, kind: Any = torch.optim.SGD, **options: Any) -> ge
 def test_rates_far_too_large_are_warned_of_at_once_and_good_ones_never(size):
     scale = size / 16  # noise falls with the batch
     wild = run(1.0 * scale, size, momentum=0.9)
-    assert [a.step for a in wild.alerts if a.rule == "stochastic_margin"] == [0]
+    assert [a.step for a in wild.alerts if a.rule == "batch_noise"] == [0]
     calm = run(0.02 * scale, size, momentum=0.9)
     assert calm.alerts == []
     assert batch_noise_of(calm) == pytest.approx(0.02 * batch_noise_of(wild), rel=1e-3)
@@ -160,9 +160,9 @@ def test_a_noisy_start_is_looked_at_again_and_a_calm_one_is_not():
 
 
 def test_what_is_no_noise_is_told_from_it():
-    assert batch_noise(start(0, 0.5)) is not None
-    assert batch_noise(start(0, 0.0)) is None
-    assert batch_noise(start(0, 0.5, margin=-0.1)) is None
+    assert noise_part(start(0, 0.5)) is not None
+    assert noise_part(start(0, 0.0)) is None
+    assert noise_part(start(0, 0.5, margin=-0.1)) is None
 
 
 def test_batches_of_four_items_are_cut_into_single_ones():
