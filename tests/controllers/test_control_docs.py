@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from geomwatch import Monitor
 
-PAGE = Path(__file__).parents[1] / "docs" / "control.md"
+PAGE = Path(__file__).parents[2] / "docs" / "control.md"
 
 
 def test_the_code_of_the_page_runs():

@@ -385,7 +385,7 @@ def test_the_table_of_a_study_says_why_numbers_are_missing(study):
 
 
 def test_the_committed_report_is_of_the_full_study():
-    page = Path(__file__).parents[1] / "docs/studies/three-architectures/README.md"
+    page = Path(__file__).parents[2] / "docs/studies/three-architectures/README.md"
     text = page.read_text(encoding="utf-8")
     assert f"{len(full().seeds)} seeds" in text
     assert f"{full().steps} steps at batch {full().batch}" in text

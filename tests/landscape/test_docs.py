@@ -14,7 +14,7 @@ from problems import cross_entropy, digits, mlp
 
 from geomwatch import landscape
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
