@@ -349,7 +349,7 @@ Written by `benchmarks/sgd_sampler.py`. The loss is L(x, y) = (x² - 1)² + k(x)
 dimensions and k growing exponentially with x: two equally deep basins, a flat one at x = -1
 (k = {flat:g}) and a sharp one at x = +1 (k = {sharp:g}), a ridge of height 1 between them. SGD runs
 {steps:,} steps, 2,000 chains, from both basins by halves; ± is one standard error. On a noisy
-quadratic, where the answer is exact, `tests/test_landscape_sampler.py` checks `temperature`.
+quadratic, where the answer is exact, `tests/landscape/test_sampler.py` checks `temperature`.
 
 | claim of the paper | here it | because |
 |---|---|---|

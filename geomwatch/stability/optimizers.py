@@ -25,7 +25,7 @@ Weight decay is coupled (wd I beside H) unless the optimizer decouples it, as Ad
 Sources: SGD: Cohen, Kaur, Li, Kolter, Talwalkar 2021, "Gradient descent on neural networks
 typically occurs at the edge of stability"; Adam: Cohen et al. 2022, "Adaptive gradient methods at
 the edge of stability" (arXiv 2207.14484); the rest: `Recursion`. All are bisected against
-torch.optim itself in tests/test_stability.py.
+torch.optim itself in tests/stability/test_stability.py.
 """
 
 from __future__ import annotations

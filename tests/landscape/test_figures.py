@@ -9,9 +9,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from landscapes import every_kind
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from test_landscape_storage import every_kind
 
 from geomwatch import landscape
 from geomwatch.errors import UsageError
