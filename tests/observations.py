@@ -18,7 +18,7 @@ def measured(
     status = more.pop("status", "ok")
     estimate = Estimate(margin, 0.01, "residual", status=status)
     return Observation(
-        step=step, lr=(lr,), optimizer="SGD", margin=estimate, fresh=True, loss=loss, **more
+        index=step, lr=(lr,), optimizer="SGD", margin=estimate, fresh=True, loss=loss, **more
     )
 
 
@@ -29,7 +29,7 @@ def full_batch(step: int, margin: float, *, loss: float = 1.0) -> Observation:
 def trained(step: int, loss: float | None, *, grad_norm: float = 1.0, stepped: bool = True):
     """The step before is over and had this loss."""
     settled = Settled(step, loss, grad_norm, stepped)
-    return Observation(step=step + stepped, lr=(0.1,), settled=settled)
+    return Observation(index=step + stepped, lr=(0.1,), settled=settled)
 
 
 def heard(rule: Rule, observations: Iterable[Observation]) -> list[Alert]:
@@ -72,7 +72,7 @@ def random_run(seed: int) -> list[Observation]:
         error = 0.01 if i % 40 < 32 else 20.0
         run.append(
             Observation(
-                step=step,
+                index=step,
                 lr=(lr if i >= frozen else 0.0,),
                 margin=Estimate(value, error, "residual", status=status),
                 fresh=fresh,

@@ -18,9 +18,9 @@ class Scripted:
 
     def __call__(self, seen: Observation, alerts: Sequence[Any], knobs: Any) -> Sequence[Move]:
         self.seen.append((seen, alerts, knobs))
-        if seen.step not in self.moves:
+        if seen.index not in self.moves:
             return ()
-        return [Move(self.knob, self.moves[seen.step], "the test wants it", **self.options)]
+        return [Move(self.knob, self.moves[seen.index], "the test wants it", **self.options)]
 
     def state_dict(self) -> dict[str, Any]:
         return {}

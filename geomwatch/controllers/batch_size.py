@@ -93,49 +93,49 @@ class BatchSizeScaler:
         self._advised = False
 
     def __call__(
-        self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
+        self, step: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Look at one step; only a fresh measurement of both margins moves anything."""
         present = 1.0 if knobs is None else knobs.values.get(BATCH, 1.0)
-        parts = self._measure(seen, present)
+        parts = self._measure(step, present)
         if parts is None:
             return ()
         total = parts.curvature + parts.noise
         if parts.curvature >= self._limit:
-            self._noisy(False, seen.step)
-            return self._advice(seen, parts, knobs)
-        noisy = self._noisy(total > self._limit and parts.noise > parts.curvature, seen.step)
+            self._noisy(False, step.index)
+            return self._advice(step, parts, knobs)
+        noisy = self._noisy(total > self._limit and parts.noise > parts.curvature, step.index)
         small = parts.curvature + 2 * parts.noise < _SHRINK * self._limit
-        calm = self._calm(small and present > 1, seen.step)
-        if seen.step - self._changed < self._cooldown:
+        calm = self._calm(small and present > 1, step.index)
+        if step.index - self._changed < self._cooldown:
             return ()
         if noisy:
-            return self._grow(seen, parts, present)
+            return self._grow(step, parts, present)
         return (
-            self._move(seen, present / _AT_ONCE, _calm_reason(parts, self._limit)) if calm else ()
+            self._move(step, present / _AT_ONCE, _calm_reason(parts, self._limit)) if calm else ()
         )
 
-    def _measure(self, seen: Observation, present: float) -> _Parts | None:
+    def _measure(self, step: Observation, present: float) -> _Parts | None:
         """Take in the margins of a probe; None where it has not measured both."""
-        if not seen.fresh or seen.estimates is None or seen.same_data or not seen.lr:
+        if not step.fresh or step.estimates is None or step.same_data or not step.lr:
             return None
-        scale = _fresh(seen.estimates.get("gradient_noise_scale"))
+        scale = _fresh(step.estimates.get("gradient_noise_scale"))
         if scale is not None:  # geometric: it spreads over decades
             past = self._critical or scale
             self._critical = past**_SMOOTHING * scale ** (1 - _SMOOTHING)
-        if self._base is None and seen.items:
-            self._base = seen.items / present
-        total = seen.estimates.get("stochastic_margin")
-        whole, det = _fresh(total), _fresh(seen.estimates.get("stability_margin"))
-        if whole is None or det is None or not max(seen.lr) > 0:
+        if self._base is None and step.items:
+            self._base = step.items / present
+        total = step.estimates.get("stochastic_margin")
+        whole, det = _fresh(total), _fresh(step.estimates.get("stability_margin"))
+        if whole is None or det is None or not max(step.lr) > 0:
             return None
         noise = Estimate(max(whole - det, 0.0))
-        if not self._curvature.update(Estimate(det), seen.lr):
+        if not self._curvature.update(Estimate(det), step.lr):
             return None
-        self._noise.update(noise, seen.lr)
-        return _Parts(self._curvature.at(seen.lr), self._noise.at(seen.lr))
+        self._noise.update(noise, step.lr)
+        return _Parts(self._curvature.at(step.lr), self._noise.at(step.lr))
 
-    def _grow(self, seen: Observation, parts: _Parts, present: float) -> Sequence[Move]:
+    def _grow(self, step: Observation, parts: _Parts, present: float) -> Sequence[Move]:
         wanted = math.ceil(parts.noise / (self._limit - parts.curvature))
         to = present * min(_AT_ONCE, 2.0 ** math.ceil(math.log2(max(wanted, 2))))
         if to > self._most() * (1 + 1e-9):
@@ -145,7 +145,7 @@ class BatchSizeScaler:
             f"the stochastic margin {total:.3g} is above {self._limit:g}, {parts.noise:.3g} of it "
             f"from the noise of batches, which {wanted} x the batch would bring down"
         )
-        return self._move(seen, to, reason)
+        return self._move(step, to, reason)
 
     def _most(self) -> float:
         """Return the largest multiple of the loop's own batch that is allowed."""
@@ -157,15 +157,15 @@ class BatchSizeScaler:
                 most = min(most, self._noise_scale * self._critical / self._base)
         return most
 
-    def _move(self, seen: Observation, to: float, reason: str) -> Sequence[Move]:
-        self._changed = seen.step
+    def _move(self, step: Observation, to: float, reason: str) -> Sequence[Move]:
+        self._changed = step.index
         # what was measured with another batch says little of the noise of this one
         self._noise = SmoothedMargin(_SMOOTHING)
-        self._noisy(False, seen.step)
-        self._calm(False, seen.step)
+        self._noisy(False, step.index)
+        self._calm(False, step.index)
         return [Move(BATCH, to, reason)]
 
-    def _advice(self, seen: Observation, parts: _Parts, knobs: Knobs | None) -> Sequence[Move]:
+    def _advice(self, step: Observation, parts: _Parts, knobs: Knobs | None) -> Sequence[Move]:
         """Say once that no batch can help, where no controller lowers the rate."""
         capped = knobs is not None and LR in knobs.values
         if self._advised or capped or parts.curvature + parts.noise <= self._limit:
@@ -176,7 +176,7 @@ class BatchSizeScaler:
             f"the margin of the curvature alone is {parts.curvature:.3g}, above {self._limit:g}: a "
             "larger batch can't help, a lower learning rate can"
         )
-        return [Move(LR, factor * max(seen.lr), reason, advice=True)]
+        return [Move(LR, factor * max(step.lr), reason, advice=True)]
 
     @property
     def _parts(self) -> dict[str, Any]:

@@ -161,15 +161,15 @@ class GradientClipper:
         self._norm = math.inf  # that is clipped at
 
     def __call__(
-        self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
+        self, step: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Take in the norm of the step before, and this step's alerts."""
-        self._remember(seen)
+        self._remember(step)
         if self._rules is None:
             return self._follow("of the norms so far")
         raised = [a.rule for a in alerts if a.rule in self._rules and a.severity != "info"]
-        self._raised = [t for t in self._raised if seen.step - t < self._cooldown]
-        self._raised += [seen.step] * len(raised)
+        self._raised = [t for t in self._raised if step.index - t < self._cooldown]
+        self._raised += [step.index] * len(raised)
         if raised and len(self._raised) > self._patience:
             return self._follow(f"of the norms so far, after the alert {raised[0]}")
         if not self._raised and self._norm < math.inf:
@@ -178,8 +178,8 @@ class GradientClipper:
             return [Move(CLIP, math.inf, quiet)]
         return ()
 
-    def _remember(self, seen: Observation) -> None:
-        settled = seen.settled
+    def _remember(self, step: Observation) -> None:
+        settled = step.settled
         if settled is not None and settled.stepped and math.isfinite(settled.grad_norm):
             self._policy.update(settled.grad_norm)
 

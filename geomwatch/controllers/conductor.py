@@ -77,15 +77,15 @@ class Control:
         if self._rate is not None:
             self._rate.lift()
 
-    def __call__(self, seen: Observation, alerts: Sequence[Alert]) -> list[Adjustment]:
+    def __call__(self, step: Observation, alerts: Sequence[Alert]) -> list[Adjustment]:
         """Decide on one step; `apply` then turns the knobs."""
         self._pending = []
         adjustments: list[Adjustment] = []
-        before = {knob: a.value(seen.lr) for knob, a in self._actuators.items()} | self._values
+        before = {knob: a.value(step.lr) for knob, a in self._actuators.items()} | self._values
         for controller in self._controllers:
             moved = frozenset(a.knob for a in adjustments if a.effect != "advice")
-            for move in self._ask(controller, seen, alerts, Knobs(before, moved)):
-                adjustment = self._decided(move, seen, before)
+            for move in self._ask(controller, step, alerts, Knobs(before, moved)):
+                adjustment = self._decided(move, step, before)
                 if adjustment is not None:
                     adjustments.append(adjustment)
         return adjustments
@@ -95,20 +95,20 @@ class Control:
         """The factor between the rates of the last step and the user's."""
         return 1.0 if self._dry_run else self._values.get(LR, 1.0)
 
-    def as_applied(self, seen: Observation) -> Observation:
+    def as_applied(self, step: Observation) -> Observation:
         """Return what the rules should judge: the step as the cap known so far will have it."""
         if self._rate is None or self._dry_run:
-            return seen
-        scale = self._rate.value(seen.lr)
-        headed = self._rate.value(seen.peak)
+            return step
+        scale = self._rate.value(step.lr)
+        headed = self._rate.value(step.peak)
         if scale == 1 and headed == 1:
-            return seen
+            return step
         return replace(
-            seen,
-            lr=tuple(scale * rate for rate in seen.lr),
-            peak=tuple(headed * rate for rate in seen.peak),
-            margin=_scaled(seen.margin, scale),
-            gradient_margin=_scaled(seen.gradient_margin, scale),
+            step,
+            lr=tuple(scale * rate for rate in step.lr),
+            peak=tuple(headed * rate for rate in step.peak),
+            margin=_scaled(step.margin, scale),
+            gradient_margin=_scaled(step.gradient_margin, scale),
         )
 
     def apply(self, rates: Sequence[float]) -> None:
@@ -173,11 +173,11 @@ class Control:
         return brought or Memory(BATCH, obstacle=NO_BATCH)
 
     def _ask(
-        self, controller: Controller, seen: Observation, alerts: Sequence[Alert], knobs: Knobs
+        self, controller: Controller, step: Observation, alerts: Sequence[Alert], knobs: Knobs
     ) -> Sequence[Move]:
         """Ask a controller; a bug in one must not stop a training run."""
         try:
-            return controller(seen, alerts, knobs)
+            return controller(step, alerts, knobs)
         except Exception as error:  # whatever it raises
             if controller.knob not in self._broken:
                 self._broken.add(controller.knob)
@@ -192,12 +192,12 @@ class Control:
             return ()
 
     def _decided(
-        self, move: Move, seen: Observation, before: dict[str, float]
+        self, move: Move, step: Observation, before: dict[str, float]
     ) -> Adjustment | None:
         """Note a move to be made; return what to say of it, if anything."""
         actuator = self._actuators.get(move.knob)
         obstacle = "" if actuator is None else actuator.obstacle
-        after, effect, reason = self._outcome(move, seen.lr), self._effect, move.reason
+        after, effect, reason = self._outcome(move, step.lr), self._effect, move.reason
         if move.advice or obstacle:
             key = move.reason if move.advice else move.knob
             if key in self._advised:
@@ -209,7 +209,7 @@ class Control:
         was = before.get(move.knob, 1.0)  # advice may concern a knob that nobody turns
         if math.isclose(was, after, rel_tol=_SAME):
             return None
-        return Adjustment(move.knob, was, after, reason, seen.step, effect)
+        return Adjustment(move.knob, was, after, reason, step.index, effect)
 
     @property
     def _effect(self) -> Effect:

@@ -46,7 +46,7 @@ class Controller(Protocol):
 
     knob: str
 
-    def __call__(self, seen: Observation, alerts: Sequence[Alert], knobs: Knobs) -> Sequence[Move]:
+    def __call__(self, step: Observation, alerts: Sequence[Alert], knobs: Knobs) -> Sequence[Move]:
         """Look at one step and the alerts it has raised, before it is taken."""
 
     def state_dict(self) -> dict[str, Any]:

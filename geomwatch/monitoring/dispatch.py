@@ -39,18 +39,18 @@ class Judge:
         self.alerts: list[Alert] = []
         self.adjustments: list[Adjustment] = []
 
-    def __call__(self, seen: Observation, record: Record | None) -> Record | None:
+    def __call__(self, step: Observation, record: Record | None) -> Record | None:
         """Judge one step; return its record, if any, with what it led to."""
-        judged = self._control.as_applied(seen)
+        judged = self._control.as_applied(step)
         verdicts = [self._safely(rule, judged) for rule in self._rules]
         alerts = [alert for alert in verdicts if alert is not None]
-        adjustments = self._control(seen, alerts)
+        adjustments = self._control(step, alerts)
         if record is not None:
             record = replace(
                 record,
                 alerts=tuple(alerts),
                 adjustments=tuple(adjustments),
-                knobs=self._control.values(seen.lr),
+                knobs=self._control.values(step.lr),
             )
             self.history.append(record)
             self.emit(record_line(record))
@@ -62,7 +62,7 @@ class Judge:
         for adjustment in adjustments:
             self.adjustments.append(adjustment)
             self.emit(adjustment_line(adjustment))
-        self._control.apply(seen.lr)
+        self._control.apply(step.lr)
         return record
 
     def emit(self, line: Line) -> None:

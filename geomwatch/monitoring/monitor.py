@@ -358,12 +358,12 @@ class Monitor:
         own = self._fixed_window or window
         if not self._ranks.any(bool(own)):
             return False
-        step = self._counter.steps
-        seen = self._guard.glance(
-            own, step, self._lr, same_data=window, loss=_number(loss), grad_scale=grad_scale
+        index = self._counter.steps
+        known = self._guard.glance(
+            own, index, self._lr, same_data=window, loss=_number(loss), grad_scale=grad_scale
         )
-        self._pace.glanced(step, self._lr, self._control.scale)
-        return seen
+        self._pace.glanced(index, self._lr, self._control.scale)
+        return known
 
     def _probe(
         self,
@@ -406,7 +406,7 @@ class Monitor:
     ) -> Observation:
         last = self._guard.last
         return Observation(
-            step=self._counter.steps,
+            index=self._counter.steps,
             lr=self._lr,
             optimizer=self._optimizer_name,
             margin=self._guard.margin.at(self._lr),

@@ -76,10 +76,10 @@ class Pace:
         due = self._schedule.glance_due(step, lr_ratio=ratio, margin=margin)
         return due and self._may(step, step <= _START or self._has_time_for_sentinels)
 
-    def second_look_due(self, seen: Observation) -> bool:
+    def second_look_due(self, step: Observation) -> bool:
         """Tell whether to probe after all, where a sentinel has just been."""
-        due = self._guard.prober.plan.is_free and self._second_look.due(seen)
-        return due and self._may(seen.step, self._has_time_for_probes)
+        due = self._guard.prober.plan.is_free and self._second_look.due(step)
+        return due and self._may(step.index, self._has_time_for_probes)
 
     def noise_matters(self, step: int) -> bool:
         """Tell whether the probe that is due here is to measure what batches disagree on."""

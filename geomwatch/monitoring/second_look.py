@@ -39,25 +39,25 @@ class SecondLook:
         self._early = _EARLY  # step from which on a start is looked at; FROM when it was
         self._noise = 0.0  # noise part of the stochastic margin at the start, over the rate
 
-    def due(self, seen: Observation) -> bool:
+    def due(self, step: Observation) -> bool:
         """Tell whether to probe at a step that a sentinel has just looked at."""
-        margin = seen.gradient_margin
-        if seen.same_data or margin is None or margin.value is None:
+        margin = step.gradient_margin
+        if step.same_data or margin is None or margin.value is None:
             return False
-        if seen.margin is not None and seen.margin.status != "ok":  # shares of no limit
+        if step.margin is not None and step.margin.status != "ok":  # shares of no limit
             return False
-        if seen.step < FROM:
-            return seen.step >= self._early and self._is_suspect(seen, abs(margin.value))
-        if seen.step < self._next and max(seen.lr, default=0.0) <= HOLDS * self._rate:
+        if step.index < FROM:
+            return step.index >= self._early and self._is_suspect(step, abs(margin.value))
+        if step.index < self._next and max(step.lr, default=0.0) <= HOLDS * self._rate:
             return False
-        return abs(margin.value) > self._share * gradient_level(seen)
+        return abs(margin.value) > self._share * gradient_level(step)
 
-    def _is_suspect(self, seen: Observation, along: float) -> bool:
-        noise = max(seen.lr, default=0.0) * self._noise / NoisePart.level(seen)
+    def _is_suspect(self, step: Observation, along: float) -> bool:
+        noise = max(step.lr, default=0.0) * self._noise / NoisePart.level(step)
         if self._early > _EARLY:
             return _STILL_NOISY < noise <= 1  # what is more was said
-        top = (seen.margin.value if seen.margin else None) or 0.0
-        return noise > _NOISY or top > _SUSPECT or along > _SHARE * gradient_level(seen)
+        top = (step.margin.value if step.margin else None) or 0.0
+        return noise > _NOISY or top > _SUSPECT or along > _SHARE * gradient_level(step)
 
     def at_start(self, step: int) -> bool:
         """Tell whether a probe of the first steps, made for a reason of its own, is to look."""

@@ -25,48 +25,48 @@ class NoisePart:
     error: float
     margin: float  # M, of the full batch
 
-    def counted(self, seen: Observation) -> float:
+    def counted(self, step: Observation) -> float:
         """Return N, or of methods that adapt before step 2 what of it counts: min(N, 6.7 M).
 
         v is a single squared gradient then: a fresh head on a pretrained net has an N of up to 190,
         at a margin of .2 and a good rate.
         """
-        if not seen.adaptive or seen.step >= _SETTLED:
+        if not step.adaptive or step.index >= _SETTLED:
             return self.value
         return min(self.value, _FIRST_ADAPTIVE / _FIRST_MARGIN * self.margin)
 
-    def excess(self, seen: Observation, *, growth: float = 1.0) -> float:
+    def excess(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return N over the level of a start, at `growth` times the rate: above 1 is too much."""
-        return growth * self.counted(seen) / self.level(seen, planned=growth > 1)
+        return growth * self.counted(step) / self.level(step, planned=growth > 1)
 
     @staticmethod
-    def level(seen: Observation, *, planned: bool = False) -> float:
+    def level(step: Observation, *, planned: bool = False) -> float:
         """Return how much noise is too much in the first steps, or at a peak that is planned."""
-        if not seen.adaptive:
+        if not step.adaptive:
             return _SGD_PEAK if planned else _SGD
-        return _ADAPTIVE if seen.step >= _SETTLED else _FIRST_ADAPTIVE
+        return _ADAPTIVE if step.index >= _SETTLED else _FIRST_ADAPTIVE
 
-    def factor(self, seen: Observation, *, growth: float = 1.0) -> float:
+    def factor(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return what to multiply that rate by so that N is what good rates have.
 
         Or M, whichever asks less, where both have to be high (see `counted`).
         """
-        if not seen.adaptive:
+        if not step.adaptive:
             return min(_AIMED / (growth * self.value), 1.0)
         noise = _AIMED_ADAPTIVE / (growth * self.value)
-        if seen.step >= _SETTLED:
+        if step.index >= _SETTLED:
             return min(noise, 1.0)
         return min(max(noise, _AIMED_MARGIN / (growth * self.margin)), 1.0)
 
 
-def noise_part(seen: Observation) -> NoisePart | None:
+def noise_part(step: Observation) -> NoisePart | None:
     """Return the noise part that this step's probe has measured; None if it could not, or not yet.
 
     Not where every step sees the same data: what differs within the batch is no noise there.
     """
-    estimates = seen.estimates or {}
-    mean_square, margin = estimates.get("stochastic_margin"), seen.margin
-    if not seen.fresh or seen.same_data or mean_square is None or margin is None:
+    estimates = step.estimates or {}
+    mean_square, margin = estimates.get("stochastic_margin"), step.margin
+    if not step.fresh or step.same_data or mean_square is None or margin is None:
         return None
     if mean_square.status != "ok" or margin.status != "ok":
         return None

@@ -14,23 +14,23 @@ _EDGE = 1.3  # no level lies beyond so many times the limit of the full batch, o
 
 
 def gradient_level(
-    seen: Observation, at_64: float | None = None, *, is_quiet: bool = False
+    step: Observation, at_64: float | None = None, *, is_quiet: bool = False
 ) -> float:
     """Return a level of the gradient margin for this batch and this optimizer.
 
     `at_64` is that of 64 items and a momentum of 0.9; by default that of a mean over 60 steps.
     Where `is_quiet`, batch noise is known to matter hardly at all (see `regime`).
     """
-    edge = _EDGE * seen.limit_ratio
-    if seen.same_data:
+    edge = _EDGE * step.limit_ratio
+    if step.same_data:
         return edge
     if at_64 is None:
-        at_64 = _LONG_ADAPTIVE if seen.adaptive else _LONG
+        at_64 = _LONG_ADAPTIVE if step.adaptive else _LONG
     at_64 *= _QUIET if is_quiet else 1.0
-    level = at_64 * (items_of(seen) / _ITEMS) ** _GROWTH * math.sqrt(seen.limit_ratio / _RATIO)
+    level = at_64 * (items_of(step) / _ITEMS) ** _GROWTH * math.sqrt(step.limit_ratio / _RATIO)
     return float(min(max(level, _EDGE), edge))
 
 
-def items_of(seen: Observation) -> int:
+def items_of(step: Observation) -> int:
     """Return the batch last measured on."""
-    return seen.items or _ITEMS
+    return step.items or _ITEMS

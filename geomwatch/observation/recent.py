@@ -21,16 +21,16 @@ class RecentMargins:
         self._steps = steps
         self._measured: deque[tuple[int, float]] = deque(maxlen=most)  # step, margin / lr
 
-    def add(self, seen: Observation, margin: float) -> None:
+    def add(self, step: Observation, margin: float) -> None:
         """Add one that was measured at this step's rate; at a rate of 0 nothing is learnt."""
-        lr = max(seen.lr, default=1.0)
+        lr = max(step.lr, default=1.0)
         if lr > 0:
-            self._measured.append((seen.step, margin / lr))
+            self._measured.append((step.index, margin / lr))
 
-    def mean(self, seen: Observation) -> tuple[float | None, int]:
+    def mean(self, step: Observation) -> tuple[float | None, int]:
         """Return the geometric mean at this step's rate, None if there is none, and the count."""
-        lr = max(seen.lr, default=1.0)
-        recent = [lr * m for step, m in self._measured if seen.step - step <= self._steps]
+        lr = max(step.lr, default=1.0)
+        recent = [lr * m for at, m in self._measured if step.index - at <= self._steps]
         if not recent:
             return None, 0
         return statistics.geometric_mean(max(m, _LEAST) for m in recent), len(recent)

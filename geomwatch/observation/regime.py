@@ -36,34 +36,34 @@ class Regime:
         self._agree = False  # micro-batches
         self._step, self._rate = 0, 0.0  # at which it was measured
 
-    def __call__(self, seen: Observation) -> None:
+    def __call__(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
-        estimates = seen.estimates or {}
+        estimates = step.estimates or {}
         found = noise_of(estimates)
-        if found is not None and seen.step >= FROM:
+        if found is not None and step.index >= FROM:
             self._noise = found
             self._agree = batches_agree(estimates, still=self._agree)
-            self._step, self._rate = seen.step, max(seen.lr, default=0.0)
+            self._step, self._rate = step.index, max(step.lr, default=0.0)
 
-    def noise(self, seen: Observation) -> float | None:
+    def noise(self, step: Observation) -> float | None:
         """Return the stochastic margin in units of the full-batch one; None if not known."""
-        if seen.same_data:
+        if step.same_data:
             return 1.0
-        holds = max(seen.lr, default=0.0) <= self._holds * self._rate
-        return self._noise if holds and seen.step <= LASTS * self._step else None
+        holds = max(step.lr, default=0.0) <= self._holds * self._rate
+        return self._noise if holds and step.index <= LASTS * self._step else None
 
-    def is_noisy(self, seen: Observation) -> bool | None:
+    def is_noisy(self, step: Observation) -> bool | None:
         """Tell whether batch noise dominates; None where it was never measured."""
-        noise = self.noise(seen)
+        noise = self.noise(step)
         return None if noise is None else is_noisy(noise)
 
-    def is_quiet(self, seen: Observation) -> bool:
+    def is_quiet(self, step: Observation) -> bool:
         """Tell whether batch noise is known to matter hardly at all."""
-        return seen.same_data or (self.noise(seen) is not None and self._agree)
+        return step.same_data or (self.noise(step) is not None and self._agree)
 
-    def is_edge(self, seen: Observation, margin: float, *, below: float) -> bool:
+    def is_edge(self, step: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
-        return seen.same_data and EDGE <= margin <= below
+        return step.same_data and EDGE <= margin <= below
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was last measured."""

@@ -21,7 +21,7 @@ class Observation:
     `settled` is what became known of the step before.
     """
 
-    step: int
+    index: int  # optimizer steps taken before it
     lr: tuple[float, ...]
     optimizer: str = "the optimizer"
     margin: Estimate | None = None
@@ -44,7 +44,7 @@ class Observation:
 class Rule(Protocol):
     """History in, at most one alert out. Everything is counted in optimizer steps."""
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Look at one step."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,16 +31,16 @@ class Trust:
     def __init__(self) -> None:
         self._moving = False  # the loss is no function of the weights
 
-    def __call__(self, seen: Observation) -> str:
+    def __call__(self, step: Observation) -> str:
         """Judge a probe; what it did not look at stays as it was."""
-        if seen.estimates is not None:
-            self._note(seen.estimates)
-        how = seen.provenance or {}
+        if step.estimates is not None:
+            self._note(step.estimates)
+        how = step.provenance or {}
         if how.get("validation_failed") and how.get("backend") == "double_backward":
             return str(how.get("validation", "double backward is wrong"))
         if self._moving:
             return NO_FUNCTION
-        margin = seen.margin if seen.fresh else None
+        margin = step.margin if step.fresh else None
         if margin is None or margin.value is None or margin.error is None:
             return ""
         if margin.error > max(abs(margin.value), _MATTERS - margin.value):

@@ -19,7 +19,7 @@ _AT_MOST, _AT_LEAST = 1 / 10, 1 / 30  # of the rate, where the loss says that it
 
 
 def rate_factor(
-    seen: Observation,
+    step: Observation,
     *,
     margin: float | None = None,
     gradient: float | None = None,
@@ -32,46 +32,46 @@ def rate_factor(
     times as much of G in the first steps. 1 for optimizers without a formula: M and G are shares of
     no limit there. `is_quiet` as for the level.
     """
-    if seen.margin is not None and seen.margin.status != "ok":
+    if step.margin is not None and step.margin.status != "ok":
         return 1.0
-    aimed = _MARGIN_FULL_BATCH if seen.same_data else _MARGIN
-    level = gradient_level(seen, is_quiet=is_quiet)
-    aimed_along = level * (_GRADIENT_FULL_BATCH if seen.same_data else _GRADIENT)
-    if seen.step in _YOUNG:
+    aimed = _MARGIN_FULL_BATCH if step.same_data else _MARGIN
+    level = gradient_level(step, is_quiet=is_quiet)
+    aimed_along = level * (_GRADIENT_FULL_BATCH if step.same_data else _GRADIENT)
+    if step.index in _YOUNG:
         aimed_along *= _AT_START
-    if seen.fresh and seen.margin is not None:
-        margin = max(margin or 0.0, seen.margin.value or 0.0)
-    if seen.gradient_fresh and seen.gradient_margin is not None:
-        gradient = max(gradient or 0.0, seen.gradient_margin.value or 0.0)
+    if step.fresh and step.margin is not None:
+        margin = max(margin or 0.0, step.margin.value or 0.0)
+    if step.gradient_fresh and step.gradient_margin is not None:
+        gradient = max(gradient or 0.0, step.gradient_margin.value or 0.0)
     share = max((margin or 0.0) / aimed, (gradient or 0.0) / aimed_along)
     return 1.0 / max(share, 1.0)
 
 
 def rate_factor_of_loss(
-    seen: Observation, *, margin: float | None, gradient: float | None
+    step: Observation, *, margin: float | None, gradient: float | None
 ) -> float:
     """Return the same where the loss says that the rate is too high: 1/10 at most, 1/30 at least.
 
     The curvature where a loss has blown up says little about the rate to go on at.
     """
-    factor = rate_factor(seen, margin=margin, gradient=gradient)
+    factor = rate_factor(step, margin=margin, gradient=gradient)
     return min(max(factor, _AT_LEAST), _AT_MOST)
 
 
-def advised_rate(seen: Observation, factor: float) -> str:
+def advised_rate(step: Observation, factor: float) -> str:
     """Name the rate that is `factor` times that of this step."""
-    return f"about {max(seen.lr, default=1.0) * factor:.1g} ({factor:.2g} x)"
+    return f"about {max(step.lr, default=1.0) * factor:.1g} ({factor:.2g} x)"
 
 
 def lower_rate(
-    seen: Observation, factor: float, *, is_lost: bool = False, is_late: bool = False
+    step: Observation, factor: float, *, is_lost: bool = False, is_late: bool = False
 ) -> str:
     """Say what rate to go down to; in the first steps, or if all `is_lost`, from where as well.
 
     What `is_late` is said after the step that was seen.
     """
-    rate = advised_rate(seen, factor)
-    if seen.step + is_late in _YOUNG:
+    rate = advised_rate(step, factor)
+    if step.index + is_late in _YOUNG:
         return f"Start again at a learning rate of {rate}"
     if is_lost:
         return f"Go back to an earlier checkpoint, or start again, at a learning rate of {rate}"

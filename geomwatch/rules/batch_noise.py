@@ -39,26 +39,26 @@ class BatchNoise:
         self._trust = Trust()
         self._kept = Kept()
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
-        doubt = self._trust(seen)
-        found = noise_part(seen) if seen.step in YOUNG and not doubt else None
-        if found is None or found.excess(seen) <= 1 or not self._latch.admit("warning", seen.step):
-            return self._kept.release(seen)
-        if seen.step == 0 and (seen.adaptive or found.value <= _AT_ONCE):
-            self._kept.keep(self._told(seen, found, is_late=True))
+        doubt = self._trust(step)
+        found = noise_part(step) if step.index in YOUNG and not doubt else None
+        if found is None or found.excess(step) <= 1 or not self._latch.admit("warning", step.index):
+            return self._kept.release(step)
+        if step.index == 0 and (step.adaptive or found.value <= _AT_ONCE):
+            self._kept.keep(self._told(step, found, is_late=True))
             return None
-        return self._told(seen, found)
+        return self._told(step, found)
 
-    def _told(self, seen: Observation, found: NoisePart, *, is_late: bool = False) -> Alert:
+    def _told(self, step: Observation, found: NoisePart, *, is_late: bool = False) -> Alert:
         return alert(
             self.name,
             "warning",
-            _text(seen, found, is_late),
+            _text(step, found, is_late),
             value=found.value,
-            limit=found.level(seen),
-            step=seen.step,
-            layers=seen.layers,
+            limit=found.level(step),
+            step=step.index,
+            layers=step.layers,
         )
 
     @property
@@ -74,12 +74,12 @@ class BatchNoise:
         load_into(self._parts, state)
 
 
-def _text(seen: Observation, found: NoisePart, is_late: bool) -> str:
-    factor = min(rate_factor(seen), found.factor(seen))
+def _text(step: Observation, found: NoisePart, is_late: bool) -> str:
+    factor = min(rate_factor(step), found.factor(step))
     return (
-        f"batches of {items_of(seen)} disagree too much on the curvature for a learning rate of "
-        f"{max(seen.lr):.3g} with {seen.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
-        f"to a stability margin of {found.margin:.2g} (alert above {found.level(seen):g} in the "
+        f"batches of {items_of(step)} disagree too much on the curvature for a learning rate of "
+        f"{max(step.lr):.3g} with {step.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
+        f"to a stability margin of {found.margin:.2g} (alert above {found.level(step):g} in the "
         f"first {YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
-        f"{carried_by(seen)}. {lower_rate(seen, factor, is_late=is_late)}{larger_batch(factor)}."
+        f"{carried_by(step)}. {lower_rate(step, factor, is_late=is_late)}{larger_batch(factor)}."
     )

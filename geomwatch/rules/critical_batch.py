@@ -35,13 +35,13 @@ class CriticalBatchSize:
         self._items = 0
         self._latch = Latch(release=1, cooldown=0)
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe that has measured the noise scale."""
-        share = _signal(seen)
+        share = _signal(step)
         if share is None:
             return None
-        if seen.items != self._items:  # shares are those of one batch size
-            self._items = seen.items
+        if step.items != self._items:  # shares are those of one batch size
+            self._items = step.items
             self._shares.clear()
         self._shares.append(share)
         if len(self._shares) < _ENOUGH:
@@ -53,12 +53,12 @@ class CriticalBatchSize:
         elif mean - error > 1 / (1 + 1 / _FAR):
             text, limit = self._too_large(mean), self._items / _FAR
         else:
-            self._latch.calm(seen.step)
+            self._latch.calm(step.index)
             return None
-        if not self._latch.admit("info", seen.step):
+        if not self._latch.admit("info", step.index):
             return None
         value = self._items * (1 / max(mean, 1e-6) - 1)
-        return alert(self.name, "info", text, value=value, limit=limit, step=seen.step)
+        return alert(self.name, "info", text, value=value, limit=limit, step=step.index)
 
     def _too_small(self, mean: float) -> str:
         scale = f"about {self._items * (1 / mean - 1):.2g}" if mean > 0 else "out of sight"
@@ -89,11 +89,11 @@ class CriticalBatchSize:
         self._shares, self._items = deque(state["shares"], maxlen=_KEPT), state["items"]
 
 
-def _signal(seen: Observation) -> float | None:
+def _signal(step: Observation) -> float | None:
     """Return the share of ||g||^2 that is signal; 0 where the noise hides it, None if unknown."""
-    found = (seen.estimates or {}).get("gradient_noise_scale")
-    if found is None or found.status == "held" or seen.items < 1 or seen.same_data:
+    found = (step.estimates or {}).get("gradient_noise_scale")
+    if found is None or found.status == "held" or step.items < 1 or step.same_data:
         return None
     if found.value is None:
         return 0.0 if found.reason.startswith(NO_SIGNAL) else None
-    return 1 / (1 + found.value / seen.items)
+    return 1 / (1 + found.value / step.items)

@@ -22,10 +22,10 @@ class Kept:
         """Keep an alert."""
         self._alert = alert
 
-    def release(self, seen: Observation) -> Alert | None:
+    def release(self, step: Observation) -> Alert | None:
         """Return what was kept, once."""
         alert, self._alert = self._alert, None
-        return None if seen.same_data else alert
+        return None if step.same_data else alert
 
     def state_dict(self) -> dict[str, Any]:
         """Return the alert as primitives."""

@@ -36,21 +36,21 @@ class FlatButRough:
         self._persistent = Persistence(1)  # two measurements
         self._latch = Latch(release=1, cooldown=0)
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe that has measured both."""
-        rough = _fresh(seen, "roughness_residual")
-        trace = _fresh(seen, "trace_per_param")
+        rough = _fresh(step, "roughness_residual")
+        trace = _fresh(step, "trace_per_param")
         if rough is None or trace is None or rough.value is None or trace.value is None:
             return None
         limit, flat = self._limits()
         found = rough.value - _SURE * (rough.error or 0.0) > limit and trace.value < flat
-        lasting = self._persistent(found, seen.step)
+        lasting = self._persistent(found, step.index)
         self._shares.append(rough.value)
         self._traces.append(trace.value)
         if not found:
-            self._latch.calm(seen.step)
+            self._latch.calm(step.index)
             return None
-        if not lasting or not self._latch.admit("warning", seen.step):
+        if not lasting or not self._latch.admit("warning", step.index):
             return None
         text = (
             f"the loss is flat but rough: of its variation within 5 % of the weights a parabola "
@@ -60,7 +60,7 @@ class FlatButRough:
             "See whether the loss itself is noisy (low precision, a quantised layer, kinks), then "
             "damp the steps: clip the gradient, or lower the learning rate."
         )
-        return alert(self.name, "warning", text, value=rough.value, limit=limit, step=seen.step)
+        return alert(self.name, "warning", text, value=rough.value, limit=limit, step=step.index)
 
     def _limits(self) -> tuple[float, float]:
         """Return how rough and how flat the loss must be; out of reach while both are young."""
@@ -88,6 +88,6 @@ class FlatButRough:
         self._traces = deque(state["traces"], maxlen=_KEPT)
 
 
-def _fresh(seen: Observation, name: str) -> Estimate | None:
-    found = (seen.estimates or {}).get(name)
+def _fresh(step: Observation, name: str) -> Estimate | None:
+    found = (step.estimates or {}).get(name)
     return None if found is None or found.status == "held" else found

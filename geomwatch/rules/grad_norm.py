@@ -38,9 +38,9 @@ class GradNormSpike:
         self._row = 0
         self._latch = Latch()
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge the norm of the step before."""
-        settled = seen.settled
+        settled = step.settled
         if settled is None or not 0 < settled.grad_norm < math.inf:
             return None
         log = math.log(settled.grad_norm)
@@ -51,7 +51,7 @@ class GradNormSpike:
         if z <= _LEVEL:
             self._latch.calm(settled.step) if z < _LEVEL / 2 else self._latch.between()
             return None
-        lasting = self._row >= _IN_A_ROW and not seen.same_data
+        lasting = self._row >= _IN_A_ROW and not step.same_data
         severity: Severity = "warning" if lasting else "info"
         if not self._latch.admit(severity, settled.step):
             return None

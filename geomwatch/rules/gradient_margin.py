@@ -59,61 +59,61 @@ class GradientMargin:
         self._latch = Latch()
         self._regime = Regime()
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge a sentinel, beside what was measured along the gradient by probes."""
-        self._regime(seen)
-        margin = seen.gradient_margin
-        if not seen.gradient_fresh or margin is None or margin.value is None:
+        self._regime(step)
+        margin = step.gradient_margin
+        if not step.gradient_fresh or margin is None or margin.value is None:
             return None
-        lr = max(seen.lr, default=1.0)
-        if lr <= 0 or (seen.margin is not None and seen.margin.status != "ok"):
+        lr = max(step.lr, default=1.0)
+        if lr <= 0 or (step.margin is not None and step.margin.status != "ok"):
             return None
-        self._long.add(seen, margin.value)
-        self._short.add(seen, margin.value)
-        judged = self._judged(seen, margin.value)
+        self._long.add(step, margin.value)
+        self._short.add(step, margin.value)
+        judged = self._judged(step, margin.value)
         found = max(judged, key=lambda f: (f.share > 1 and f.severity == "critical", f.share))
         if found.share <= 1:
-            self._latch.calm(seen.step) if found.share < _RELEASE else self._latch.between()
+            self._latch.calm(step.index) if found.share < _RELEASE else self._latch.between()
             return None
-        if not self._latch.admit(found.severity, seen.step):
+        if not self._latch.admit(found.severity, step.index):
             return None
-        return self._alert(seen, found)
+        return self._alert(step, found)
 
-    def _judged(self, seen: Observation, now: float) -> list[_Found]:
+    def _judged(self, step: Observation, now: float) -> list[_Found]:
         """Hold one value and the means against their levels."""
         judged = [_Found(0.0, now, math.inf, "")]
-        level_of = partial(gradient_level, seen, is_quiet=self._regime.is_quiet(seen))
-        at_once = seen.limit_ratio * (_EDGE_AT_ONCE if seen.same_data else _AT_ONCE)
-        if seen.step > 0 and not seen.fresh:  # of a probe StabilityMargin speaks
+        level_of = partial(gradient_level, step, is_quiet=self._regime.is_quiet(step))
+        at_once = step.limit_ratio * (_EDGE_AT_ONCE if step.same_data else _AT_ONCE)
+        if step.index > 0 and not step.fresh:  # of a probe StabilityMargin speaks
             judged.append(_found(now, at_once, "measured once", "critical"))
-        mean, count = self._long.mean(seen)
-        if mean is not None and count >= _ENOUGH and seen.step >= _WARM_UP:
+        mean, count = self._long.mean(step)
+        if mean is not None and count >= _ENOUGH and step.index >= _WARM_UP:
             shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
             judged.append(_found(mean, level_of(), shown))
-        if seen.adaptive or seen.same_data:
+        if step.adaptive or step.same_data:
             return judged
-        if seen.step in _YOUNG:
+        if step.index in _YOUNG:
             judged.append(_found(now, level_of(_FIRST), "measured once", "critical"))
-        mean, count = self._short.mean(seen)
-        if mean is not None and count >= _THREE and seen.step >= _YOUNG.start:
+        mean, count = self._short.mean(step)
+        if mean is not None and count >= _THREE and step.index >= _YOUNG.start:
             judged.append(_found(mean, level_of(_SHORT), "mean of the last three measurements"))
         return judged
 
-    def _alert(self, seen: Observation, found: _Found) -> Alert:
-        lr = max(seen.lr)
-        is_quiet = self._regime.is_quiet(seen)
-        factor = rate_factor(seen, gradient=found.value, is_quiet=is_quiet)
+    def _alert(self, step: Observation, found: _Found) -> Alert:
+        lr = max(step.lr)
+        is_quiet = self._regime.is_quiet(step)
+        factor = rate_factor(step, gradient=found.value, is_quiet=is_quiet)
         agreeing = " that agree on the curvature" if is_quiet else ""
-        batch = f"batches of {items_of(seen)}{agreeing}"
-        batch = "full-batch training" if seen.same_data else batch
+        batch = f"batches of {items_of(step)}{agreeing}"
+        batch = "full-batch training" if step.same_data else batch
         text = (
             f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
-            f"survive for long with {seen.optimizer}: {found.value:.3g} x the limit of small "
+            f"survive for long with {step.optimizer}: {found.value:.3g} x the limit of small "
             f"batches, {found.shown} (alert above {found.level:.3g}; the full batch would allow "
-            f"{seen.limit_ratio:.3g}). {lower_rate(seen, factor)}, or end its warm-up there."
+            f"{step.limit_ratio:.3g}). {lower_rate(step, factor)}, or end its warm-up there."
         )
         return alert(
-            self.name, found.severity, text, value=found.value, limit=found.level, step=seen.step
+            self.name, found.severity, text, value=found.value, limit=found.level, step=step.index
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,51 +54,51 @@ class LossRise:
         self._along = RecentMargins(most=_ADVICE_SPAN, steps=_ADVICE_SPAN)
         self._latch = Latch()
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge the loss of the step before, or of a probe when the loop passes no losses."""
-        along = seen.gradient_margin
-        if seen.gradient_fresh and along is not None and along.value is not None:
-            self._along.add(seen, along.value)
-        loss, step = self._loss_of(seen)
+        along = step.gradient_margin
+        if step.gradient_fresh and along is not None and along.value is not None:
+            self._along.add(step, along.value)
+        loss, index = self._loss_of(step)
         if loss is None or not math.isfinite(loss):
             return None
         smooth = self._update(loss)
         assert self._first is not None
         limit = max(_SHARE * abs(self._first), _NOISE * math.sqrt(self._noise()))
         if self._count <= _START:
-            stuck = self._judge_start(seen, step)
+            stuck = self._judge_start(step, index)
             if stuck is not None:
                 return stuck
         rise = smooth - self._lowest
         if rise <= limit:
-            self._latch.calm(step) if rise < 0.5 * limit else self._latch.between()
+            self._latch.calm(index) if rise < 0.5 * limit else self._latch.between()
             return None
         severity: Severity = "critical" if smooth > self._first + limit else "warning"
         recent = list(self._last)[-_IN_A_ROW:]
         if severity == "warning" and min(recent) <= self._lowest + limit:
             return None
-        if not self._latch.admit(severity, step):
+        if not self._latch.admit(severity, index):
             return None
         limit += self._lowest
         message = (
             f"the loss has risen to {smooth:.4g} from its lowest {self._lowest:.4g} (limit "
             f"{limit:.4g}, first loss {self._first:.4g}). "
-            f"{self._advised(seen, is_lost=severity == 'critical')}, and look at the last batches."
+            f"{self._advised(step, is_lost=severity == 'critical')}, and look at the last batches."
         )
-        return alert(self.name, severity, message, value=smooth, limit=limit, step=step)
+        return alert(self.name, severity, message, value=smooth, limit=limit, step=index)
 
-    def _advised(self, seen: Observation, *, margin: float | None = None, is_lost: bool) -> str:
-        gradient, _ = self._along.mean(seen)
-        factor = rate_factor_of_loss(seen, margin=margin, gradient=gradient)
-        return lower_rate(seen, factor, is_lost=is_lost)
+    def _advised(self, step: Observation, *, margin: float | None = None, is_lost: bool) -> str:
+        gradient, _ = self._along.mean(step)
+        factor = rate_factor_of_loss(step, margin=margin, gradient=gradient)
+        return lower_rate(step, factor, is_lost=is_lost)
 
-    def _judge_start(self, seen: Observation, step: int) -> Alert | None:
+    def _judge_start(self, step: Observation, index: int) -> Alert | None:
         """Warn of first steps that teach nothing, where the rate is a likely reason."""
         # Without a formula for the optimizer it is no share of a limit.
-        if seen.margin is not None and seen.margin.status == "ok":
-            self._margin = max(self._margin, seen.margin.value or 0.0)
-        level = _START_FULL_BATCH if seen.same_data else _START_MARGIN
-        is_suspect = self._margin > level and seen.items >= _START_ITEMS
+        if step.margin is not None and step.margin.status == "ok":
+            self._margin = max(self._margin, step.margin.value or 0.0)
+        level = _START_FULL_BATCH if step.same_data else _START_MARGIN
+        is_suspect = self._margin > level and step.items >= _START_ITEMS
         if not is_suspect:
             return None
         assert self._first is not None
@@ -108,20 +108,20 @@ class LossRise:
         if loss <= limit and self._count == _START:
             shown, loss = f"the median of the last {_START_LAST}", statistics.median(self._last)
             limit = self._first + _START_RISE * abs(self._first)
-        if loss <= limit or not self._latch.admit("warning", step):
+        if loss <= limit or not self._latch.admit("warning", index):
             return None
         message = (
             f"the first losses do not fall: {shown} is {loss:.4g}, the first was "
             f"{self._first:.4g} (limit {limit:.4g}), and the stability margin has been up to "
-            f"{self._margin:.2g}. {self._advised(seen, margin=self._margin, is_lost=True)}, or "
+            f"{self._margin:.2g}. {self._advised(step, margin=self._margin, is_lost=True)}, or "
             "with a warm-up."
         )
-        return alert(self.name, "warning", message, value=loss, limit=limit, step=step)
+        return alert(self.name, "warning", message, value=loss, limit=limit, step=index)
 
-    def _loss_of(self, seen: Observation) -> tuple[float | None, int]:
-        if seen.settled is not None and seen.settled.loss is not None:
-            return seen.settled.loss, seen.settled.step
-        return seen.loss, seen.step
+    def _loss_of(self, step: Observation) -> tuple[float | None, int]:
+        if step.settled is not None and step.settled.loss is not None:
+            return step.settled.loss, step.settled.step
+        return step.loss, step.index
 
     def _update(self, loss: float) -> float:
         if self._first is None:

@@ -55,91 +55,91 @@ class StabilityMargin:
         self._history: deque[tuple[float, float]] = deque(maxlen=20)  # lr * lambda_max, loss
         self._loss_before: float | None = None
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge the margin of one step; only a fresh measurement can raise an alert."""
-        self._regime(seen)
-        doubt = self._trust(seen)
-        if doubt or not seen.fresh or seen.margin is None or seen.margin.value is None:
+        self._regime(step)
+        doubt = self._trust(step)
+        if doubt or not step.fresh or step.margin is None or step.margin.value is None:
             return None
-        if seen.margin.status != "ok":
-            return self._relative(seen, seen.margin.value)
-        levels = _FULL_BATCH if seen.same_data else _NOISY
-        self._recent.add(seen, seen.margin.value)
-        mean, count = self._recent.mean(seen)
+        if step.margin.status != "ok":
+            return self._relative(step, step.margin.value)
+        levels = _FULL_BATCH if step.same_data else _NOISY
+        self._recent.add(step, step.margin.value)
+        mean, count = self._recent.mean(step)
         if mean is None:  # at a rate of 0
-            mean, count = seen.margin.value, 1
-        severity = self._severity(seen, mean, count, levels)
+            mean, count = step.margin.value, 1
+        severity = self._severity(step, mean, count, levels)
         if severity is None:
             if mean < _RELEASE * levels.warning:
-                self._latch.calm(seen.step)
+                self._latch.calm(step.index)
             else:
                 self._latch.between()
             return None
-        if not self._latch.admit(severity, seen.step):
+        if not self._latch.admit(severity, step.index):
             return None
-        return self._alert(seen, severity, mean, count, levels)
+        return self._alert(step, severity, mean, count, levels)
 
     def _alert(
-        self, seen: Observation, severity: Severity, mean: float, count: int, levels: Levels
+        self, step: Observation, severity: Severity, mean: float, count: int, levels: Levels
     ) -> Alert:
-        assert seen.margin is not None
-        assert seen.margin.value is not None
+        assert step.margin is not None
+        assert step.margin.value is not None
         level = levels.critical if severity == "critical" else levels.warning
-        single = seen.step == 0 or (severity == "critical" and seen.margin.value > levels.at_once)
+        single = step.index == 0 or (severity == "critical" and step.margin.value > levels.at_once)
         if single:
-            level = levels.at_once if seen.step else _BEFORE_START
+            level = levels.at_once if step.index else _BEFORE_START
         found = Verdict(
             severity,
             mean,
             count,
             single=single,
             level=level,
-            noise=self._regime.noise(seen),
-            is_quiet=self._regime.is_quiet(seen),
+            noise=self._regime.noise(step),
+            is_quiet=self._regime.is_quiet(step),
         )
-        return described(self.name, seen, found)
+        return described(self.name, step, found)
 
     def _severity(
-        self, seen: Observation, mean: float, count: int, levels: Levels
+        self, step: Observation, mean: float, count: int, levels: Levels
     ) -> Severity | None:
-        assert seen.margin is not None
-        assert seen.margin.value is not None
-        persistent = self._persistent(mean > levels.critical and seen.step > 0, seen.step)
+        assert step.margin is not None
+        assert step.margin.value is not None
+        persistent = self._persistent(mean > levels.critical and step.index > 0, step.index)
         # Two recent measurements above the level, or two that lie further apart.
-        lasting = self._lasting(mean > levels.warning, seen.step) or count >= 2
-        trouble = self._loss_rises(seen) or not seen.same_data
-        if seen.step == 0:
-            return "critical" if seen.margin.value > _BEFORE_START else None
+        lasting = self._lasting(mean > levels.warning, step.index) or count >= 2
+        trouble = self._loss_rises(step) or not step.same_data
+        if step.index == 0:
+            return "critical" if step.margin.value > _BEFORE_START else None
         # Full-batch training leaves sharp weights by a catapult, with a passing rise of the loss.
-        spared = seen.same_data and seen.step < _WARM_UP
-        if seen.margin.value > levels.at_once or (persistent and trouble and not spared):
+        spared = step.same_data and step.index < _WARM_UP
+        if step.margin.value > levels.at_once or (persistent and trouble and not spared):
             return "critical"
-        if mean > levels.warning and lasting and seen.step >= _WARM_UP and trouble:
+        if mean > levels.warning and lasting and step.index >= _WARM_UP and trouble:
             return "warning"
-        if self._regime.is_edge(seen, mean, below=levels.warning):
+        if self._regime.is_edge(step, mean, below=levels.warning):
             return "info"
         return None
 
-    def _loss_rises(self, seen: Observation) -> bool:
-        before, now = self._loss_before, seen.loss
+    def _loss_rises(self, step: Observation) -> bool:
+        before, now = self._loss_before, step.loss
         self._loss_before = now if now is not None else before
         return before is None or now is None or now > before
 
-    def _relative(self, seen: Observation, margin: float) -> Alert | None:
-        if seen.loss is None:
+    def _relative(self, step: Observation, margin: float) -> Alert | None:
+        if step.loss is None:
             return None
         usual, usual_loss = self._usual()
-        self._history.append((margin, seen.loss))
+        self._history.append((margin, step.loss))
         loss_limit = usual_loss + (_RELATIVE_LOSS - 1) * abs(usual_loss)
-        present = margin > _RELATIVE * usual > 0 and seen.loss > loss_limit
-        if not self._persistent(present, seen.step):
+        present = margin > _RELATIVE * usual > 0 and step.loss > loss_limit
+        if not self._persistent(present, step.index):
             if not present:
-                self._latch.calm(seen.step)
+                self._latch.calm(step.index)
             return None
-        if not self._latch.admit("warning", seen.step):
+        if not self._latch.admit("warning", step.index):
             return None
         usual_run = Usual(usual, usual_loss, _RELATIVE, loss_limit)
-        return beyond_usual(self.name, seen, margin, usual_run)
+        return beyond_usual(self.name, step, margin, usual_run)
 
     def _usual(self) -> tuple[float, float]:
         """Return the medians of lr * lambda_max and of the loss; infinite while they are young."""

@@ -44,61 +44,63 @@ class Usual:
     loss_limit: float  # the same of the loss
 
 
-def described(rule: str, seen: Observation, found: Verdict) -> Alert:
+def described(rule: str, step: Observation, found: Verdict) -> Alert:
     """Return the alert of a margin near or beyond its limit, or at the edge of stability."""
-    assert seen.margin is not None
-    assert seen.margin.value is not None
-    shown = format_estimate(seen.margin)
+    assert step.margin is not None
+    assert step.margin.value is not None
+    shown = format_estimate(step.margin)
     if found.severity == "info":
         text = (
             f"at the edge of stability: margin {shown} with the same data at each step. This is "
             "where full-batch training settles; no action needed."
         )
-        return _sent(rule, seen, "info", text, found.mean, EDGE)
-    value = seen.margin.value if found.single else found.mean
+        return _sent(rule, step, "info", text, found.mean, EDGE)
+    value = step.margin.value if found.single else found.mean
     if not found.single and found.count > 1:
         shown = f"{found.mean:.2f} over the last {found.count} probes, {shown} now"
     margin = f"{shown} (alert above {found.level:g}, unstable at 1)"
-    factor = rate_factor(seen, margin=value, is_quiet=found.is_quiet)
-    text = _text(seen, value, margin, factor) + batch_advice(value, found.noise)
-    return _sent(rule, seen, found.severity, text, value, found.level)
+    factor = rate_factor(step, margin=value, is_quiet=found.is_quiet)
+    text = _text(step, value, margin, factor) + batch_advice(value, found.noise)
+    return _sent(rule, step, found.severity, text, value, found.level)
 
 
-def beyond_usual(rule: str, seen: Observation, margin: float, usual: Usual) -> Alert:
+def beyond_usual(rule: str, step: Observation, margin: float, usual: Usual) -> Alert:
     """Return the alert of an optimizer without a formula, held against its own past."""
     text = (
         f"lr x λ_max has risen to {margin:.3g}, {margin / usual.margin:.1f} times its median in "
-        f"this run, and the loss to {seen.loss:.4g} from a median of {usual.loss:.4g} (alert above "
+        f"this run, and the loss to {step.loss:.4g} from a median of {usual.loss:.4g} (alert above "
         f"{usual.factor:g} times the median with the loss above {usual.loss_limit:.4g}; no "
-        f"stability limit is known for {seen.optimizer}){carried_by(seen)}. Lower the learning "
+        f"stability limit is known for {step.optimizer}){carried_by(step)}. Lower the learning "
         "rate if the loss goes on rising."
     )
-    return _sent(rule, seen, "warning", text, margin, usual.factor * usual.margin)
+    return _sent(rule, step, "warning", text, margin, usual.factor * usual.margin)
 
 
 def _sent(
-    rule: str, seen: Observation, severity: Severity, text: str, value: float, limit: float
+    rule: str, step: Observation, severity: Severity, text: str, value: float, limit: float
 ) -> Alert:
-    return alert(rule, severity, text, value=value, limit=limit, step=seen.step, layers=seen.layers)
-
-
-def _text(seen: Observation, value: float, margin: str, factor: float) -> str:
-    lr = max(seen.lr, default=1.0)
-    beyond = "is beyond" if value > 1 else "comes close to"
-    rising = ", and the loss rises" if seen.same_data else ""
-    return (
-        f"learning rate {lr:.3g} {beyond} what the curvature allows for {seen.optimizer}{rising}: "
-        f"stability margin {margin}{_curvature(seen)}{carried_by(seen)}. "
-        f"{lower_rate(seen, factor)}, or end its warm-up there."
+    return alert(
+        rule, severity, text, value=value, limit=limit, step=step.index, layers=step.layers
     )
 
 
-def _curvature(seen: Observation) -> str:
-    found = None if seen.estimates is None else seen.estimates.get("lambda_max")
-    assert seen.margin is not None
-    if found is None or found.value is None or found.age or not seen.margin.value:
+def _text(step: Observation, value: float, margin: str, factor: float) -> str:
+    lr = max(step.lr, default=1.0)
+    beyond = "is beyond" if value > 1 else "comes close to"
+    rising = ", and the loss rises" if step.same_data else ""
+    return (
+        f"learning rate {lr:.3g} {beyond} what the curvature allows for {step.optimizer}{rising}: "
+        f"stability margin {margin}{_curvature(step)}{carried_by(step)}. "
+        f"{lower_rate(step, factor)}, or end its warm-up there."
+    )
+
+
+def _curvature(step: Observation) -> str:
+    found = None if step.estimates is None else step.estimates.get("lambda_max")
+    assert step.margin is not None
+    if found is None or found.value is None or found.age or not step.margin.value:
         return ""
     return (
-        f"; λ_max {format_estimate(found)}, stable below {found.value / seen.margin.value:.3g} "
+        f"; λ_max {format_estimate(found)}, stable below {found.value / step.margin.value:.3g} "
         "at this rate"
     )

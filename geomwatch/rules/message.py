@@ -26,9 +26,9 @@ def alert(
     return Alert(rule, severity, message, value, limit, step, layers)
 
 
-def carried_by(seen: Observation) -> str:
+def carried_by(step: Observation) -> str:
     """Name the layers that hold the top eigenvector."""
-    return f"; mostly in layers {', '.join(seen.layers)}" if seen.layers else ""
+    return f"; mostly in layers {', '.join(step.layers)}" if step.layers else ""
 
 
 def larger_batch(factor: float) -> str:

@@ -26,15 +26,15 @@ class NonFinite:
         self._latch = Latch(release=1, cooldown=0)
         self._skipped = 0
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge the probe of this step and the scalars of the step before."""
-        if seen.loss is not None and not math.isfinite(seen.loss):
-            return self._raise("critical", seen.step, seen.loss, _loss_message(seen, seen.loss))
-        settled = seen.settled
+        if step.loss is not None and not math.isfinite(step.loss):
+            return self._raise("critical", step.index, step.loss, _loss_message(step, step.loss))
+        settled = step.settled
         if settled is None:
             return None
         if settled.loss is not None and not math.isfinite(settled.loss):
-            message = _loss_message(seen, settled.loss)
+            message = _loss_message(step, settled.loss)
             return self._raise("critical", settled.step, settled.loss, message)
         if math.isfinite(settled.grad_norm):
             self._skipped = 0
@@ -43,7 +43,7 @@ class NonFinite:
         if settled.stepped:
             message = (
                 f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
-                f"the weights are lost. {_go_back(seen)}, or look for bad data in the last batches."
+                f"the weights are lost. {_go_back(step)}, or look for bad data in the last batches."
             )
             return self._raise("critical", settled.step, settled.grad_norm, message)
         self._skipped += 1
@@ -78,16 +78,16 @@ class NonFinite:
         self._skipped = state["skipped"]
 
 
-def _loss_message(seen: Observation, loss: float) -> str:
+def _loss_message(step: Observation, loss: float) -> str:
     return (
         f"the loss is {loss}. A step taken on it destroys the weights, and training will not "
-        f"recover by itself. {_go_back(seen)}, or look for bad data in the last batches."
+        f"recover by itself. {_go_back(step)}, or look for bad data in the last batches."
     )
 
 
-def _go_back(seen: Observation) -> str:
+def _go_back(step: Observation) -> str:
     """Say where to go on from, and at which rate: by the margins as they were last known."""
-    margin = None if seen.margin is None else seen.margin.value
-    along = None if seen.gradient_margin is None else seen.gradient_margin.value
-    factor = rate_factor_of_loss(seen, margin=margin, gradient=along)
-    return lower_rate(seen, factor, is_lost=True)
+    margin = None if step.margin is None else step.margin.value
+    along = None if step.gradient_margin is None else step.gradient_margin.value
+    factor = rate_factor_of_loss(step, margin=margin, gradient=along)
+    return lower_rate(step, factor, is_lost=True)

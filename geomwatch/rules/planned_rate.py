@@ -38,71 +38,71 @@ class PlannedRate:
         self._under_way = False
         self._kept = Kept()
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge the first step at a positive rate, and say so there or at the next one."""
         if self._under_way:
-            return self._kept.release(seen)
-        if max(seen.lr, default=0.0) <= 0:
+            return self._kept.release(step)
+        if max(step.lr, default=0.0) <= 0:
             return None
         self._under_way = True
-        found = self._judged(seen)
+        found = self._judged(step)
         if found is not None and found.value <= _AT_ONCE:
             self._kept.keep(found)
             return None
         return found
 
-    def _judged(self, seen: Observation) -> Alert | None:
-        margin = seen.margin
-        if not seen.fresh or margin is None or margin.value is None or margin.status != "ok":
+    def _judged(self, step: Observation) -> Alert | None:
+        margin = step.margin
+        if not step.fresh or margin is None or margin.value is None or margin.status != "ok":
             return None
         growth = max(
-            (peak / lr for peak, lr in zip(seen.peak, seen.lr, strict=False) if lr > 0), default=1.0
+            (peak / lr for peak, lr in zip(step.peak, step.lr, strict=False) if lr > 0), default=1.0
         )
         if growth < _AHEAD:
             return None
-        expected, noise = margin.value * growth, noise_part(seen)
-        excess = 0.0 if noise is None else noise.excess(seen, growth=growth)
+        expected, noise = margin.value * growth, noise_part(step)
+        excess = 0.0 if noise is None else noise.excess(step, growth=growth)
         if expected <= _WARNING and noise is not None and excess > 1:
-            return self._noisy(seen, noise, growth)
-        return self._steep(seen, expected) if expected > _WARNING else None
+            return self._noisy(step, noise, growth)
+        return self._steep(step, expected) if expected > _WARNING else None
 
-    def _steep(self, seen: Observation, expected: float) -> Alert:
+    def _steep(self, step: Observation, expected: float) -> Alert:
         """Return the alert of a margin that the peak would bring beyond its limit."""
-        assert seen.margin is not None
+        assert step.margin is not None
         severity: Severity = "critical" if expected > _CRITICAL else "warning"
         level = _CRITICAL if severity == "critical" else _WARNING
         few = "no peak" if severity == "critical" else "few peaks"
-        peak, factor = max(seen.peak), _TARGET / expected
+        peak, factor = max(step.peak), _TARGET / expected
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which the stability "
-            f"margin of {seen.optimizer} would be {expected:.2g} in the present weights (alert "
-            f"above {level:g}, unstable at 1; {format_estimate(seen.margin)} at the "
-            f"{max(seen.lr):.3g} of this step){carried_by(seen)}. Curvature may give way during a "
+            f"margin of {step.optimizer} would be {expected:.2g} in the present weights (alert "
+            f"above {level:g}, unstable at 1; {format_estimate(step.margin)} at the "
+            f"{max(step.lr):.3g} of this step){carried_by(step)}. Curvature may give way during a "
             f"warm-up, but {few} above {level:g} trained in the runs behind this level. "
             f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or warm up for longer."
         )
-        return self._sent(seen, severity, text, expected, level)
+        return self._sent(step, severity, text, expected, level)
 
-    def _noisy(self, seen: Observation, noise: NoisePart, growth: float) -> Alert:
+    def _noisy(self, step: Observation, noise: NoisePart, growth: float) -> Alert:
         """Return the alert of batches that disagree too much for the peak."""
         expected, level, peak = (
             growth * noise.value,
-            noise.level(seen, planned=True),
-            max(seen.peak),
+            noise.level(step, planned=True),
+            max(step.peak),
         )
-        factor = noise.factor(seen, growth=growth)
+        factor = noise.factor(step, growth=growth)
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
-            f"{items_of(seen)} that disagree on the curvature would add {expected:.2g} to the "
-            f"stability margin of {seen.optimizer} in the present weights (alert above {level:g}, "
-            f"unstable at 1; {noise.value:.2g} ± {noise.error:.2g} at the {max(seen.lr):.3g} of "
-            f"this step){carried_by(seen)}. It grows as the loss falls, whatever the warm-up. "
+            f"{items_of(step)} that disagree on the curvature would add {expected:.2g} to the "
+            f"stability margin of {step.optimizer} in the present weights (alert above {level:g}, "
+            f"unstable at 1; {noise.value:.2g} ± {noise.error:.2g} at the {max(step.lr):.3g} of "
+            f"this step){carried_by(step)}. It grows as the loss falls, whatever the warm-up. "
             f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x){larger_batch(factor)}."
         )
-        return self._sent(seen, "warning", text, expected, level)
+        return self._sent(step, "warning", text, expected, level)
 
     def _sent(
-        self, seen: Observation, severity: Severity, text: str, value: float, limit: float
+        self, step: Observation, severity: Severity, text: str, value: float, limit: float
     ) -> Alert:
         return alert(
             self.name,
@@ -110,8 +110,8 @@ class PlannedRate:
             text,
             value=value,
             limit=limit,
-            step=seen.step,
-            layers=seen.layers,
+            step=step.index,
+            layers=step.layers,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,45 +53,45 @@ class RateJump:
         self._trust = Trust()
         self._regime = Regime(holds=math.inf)  # jumps are what it is for
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Compare this step's rate with that of the step before."""
-        self._items = seen.items or self._items
-        trusted = not self._trust(seen)
-        self._regime(seen)
-        if seen.fresh and trusted and seen.margin and seen.margin.value is not None:
-            self._margins.add(seen, seen.margin.value)
-        along = seen.gradient_margin
-        if seen.gradient_fresh and trusted and along and along.value is not None:
-            self._gradients.add(seen, along.value)
-        before, self._lr = self._lr, seen.lr
-        pairs = zip(seen.lr, before, strict=False)
+        self._items = step.items or self._items
+        trusted = not self._trust(step)
+        self._regime(step)
+        if step.fresh and trusted and step.margin and step.margin.value is not None:
+            self._margins.add(step, step.margin.value)
+        along = step.gradient_margin
+        if step.gradient_fresh and trusted and along and along.value is not None:
+            self._gradients.add(step, along.value)
+        before, self._lr = self._lr, step.lr
+        pairs = zip(step.lr, before, strict=False)
         jump = max((now / then for now, then in pairs if then > 0), default=1.0)
         if jump < _JUMP:
-            self._latch.calm(seen.step)
+            self._latch.calm(step.index)
             return None
-        margin, _ = self._margins.mean(seen)
-        if margin is None or not trusted or seen.margin is None or seen.margin.status != "ok":
+        margin, _ = self._margins.mean(step)
+        if margin is None or not trusted or step.margin is None or step.margin.status != "ok":
             return None
-        share, reason = self._share(seen, margin)
-        if share <= 1 or not self._latch.admit("critical", seen.step):
+        share, reason = self._share(step, margin)
+        if share <= 1 or not self._latch.admit("critical", step.index):
             return None
-        return _alert(self.name, seen, jump, share, reason)
+        return _alert(self.name, step, jump, share, reason)
 
-    def _share(self, seen: Observation, margin: float) -> tuple[float, str]:
+    def _share(self, step: Observation, margin: float) -> tuple[float, str]:
         """Return what the new rate is of the one where runs break, and from what."""
-        held = 1.0 if seen.fresh else _HELD
-        if seen.same_data:
+        held = 1.0 if step.fresh else _HELD
+        if step.same_data:
             # One measurement will do: there is no noise of batches to average.
-            now = (seen.margin.value if seen.margin else None) or margin
+            now = (step.margin.value if step.margin else None) or margin
             return _share_of(now, held * _FULL_BATCH)
-        noise = noise_of(seen.estimates or {}) if seen.fresh else None
-        if noise is not None and seen.margin is not None and seen.margin.value is not None:
-            return _share_of_both(seen, seen.margin.value, noise)
-        if self._regime.is_noisy(seen) is False:
-            return _share_of(margin, held * (_AT_ONCE if seen.adaptive else _QUIET))
-        gradient = max(self._gradients.mean(seen)[0] or 0.0, margin)
+        noise = noise_of(step.estimates or {}) if step.fresh else None
+        if noise is not None and step.margin is not None and step.margin.value is not None:
+            return _share_of_both(step, step.margin.value, noise)
+        if self._regime.is_noisy(step) is False:
+            return _share_of(margin, held * (_AT_ONCE if step.adaptive else _QUIET))
+        gradient = max(self._gradients.mean(step)[0] or 0.0, margin)
         both = math.sqrt(margin * gradient)
-        level = _ADAPTIVE if seen.adaptive else _SGD
+        level = _ADAPTIVE if step.adaptive else _SGD
         level *= held * math.sqrt(max(self._items, 1) / _ITEMS)
         if margin / (held * _AT_ONCE) > both / level:
             return _share_of(margin, held * _AT_ONCE)
@@ -122,23 +122,25 @@ def _share_of(margin: float, level: float) -> tuple[float, str]:
     return margin / level, f"margin {margin:.2g}, alert above {level:.2g}"
 
 
-def _share_of_both(seen: Observation, margin: float, noise: float) -> tuple[float, str]:
+def _share_of_both(step: Observation, margin: float, noise: float) -> tuple[float, str]:
     """Return the larger share of its level: of the stochastic margin, or the full batch's."""
-    level = _MEAN_SQUARE_ADAPTIVE if seen.adaptive else _MEAN_SQUARE
-    share, text = _share_of(margin, _AT_ONCE if seen.adaptive else _QUIET)
+    level = _MEAN_SQUARE_ADAPTIVE if step.adaptive else _MEAN_SQUARE
+    share, text = _share_of(margin, _AT_ONCE if step.adaptive else _QUIET)
     if noise * margin / level > share:
         share, text = _share_of(noise * margin, level)
         return share, f"stochastic {text}, {noise:.2g} x that of the full batch"
     return share, text
 
 
-def _alert(rule: str, seen: Observation, jump: float, share: float, reason: str) -> Alert:
-    lr = max(seen.lr)
-    measured = "measured at this step" if seen.fresh else "from earlier probes, re-scaled"
+def _alert(rule: str, step: Observation, jump: float, share: float, reason: str) -> Alert:
+    lr = max(step.lr)
+    measured = "measured at this step" if step.fresh else "from earlier probes, re-scaled"
     text = (
-        f"the learning rate jumps {jump:.3g} x to {lr:.3g}, {share:.2g} x what {seen.optimizer} is "
-        f"likely to survive here: {reason} ({measured}){carried_by(seen)}. This step is not taken "
-        f"yet. Lower the learning rate to {advised_rate(seen, _TARGET / share)}, or reach the new "
+        f"the learning rate jumps {jump:.3g} x to {lr:.3g}, {share:.2g} x what {step.optimizer} is "
+        f"likely to survive here: {reason} ({measured}){carried_by(step)}. This step is not taken "
+        f"yet. Lower the learning rate to {advised_rate(step, _TARGET / share)}, or reach the new "
         "rate by a warm-up of some hundred steps."
     )
-    return alert(rule, "critical", text, value=share, limit=1.0, step=seen.step, layers=seen.layers)
+    return alert(
+        rule, "critical", text, value=share, limit=1.0, step=step.index, layers=step.layers
+    )

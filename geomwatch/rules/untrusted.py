@@ -31,35 +31,35 @@ class UntrustedProbe:
         self._loose = Persistence(_LASTING)
         self._latch = Latch(release=1, cooldown=0)
 
-    def __call__(self, seen: Observation) -> Alert | None:
+    def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe that was to measure the margin."""
-        doubt = self._trust(seen)
-        margin = seen.margin
-        if not seen.fresh or margin is None:
+        doubt = self._trust(step)
+        margin = step.margin
+        if not step.fresh or margin is None:
             return None
         absent = margin.value is None
         value, error = margin.value or 0.0, margin.error or 0.0
         loose = error > _LOOSE * abs(value) and abs(value) + error > _MATTERS
-        doubtful = self._doubtful(bool(doubt), seen.step)
-        missing = self._absent(absent, seen.step)
-        inexact = self._loose(loose and not absent, seen.step)
+        doubtful = self._doubtful(bool(doubt), step.index)
+        missing = self._absent(absent, step.index)
+        inexact = self._loose(loose and not absent, step.index)
         if doubtful:
-            return self._tell(seen, "warning", _doubted(doubt))
+            return self._tell(step, "warning", _doubted(doubt))
         if missing:
-            return self._tell(seen, "warning", _missed(margin.reason))
+            return self._tell(step, "warning", _missed(margin.reason))
         if inexact:
-            return self._tell(seen, "info", _bounded(value, error))
+            return self._tell(step, "info", _bounded(value, error))
         if not (doubt or absent or loose):
-            self._latch.calm(seen.step)
+            self._latch.calm(step.index)
         return None
 
-    def _tell(self, seen: Observation, severity: Severity, text: str) -> Alert | None:
-        if not self._latch.admit(severity, seen.step):
+    def _tell(self, step: Observation, severity: Severity, text: str) -> Alert | None:
+        if not self._latch.admit(severity, step.index):
             return None
-        margin = seen.margin
+        margin = step.margin
         value = 0.0 if margin is None or margin.value is None else margin.value
         error = 0.0 if margin is None or margin.error is None else margin.error
-        return alert(self.name, severity, text, value=error, limit=abs(value), step=seen.step)
+        return alert(self.name, severity, text, value=error, limit=abs(value), step=step.index)
 
     @property
     def _parts(self) -> dict[str, Any]:

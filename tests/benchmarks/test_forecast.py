@@ -309,7 +309,7 @@ def test_the_interval_of_a_median_holds_it_and_does_not_change():
 
 def test_an_observation_comes_back_from_json_as_it_was():
     seen = Observation(
-        step=7,
+        index=7,
         lr=(0.1, 0.2),
         optimizer="SGD momentum 0.9",
         margin=Estimate(0.4, math.inf, "residual", hvps=5),
@@ -326,8 +326,8 @@ def test_an_observation_comes_back_from_json_as_it_was():
 
 
 def test_an_old_observation_is_read_without_the_fields_that_are_gone():
-    data = encode(Observation(step=3, lr=(0.1,))) | {"gone": {"deep": 1}}
-    assert decode(Observation, data) == Observation(step=3, lr=(0.1,))
+    data = encode(Observation(index=3, lr=(0.1,))) | {"gone": {"deep": 1}}
+    assert decode(Observation, data) == Observation(index=3, lr=(0.1,))
 
 
 def test_what_cannot_be_stored_is_refused():

@@ -21,7 +21,7 @@ def measured(step: int, curvature: float, noise: float, *, scale: float = 1e6, *
         "gradient_noise_scale": Estimate(scale, 1.0, "stderr"),
     }
     more = {"items": 64, "lr": (0.1,), **more}
-    return Observation(step=step, fresh=True, estimates=estimates, **more)
+    return Observation(index=step, fresh=True, estimates=estimates, **more)
 
 
 def scaler(**options) -> BatchSizeScaler:
@@ -42,7 +42,7 @@ class Batch:
                 self.advice.append(move)
                 continue
             self.scale = move.to
-            self.moves.append((seen.step, move.to))
+            self.moves.append((seen.index, move.to))
 
     def run(self, curvature: float, noise: float, steps: int = 600, **more) -> list[float]:
         for t in range(0, steps, 10):
@@ -114,10 +114,10 @@ def test_only_fresh_measurements_count():
     batch = Batch(scaler(patience=0))
     held = measured(10, 0.3, 3.0)
     stale = {name: Estimate(e.value, status="held", age=10) for name, e in held.estimates.items()}
-    batch(Observation(step=10, lr=(0.1,), fresh=True, estimates=stale, items=64))
-    batch(Observation(step=20, lr=(0.1,)))
+    batch(Observation(index=10, lr=(0.1,), fresh=True, estimates=stale, items=64))
+    batch(Observation(index=20, lr=(0.1,)))
     failed = {name: Estimate(None, status="failed") for name in held.estimates}
-    batch(Observation(step=30, lr=(0.1,), fresh=True, estimates=failed, items=64))
+    batch(Observation(index=30, lr=(0.1,), fresh=True, estimates=failed, items=64))
     assert batch.moves == []
 
 

@@ -21,7 +21,7 @@ SPIKE = Alert("grad_norm_spike", "warning", "a spike", 9.0, 3.0, 0)
 
 
 def stepped(step: int, norm: float, *, taken: bool = True) -> Observation:
-    return Observation(step=step, lr=(0.1,), settled=Settled(step - 1, 1.0, norm, taken))
+    return Observation(index=step, lr=(0.1,), settled=Settled(step - 1, 1.0, norm, taken))
 
 
 def norms(count: int, seed: int = 0) -> list[float]:

@@ -241,7 +241,7 @@ def test_state_of_other_controllers_is_refused():
 
 
 def observed(step: int, lr: float = 0.1) -> Observation:
-    return Observation(step=step, lr=(lr,))
+    return Observation(index=step, lr=(lr,))
 
 
 def test_an_adjustment_is_known_before_it_is_applied():
@@ -318,7 +318,7 @@ def test_the_rules_see_the_capped_margin_and_peak():
     control(observed(0), ())
     control.apply((0.1,))
     margin = Estimate(2.0, 0.2, "residual")
-    seen = Observation(step=1, lr=(0.1,), margin=margin, gradient_margin=margin, peak=(1.0,))
+    seen = Observation(index=1, lr=(0.1,), margin=margin, gradient_margin=margin, peak=(1.0,))
     judged = control.as_applied(seen)
     assert judged.lr == (0.05,)
     assert judged.margin == judged.gradient_margin == Estimate(1.0, 0.1, "residual")

@@ -27,7 +27,7 @@ def seen(
     if mean_square is not None:
         estimates["stochastic_margin"] = Estimate(mean_square, status=status)
     return Observation(
-        step=step,
+        index=step,
         lr=(0.1,),
         fresh=True,
         gradient_margin=Estimate(along),

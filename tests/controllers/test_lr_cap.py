@@ -21,13 +21,13 @@ def glanced(step: int, margin: float | None, *, lr=0.1, status="ok", **more) -> 
     rates = lr if isinstance(lr, tuple) else (lr,)
     estimate = Estimate(margin, status=status)
     more = {"optimizer": "SGD momentum 0.9"} | more
-    return Observation(step=step, lr=rates, gradient_margin=estimate, gradient_fresh=True, **more)
+    return Observation(index=step, lr=rates, gradient_margin=estimate, gradient_fresh=True, **more)
 
 
 def passed(step: int, *, lr=0.1, **more) -> Observation:
     """Nothing was measured at this step."""
     rates = lr if isinstance(lr, tuple) else (lr,)
-    return Observation(step=step, lr=rates, **{"optimizer": "SGD momentum 0.9"} | more)
+    return Observation(index=step, lr=rates, **{"optimizer": "SGD momentum 0.9"} | more)
 
 
 class Applied:
@@ -152,7 +152,7 @@ def test_full_batch_training_is_held_to_the_limit_of_full_batches():
 
 def test_a_second_cap_looks_at_the_top_of_the_spectrum_with_its_error():
     top = Estimate(0.9, 0.1, "residual")
-    seen = Observation(step=0, lr=(0.1,), margin=top, fresh=True)
+    seen = Observation(index=0, lr=(0.1,), margin=top, fresh=True)
     assert Applied(LearningRateCap())(seen) == 0.1
     assert Applied(LearningRateCap(c_lambda=0.5))(seen) == pytest.approx(0.05)
 

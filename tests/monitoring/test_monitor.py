@@ -608,7 +608,7 @@ def test_between_probes_rules_see_the_last_margin_at_the_present_rate():
         margin, growth = record["stability_margin"], (1 + step) / (1 + record.step)
         assert seen.margin.value == pytest.approx(growth * margin.value)
         assert seen.margin.error == pytest.approx(growth * margin.error)
-        assert (seen.step, seen.lr) == (step, (0.05 * (1 + step),))
+        assert (seen.index, seen.lr) == (step, (0.05 * (1 + step),))
 
 
 def test_alerts_go_to_the_list_the_record_the_callback_and_the_log(caplog):
@@ -640,7 +640,7 @@ class Talkative(NonFinite):
     name = "talkative"
 
     def __call__(self, seen: Observation) -> Alert:
-        return Alert(self.name, "info", "another step", 1.0, 1.0, seen.step)
+        return Alert(self.name, "info", "another step", 1.0, 1.0, seen.index)
 
 
 class Broken(NonFinite):

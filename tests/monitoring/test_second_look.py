@@ -20,7 +20,7 @@ from geomwatch.rules import Observation
 def glance(step: int, along: float | None, *, lr: float = 0.1, **more: Any) -> Observation:
     """Batches of 64, SGD with momentum 0.9: the level is 7."""
     defaults: dict[str, Any] = {"limit_ratio": 19.0, "items": 64}
-    return Observation(step=step, lr=(lr,), gradient_margin=Estimate(along), **defaults | more)
+    return Observation(index=step, lr=(lr,), gradient_margin=Estimate(along), **defaults | more)
 
 
 def found(mean_square: float | None, status: str = "ok") -> dict[str, Estimate]:

@@ -40,7 +40,7 @@ def test_a_start_whose_batches_disagree_is_warned_of_at_the_second_step():
     assert "batches of 16 disagree too much on the curvature" in alert.message
     assert "they add 0.5 ± 0.02 to a stability margin of 0.05 (alert above 0.3" in alert.message
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in alert.message
-    assert alert.message.endswith("More: geomwatch explain stochastic_margin.")
+    assert alert.message.endswith("More: geomwatch explain batch_noise.")
     (later,) = heard(BatchNoise(), [start(5, 0.5)])
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in later.message
 
@@ -73,7 +73,7 @@ def test_all_else_is_passed_over(seen):
 
 @pytest.mark.parametrize("seen", [start(5, 1.9, adaptive=True), start(1, 4.1, 0.61, adaptive=True)])
 def test_methods_that_adapt_have_levels_of_their_own(seen):
-    assert brief(heard(BatchNoise(), [seen])) == [(seen.step, "warning")]
+    assert brief(heard(BatchNoise(), [seen])) == [(seen.index, "warning")]
 
 
 def test_methods_that_adapt_ruin_nothing_in_one_step_and_always_wait():

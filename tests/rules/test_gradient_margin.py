@@ -16,7 +16,7 @@ def seen(step: int, along: float | None, lr: float = 0.1, **more: Any) -> Observ
     """A sentinel whose margin is in units of the small-batch limit; batches of 64, momentum 0.9."""
     defaults: dict[str, Any] = {"gradient_fresh": True, "limit_ratio": 19.0, "items": 64}
     return Observation(
-        step=step,
+        index=step,
         lr=(lr,),
         gradient_margin=Estimate(along, None if along is None else 0.0),
         **defaults | more,

@@ -126,7 +126,7 @@ def advised(message: str) -> float:
 def test_the_advice_goes_by_the_margins_before_the_rise_within_bounds(gradient, factor):
     rule = LossRise()
     for seen in losses([2.0] * 50 + [6.0] * 9):
-        fresh = seen.step < 50
+        fresh = seen.index < 50
         known = None if gradient is None else Estimate(gradient)
         alert = rule(replace(seen, gradient_margin=known, gradient_fresh=fresh, limit_ratio=19.0))
         if alert is not None:
@@ -186,7 +186,9 @@ def test_the_losses_of_probes_do_where_the_loop_passes_none():
     falling = [2.3 * math.exp(-t / 5) + 0.2 for t in range(20)]
     rising = [0.2 + 0.4 * t for t in range(16)]
     run = [
-        Observation(step=50 * t, lr=(0.1,), loss=loss, settled=Settled(50 * t - 1, None, 1.0, True))
+        Observation(
+            index=50 * t, lr=(0.1,), loss=loss, settled=Settled(50 * t - 1, None, 1.0, True)
+        )
         for t, loss in enumerate(falling + rising)
     ]
     alerts = heard(LossRise(), run)
@@ -198,7 +200,7 @@ def test_the_training_loss_goes_before_that_of_the_probe():
     rule = LossRise()
     heard(rule, losses([1.0] * 50))
     both = [
-        Observation(step=51 + t, lr=(0.1,), loss=90.0, settled=Settled(50 + t, 1.0, 1.0, True))
+        Observation(index=51 + t, lr=(0.1,), loss=90.0, settled=Settled(50 + t, 1.0, 1.0, True))
         for t in range(20)
     ]
     assert not heard(rule, both)

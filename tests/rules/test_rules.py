@@ -139,12 +139,12 @@ def test_measurements_older_than_sixty_steps_are_not_averaged():
 
 def test_a_held_margin_never_raises_an_alert():
     rule = StabilityMargin()
-    held = Observation(step=30, lr=(3.0,), margin=Estimate(50.0, 0.1, "residual"))
+    held = Observation(index=30, lr=(3.0,), margin=Estimate(50.0, 0.1, "residual"))
     assert not heard(rule, [measured(20, 0.4)] + [held] * 100)
 
 
 def test_a_margin_that_could_not_be_measured_is_passed_over():
-    nothing = Observation(step=30, lr=(0.1,), margin=Estimate(None, reason="no"), fresh=True)
+    nothing = Observation(index=30, lr=(0.1,), margin=Estimate(None, reason="no"), fresh=True)
     alerts = heard(StabilityMargin(), [measured(28, 0.95), nothing, measured(32, 0.95)])
     assert brief(alerts) == [(32, "warning")]
 
@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_is_critical_once(value):
 
 def test_a_loss_that_only_the_probe_sees_is_critical_at_the_step_to_come():
     run = [
-        Observation(step=7, lr=(0.1,), loss=math.nan, settled=Settled(6, None, 1.0, True)),
+        Observation(index=7, lr=(0.1,), loss=math.nan, settled=Settled(6, None, 1.0, True)),
         trained(7, math.nan),
     ]
     assert brief(heard(NonFinite(), run)) == [(7, "critical")]

@@ -14,7 +14,9 @@ from geomwatch.rules import GradNormSpike, Observation
 
 def norms(values, start: int = 0, **more) -> list[Observation]:
     return [
-        Observation(step=start + t + 1, lr=(0.1,), settled=Settled(start + t, 1.0, g, True), **more)
+        Observation(
+            index=start + t + 1, lr=(0.1,), settled=Settled(start + t, 1.0, g, True), **more
+        )
         for t, g in enumerate(values)
     ]
 

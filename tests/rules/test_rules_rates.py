@@ -23,7 +23,7 @@ def planned(margin: float, peak: float, *, step: int = 0, lr: float = 0.1, **mor
 def told(margin: float, peak: float, **more) -> list[Alert]:
     """What is said of a plan up to the second step."""
     first = planned(margin, peak, **more)
-    return heard(PlannedRate(), [first, measured(first.step + 1, margin)])
+    return heard(PlannedRate(), [first, measured(first.index + 1, margin)])
 
 
 def test_a_peak_at_which_the_margin_would_be_five_is_critical():
@@ -71,7 +71,7 @@ def test_a_constant_rate_has_no_plan():
 
 def test_the_group_with_the_steepest_plan_counts():
     margin = Estimate(0.1, 0.01, "residual")
-    seen = Observation(step=0, lr=(0.1, 0.01), margin=margin, fresh=True, peak=(0.1, 0.6))
+    seen = Observation(index=0, lr=(0.1, 0.01), margin=margin, fresh=True, peak=(0.1, 0.6))
     (alert,) = heard(PlannedRate(), [seen, measured(1, 0.1)])
     assert alert.value == pytest.approx(6.0)
 
@@ -82,7 +82,7 @@ def test_without_a_limit_nothing_can_be_planned(status):
 
 
 def test_a_plan_that_could_not_be_measured_is_passed_over():
-    nothing = Observation(step=0, lr=(0.1,), margin=Estimate(None), fresh=True, peak=(9.0,))
+    nothing = Observation(index=0, lr=(0.1,), margin=Estimate(None), fresh=True, peak=(9.0,))
     assert not heard(PlannedRate(), [nothing])
 
 

@@ -110,110 +110,110 @@ class LearningRateCap:
         self._base_rate = BaseRate()
 
     def __call__(
-        self, seen: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
+        self, step: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Set the cap for one step."""
-        self._limit_along.update(seen)
-        self._first_steps.update(seen)
-        fresh = self._measure(seen)
-        self._recognise_full_batch(seen)
-        largest = max(seen.lr, default=0.0)
+        self._limit_along.update(step)
+        self._first_steps.update(step)
+        fresh = self._measure(step)
+        self._recognise_full_batch(step)
+        largest = max(step.lr, default=0.0)
         if not largest > 0 or not (self._along.known or self._top.known):
             return ()
-        self._settle(seen)
-        scale = self._approach(seen, fresh)
+        self._settle(step)
+        scale = self._approach(step, fresh)
         cap = max(scale, self._min_scale) * largest
         moves = list(self._base_rate(scale, largest)) if fresh else []
         binds, bound = cap < largest, self._binds
         self._binds = binds
         if binds != bound or not math.isclose(cap, self._sent, rel_tol=_SAME):
             self._sent = cap
-            moves.append(Move(LR, cap, self._reason(seen, cap)))
+            moves.append(Move(LR, cap, self._reason(step, cap)))
         return moves
 
-    def _measure(self, seen: Observation) -> bool:
+    def _measure(self, step: Observation) -> bool:
         """Take in what was measured at this step; tell whether there is something new."""
-        along = seen.gradient_fresh and self._along.update(seen.gradient_margin, seen.lr)
-        top = self._c_lambda is not None and seen.fresh
-        top = top and self._top.update(seen.margin, seen.lr, with_error=True)
+        along = step.gradient_fresh and self._along.update(step.gradient_margin, step.lr)
+        top = self._c_lambda is not None and step.fresh
+        top = top and self._top.update(step.margin, step.lr, with_error=True)
         return along or top
 
-    def _recognise_full_batch(self, seen: Observation) -> None:
+    def _recognise_full_batch(self, step: Observation) -> None:
         """Take over the limit of full batches where every step has turned out to see the same."""
-        if seen.fresh:  # else it is what a run that was resumed does not know yet
-            unit = seen.limit_ratio if seen.same_data else 1.0
+        if step.fresh:  # else it is what a run that was resumed does not know yet
+            unit = step.limit_ratio if step.same_data else 1.0
             if unit > self._unit:  # what was capped before was capped by mistake
                 self._factor = math.inf
             self._unit = unit
 
-    def _settle(self, seen: Observation) -> None:
+    def _settle(self, step: Observation) -> None:
         """Lower the limit where the rate is high and the loss does not fall."""
-        loss = None if seen.settled is None else seen.settled.loss
-        if loss is None or seen.same_data or self._decay == 1:
+        loss = None if step.settled is None else step.settled.loss
+        if loss is None or step.same_data or self._decay == 1:
             return
-        margin = self._along.at(seen.lr) * seen.cold_start
-        if margin > _HIGH * self._usual_limit(seen) and self._stall(loss):
+        margin = self._along.at(step.lr) * step.cold_start
+        if margin > _HIGH * self._usual_limit(step) and self._stall(loss):
             self._settled *= self._decay
             self._stall.restart()
 
-    def _approach(self, seen: Observation, fresh: bool) -> float:
+    def _approach(self, step: Observation, fresh: bool) -> float:
         """Return the cap as a factor of the present rates.
 
         Lowered at once; raised at a measurement, by no more than the steps since the last allow.
         """
-        step, target = seen.step, self._target(seen)
-        grown = growth(seen.lr, self._reference)
+        now, target = step.index, self._target(step)
+        grown = growth(step.lr, self._reference)
         before = self._factor / grown if grown > 0 else math.inf  # of groups that were not stepped
         after = before
         if target >= 1:
             self._above = None
         elif self._above is None:
-            self._above = step
+            self._above = now
         if target < before:
-            if self._above is None or step - self._above >= self._patience:
-                after, self._lowered = target, step
-        elif fresh and step - self._lowered >= self._cooldown:
-            gap = 0 if self._measured is None else min(step - self._measured, _LONG)
+            if self._above is None or now - self._above >= self._patience:
+                after, self._lowered = target, now
+        elif fresh and now - self._lowered >= self._cooldown:
+            gap = 0 if self._measured is None else min(now - self._measured, _LONG)
             after = min(target, before * self._release**gap)
         if fresh:
-            self._measured = step
+            self._measured = now
         if fresh or after != before:
-            self._factor, self._reference = after, seen.lr
+            self._factor, self._reference = after, step.lr
         return after
 
-    def _target(self, seen: Observation) -> float:
+    def _target(self, step: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
-        limits = ((self._along, self._limit(seen)), (self._top, self._c_lambda))
-        allowed = self._noise_allows(seen)
+        limits = ((self._along, self._limit(step)), (self._top, self._c_lambda))
+        allowed = self._noise_allows(step)
         for margin, limit in limits:
-            value = margin.at(seen.lr) * seen.cold_start
+            value = margin.at(step.lr) * step.cold_start
             if limit is not None and value > 0:
                 allowed = min(allowed, limit / value)
         return allowed
 
-    def _noise_allows(self, seen: Observation) -> float:
-        return math.inf if self._c_bs is not None else self._first_steps.allows(seen)
+    def _noise_allows(self, step: Observation) -> float:
+        return math.inf if self._c_bs is not None else self._first_steps.allows(step)
 
-    def _limit(self, seen: Observation) -> float:
+    def _limit(self, step: Observation) -> float:
         """Return what the gradient margin has to stay below."""
-        return self._usual_limit(seen) * self._settled
+        return self._usual_limit(step) * self._settled
 
-    def _usual_limit(self, seen: Observation) -> float:
+    def _usual_limit(self, step: Observation) -> float:
         if self._c_bs is not None:
             return self._c_bs * self._unit
-        return self._limit_along.at(seen) if self._unit == 1 else _FULL_BATCH * self._unit
+        return self._limit_along.at(step) if self._unit == 1 else _FULL_BATCH * self._unit
 
-    def _reason(self, seen: Observation, cap: float) -> str:
-        largest = max(seen.lr)
+    def _reason(self, step: Observation, cap: float) -> str:
+        largest = max(step.lr)
         if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
-        if cap > 0.99 * self._noise_allows(seen) * largest:
+        if cap > 0.99 * self._noise_allows(step) * largest:
             return (
                 f"learning rate {largest:.3g} held at {cap:.3g}: in the first steps curvature, and "
                 "how much batches disagree on it, has to be far below its limit"
             )
-        along, top = (m.at(seen.lr) * seen.cold_start for m in (self._along, self._top))
-        limit = self._limit(seen)
+        along, top = (m.at(step.lr) * step.cold_start for m in (self._along, self._top))
+        limit = self._limit(step)
         if self._c_lambda is not None and top / self._c_lambda > along / limit:
             along, limit, what = top, self._c_lambda, "λ_max"
         else:

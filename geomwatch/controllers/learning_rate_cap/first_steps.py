@@ -28,22 +28,22 @@ class FirstSteps:
     def __init__(self) -> None:
         self._noise, self._margin = SmoothedMargin(0.0), SmoothedMargin(0.0)  # the last ones
 
-    def update(self, seen: Observation) -> None:
+    def update(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
-        if seen.step not in YOUNG or not seen.fresh:
+        if step.index not in YOUNG or not step.fresh:
             return
-        self._margin.update(seen.margin, seen.lr)
-        found = noise_part(seen)
+        self._margin.update(step.margin, step.lr)
+        found = noise_part(step)
         if found is not None:
-            counted = Estimate(found.counted(seen), found.error, "stderr")
-            self._noise.update(counted, seen.lr)
+            counted = Estimate(found.counted(step), found.error, "stderr")
+            self._noise.update(counted, step.lr)
 
-    def allows(self, seen: Observation) -> float:
+    def allows(self, step: Observation) -> float:
         """Return the factor of the present rates at which both are within limits; inf for none."""
-        if seen.step >= FROM or seen.same_data:
+        if step.index >= FROM or step.same_data:
             return math.inf
-        noise, margin = self._noise.at(seen.lr), self._margin.at(seen.lr)
-        share = max(noise / (_ADAPTIVE if seen.adaptive else _SGD), margin / _FULL_BATCH)
+        noise, margin = self._noise.at(step.lr), self._margin.at(step.lr)
+        share = max(noise / (_ADAPTIVE if step.adaptive else _SGD), margin / _FULL_BATCH)
         return 1 / share if share > 0 else math.inf
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,26 +27,26 @@ class Limit:
         self._is_quiet = False
         self._share: float | None = None  # G / M_ms
 
-    def update(self, seen: Observation) -> None:
+    def update(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
-        if seen.step < FROM:
+        if step.index < FROM:
             return
-        estimates = seen.estimates or {}
+        estimates = step.estimates or {}
         if noise_of(estimates) is not None:
             self._is_quiet = batches_agree(estimates, still=self._is_quiet)
         mean_square = estimates.get("stochastic_margin")
-        along = seen.gradient_margin
+        along = step.gradient_margin
         if mean_square is None or mean_square.status != "ok" or not mean_square.value:
             return
         if along is not None and along.value is not None and along.status == "ok":
             self._share = along.value / mean_square.value
 
-    def at(self, seen: Observation) -> float:
+    def at(self, step: Observation) -> float:
         """Return the limit, in units of that of small batches."""
         if self._is_quiet:
             return _QUIET
         if self._share is None:
-            return _ADAPTIVE if seen.adaptive else _SGD
+            return _ADAPTIVE if step.adaptive else _SGD
         return min(max(_MEAN_SQUARE * self._share, _LOW), _HIGH)
 
     def state_dict(self) -> dict[str, Any]:
