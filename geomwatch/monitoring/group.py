@@ -3,11 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from geomwatch.errors import UsageTypeError
-from geomwatch.monitoring.monitor import Monitor
-from geomwatch.records import Alert
+from geomwatch.records import Alert, Record
+
+
+@runtime_checkable
+class Member(Protocol):
+    """What a group asks of a Monitor, or of what stands for one in a host."""
+
+    name: str
+
+    @property
+    def history(self) -> list[Record]:
+        """All records so far."""
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts so far."""
+
+    def pause(self) -> None:
+        """Stop probing."""
+
+    def resume(self) -> None:
+        """Probe again."""
+
+    def close(self) -> None:
+        """Judge the last step and leave the host as it was."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over."""
 
 
 class Group:
@@ -20,9 +49,9 @@ class Group:
         UsageTypeError: a member is no Monitor.
     """
 
-    def __init__(self, **monitors: Monitor) -> None:
+    def __init__(self, **monitors: Member) -> None:
         for name, monitor in monitors.items():
-            if not isinstance(monitor, Monitor):
+            if not isinstance(monitor, Member):
                 raise UsageTypeError(
                     f"{name} must be a geomwatch.Monitor, got {type(monitor).__name__}. "
                     "Build one for each optimizer."
@@ -30,7 +59,7 @@ class Group:
             monitor.name = name
         self._monitors = monitors
 
-    def __getitem__(self, name: str) -> Monitor:
+    def __getitem__(self, name: str) -> Member:
         return self._monitors[name]
 
     @property

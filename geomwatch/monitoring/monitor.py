@@ -203,6 +203,60 @@ class Monitor:
         """Wall time spent in probes so far."""
         return self._guard.seconds
 
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that it measures."""
+        return list(self._params)
+
+    def start_at(self, step: int) -> None:
+        """Count from `step` on: so many optimizer steps the run has taken without this monitor.
+
+        Raises:
+            UsageError: it is no number of steps, or `step()` has been called.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise UsageError(
+                f"step must be the number of optimizer steps taken so far, got {step!r}. Pass an "
+                "integer >= 0."
+            )
+        if self._called:
+            raise UsageError(
+                f"start_at({step}) must come before the first monitor.step(), got step "
+                f"{self._counter.steps} counted already. Call it where the monitor is built."
+            )
+        self._counter.steps = step
+        self._pace.last_probe = step - 1
+
+    def succeed(self, before: Monitor) -> None:
+        """Take the place of a monitor of other parameters: the same run goes on.
+
+        Its step, the memories of its rules and controllers and all that it has recorded are taken
+        over. The first probe starts cold.
+
+        Raises:
+            UsageError: it has other rules or controllers.
+        """
+        self.start_at(before.state_dict()["step"])
+        self._judge.load_state_dict(before._judge.state_dict())
+        self._control.load_state_dict(before._control.state_dict())
+        self.history.extend(before.history)
+        self.alerts.extend(before.alerts)
+        self.adjustments.extend(before.adjustments)
+
+    def check_gradient(self, remedy: str = _PLACE) -> None:
+        """Make sure that there is a gradient which the optimizer has not stepped with.
+
+        Raises:
+            UsageError: there is none; the message ends with `remedy`.
+        """
+        if not self._counter.has_gradient():
+            raise UsageError(f"monitor.step() must find gradients, got none. {remedy}")
+        if self._counter.gradient_is_used_up():
+            raise UsageError(
+                "monitor.step() must come before optimizer.step(), got a gradient that it has "
+                f"stepped with already. {remedy}"
+            )
+
     def observe(self, batch: Any) -> None:
         """Note a micro-batch of the accumulation window that the coming step averages over."""
         if not self._disabled and not self._guard.paused:
@@ -319,13 +373,7 @@ class Monitor:
             self._difficulty.load_state_dict(state["difficulty"])
 
     def _check_place(self, window: Sequence[Any]) -> None:
-        if not self._counter.has_gradient():
-            raise UsageError(f"monitor.step() must find gradients, got none. {_PLACE}")
-        if self._counter.gradient_is_used_up():
-            raise UsageError(
-                "monitor.step() must come before optimizer.step(), got a gradient that it has "
-                f"stepped with already. {_PLACE}"
-            )
+        self.check_gradient()
         self._ranks.refuse_join()
         alone = self._ranks.size == 1  # another rank may have items
         if alone and not (window or self._fixed_window or self._guard.paused):

@@ -39,6 +39,53 @@ def test_a_jump_of_the_learning_rate_at_a_resume_is_probed_at_once():
     assert record.step == 60
 
 
+def test_a_run_without_a_checkpoint_of_ours_is_counted_from_the_step_it_has_reached():
+    model, optimizer, monitor = watched(every=3, schedule="fixed", quantities=["loss"])
+    monitor.start_at(7)
+    for _ in range(6):
+        step(model, optimizer, monitor, digits(16))
+    assert [record.step for record in monitor.history] == [9, 12]
+    assert monitor.state_dict()["step"] == 13
+
+
+def test_a_first_step_must_be_a_number_of_steps_and_come_before_any():
+    model, optimizer, monitor = watched(quantities=["loss"])
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(geomwatch.UsageError, match="step must be the number of optimizer ste"):
+            monitor.start_at(wrong)
+    step(model, optimizer, monitor, digits(16))
+    with pytest.raises(geomwatch.UsageError, match=r"start_at\(7\) must come before the first"):
+        monitor.start_at(7)
+
+
+def test_a_monitor_of_other_parameters_goes_on_in_place_of_the_first():
+    class Counting(geomwatch.rules.NonFinite):
+        seen = 0
+
+        def __call__(self, seen):
+            self.seen += 1
+            return geomwatch.Alert("odd", "warning", "odd", 1.0, 0.5, seen.index)
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state):
+            self.seen = state["seen"]
+
+    options = {"every": 3, "schedule": "fixed", "quantities": ["loss"]}
+    model, optimizer, before = watched(rules=[Counting()], params="0.*", **options)
+    for _ in range(4):
+        step(model, optimizer, before, digits(16))
+    rule = Counting()
+    after = geomwatch.Monitor(model, cross_entropy, optimizer, rules=[rule], **options)
+    after.succeed(before)
+    for _ in range(3):
+        step(model, optimizer, after, digits(16))
+    assert [record.step for record in after.history] == [0, 3, 6]
+    assert rule.seen == len(after.alerts) == 7
+    assert len(after.params) > len(before.params)
+
+
 def test_difficulty_goes_on_growing_after_a_resume():
     batch = digits(64)
     options = {"quantities": ["difficulty", "lambda_max"], "every": 10, "schedule": "fixed"}
