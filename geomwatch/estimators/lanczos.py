@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from geomwatch.vectors.layout import Basis
-from geomwatch.vectors.shard_vector import dimension
+from geomwatch.vectors.layout import Basis, dimension
 
 _CANCELLATION = 0.1
 _PASSES, _KEPT = 4, 0.5  # of orthogonalisation, and the share of a vector that one must leave

@@ -227,4 +227,4 @@ def _average_of_squares(c: Coming, key: str, decay: float) -> Tensor:
 def _read(c: Coming, key: str) -> Tensor:
     """A state tensor as a vector in the gradient's dtype; zeros before the first step."""
     value = c.state.get(key)
-    return torch.zeros_like(c.gradient) if value is None else entries(value, c.gradient)
+    return torch.zeros_like(c.gradient) if value is None else entries(c.gradient, value)

@@ -193,7 +193,7 @@ def _coming(
         decay, keep = float(group.get("weight_decay", 0.0)) if known else 0.0, 1.0
         if group.get("decoupled_weight_decay", name == "AdamW"):
             decay, keep = 0.0, 1 - lr * decay
-        g = sign * g if decay == 0 else sign * g + decay * entries(p, g)
+        g = sign * g if decay == 0 else sign * g + decay * entries(g, p)
         coming.append(Coming(group, state, lr, g, done + 1, sign, decay, keep, cold_start))
     return coming
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from geomwatch.parallel.ranks import Ranks
+from geomwatch.vectors.layout import dimension, entries
 
 _aten = torch.ops.aten
 
@@ -83,10 +84,14 @@ class ShardVector(Tensor):
         raise _refusal(func)
 
 
-def dimension(vector: Tensor) -> int:
-    """Return D of a vector (D,), however it is held."""
-    if not isinstance(vector, ShardVector):
-        return vector.numel()
+@entries.register
+def _entries(like: ShardVector, tensor: Tensor) -> ShardVector:
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return ShardVector(part.reshape(-1).to(like), like.holders)
+
+
+@dimension.register
+def _dimension(vector: ShardVector) -> int:
     return int(vector.holders.sum(torch.tensor(vector.part.numel(), device=vector.device)))
 
 

@@ -23,8 +23,8 @@ from geomwatch.curvature.placement import choose_shards
 from geomwatch.errors import WithheldError
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.stability.problem import stability_of
-from geomwatch.vectors.layout import Layout
-from geomwatch.vectors.shard_vector import Holders, ShardVector, dimension
+from geomwatch.vectors.layout import Layout, dimension
+from geomwatch.vectors.shard_vector import Holders, ShardVector
 
 NAMES = [
     "loss",
