@@ -12,8 +12,8 @@ from torch import Tensor
 from geomwatch.curvature.fully_sharded import FullySharded
 from geomwatch.curvature.replay import Replay
 from geomwatch.errors import UsageError, WithheldError
-from geomwatch.isolation.norms import spectral_norm_held
 from geomwatch.isolation.snapshot import Snapshot
+from geomwatch.isolation.twice_differentiable import spectral_norm_held
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.shard_vector import ShardVector
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 
 import geomwatch
 from geomwatch.curvature.objective import Objective
-from geomwatch.isolation.norms import spectral_norm_held, weight_norm_written_out
+from geomwatch.isolation.twice_differentiable import spectral_norm_held, weight_norm_written_out
 
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}
 
