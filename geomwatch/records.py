@@ -1,10 +1,10 @@
-"""What geomwatch says: frozen data, no behaviour beyond looking a value up."""
+"""What geomwatch says: frozen data, no behaviour beyond looking a value up, and its notation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Severity = Literal["info", "warning", "critical"]
@@ -114,3 +114,28 @@ class Record:
         flat |= {prefix + knob: value for knob, value in self.knobs.items() if math.isfinite(value)}
         flat[f"{prefix}probe_seconds"] = self.seconds
         return flat
+
+
+def format_estimate(estimate: Estimate) -> str:
+    """Write a value with its error, both to the error's leading digit: 12.3 ± 0.4, 68 ± 21.
+
+    Very large and small ones share a power of ten: (1.23 ± 0.04)e-7.
+    """
+    if estimate.value is None:
+        return "n/a"
+    value, error = estimate.value, estimate.error or 0.0
+    largest = max(abs(value), error if math.isfinite(error) else 0.0)
+    if not 1e-300 < largest < math.inf:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(largest))
+    if not -3 <= exponent < 5:
+        scale = 10.0**exponent
+        part = format_estimate(replace(estimate, value=value / scale, error=error / scale))
+        return f"({part})e{exponent}" if "±" in part else f"{part}e{exponent}"
+    if error == 0 or not math.isfinite(error):
+        return f"{value:.{max(0, 2 - exponent)}f}"
+    # never more than four digits of the value, however small the error
+    decimals = max(0, min(-math.floor(math.log10(error)), 3 - exponent))
+    if error < 0.5 * 10.0**-decimals:
+        return f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

@@ -10,12 +10,12 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from geomwatch.parallel.ranks import is_first_rank
-from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record
+from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record, format_estimate
 
 logger = logging.getLogger("geomwatch")
 logger.addFilter(lambda said: is_first_rank() or getattr(said, "each_rank", False))
@@ -91,31 +91,6 @@ def alert_line(alert: Alert) -> Line:
 def adjustment_line(adjustment: Adjustment) -> Line:
     """Return the line of an adjustment."""
     return {"kind": "adjustment", "schema": SCHEMA, **asdict(adjustment)}
-
-
-def format_estimate(estimate: Estimate) -> str:
-    """Write a value with its error, both to the error's leading digit: 12.3 ± 0.4, 68 ± 21.
-
-    Very large and small ones share a power of ten: (1.23 ± 0.04)e-7.
-    """
-    if estimate.value is None:
-        return "n/a"
-    value, error = estimate.value, estimate.error or 0.0
-    largest = max(abs(value), error if math.isfinite(error) else 0.0)
-    if not 1e-300 < largest < math.inf:
-        return f"{value:g}"
-    exponent = math.floor(math.log10(largest))
-    if not -3 <= exponent < 5:
-        scale = 10.0**exponent
-        part = format_estimate(replace(estimate, value=value / scale, error=error / scale))
-        return f"({part})e{exponent}" if "±" in part else f"{part}e{exponent}"
-    if error == 0 or not math.isfinite(error):
-        return f"{value:.{max(0, 2 - exponent)}f}"
-    # never more than four digits of the value, however small the error
-    decimals = max(0, min(-math.floor(math.log10(error)), 3 - exponent))
-    if error < 0.5 * 10.0**-decimals:
-        return f"{value:.{decimals}f}"
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _sentence(line: Line) -> str:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from geomwatch.observation.regime import EDGE
 from geomwatch.observation.step import Observation
-from geomwatch.records import Alert, Severity
+from geomwatch.records import Alert, Severity, format_estimate
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.message import alert, batch_advice, carried_by
-from geomwatch.sinks import format_estimate
 
 
 @dataclass(frozen=True, slots=True)

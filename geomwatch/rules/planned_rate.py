@@ -7,10 +7,9 @@ from typing import Any
 from geomwatch.observation.batch_noise import NoisePart, noise_part
 from geomwatch.observation.levels import items_of
 from geomwatch.observation.step import Observation
-from geomwatch.records import Alert, Severity
+from geomwatch.records import Alert, Severity, format_estimate
 from geomwatch.rules.deferred import Kept
 from geomwatch.rules.message import alert, carried_by, larger_batch
-from geomwatch.sinks import format_estimate
 
 _WARNING, _CRITICAL, _AT_ONCE = 3.0, 5.0, 10.0
 _TARGET = 1.0  # that the advice aims for
