@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from geomwatch.curvature.objective import Objective
+from geomwatch.estimators.noise_floor import LossAt
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.records import Estimate
 from geomwatch.stability.problem import Stability
 
@@ -28,7 +28,7 @@ class Point:
     loss: float | None = None  # L(w), where it is known
 
 
-class Sentinel:
+class Sentinel(Resumable):
     """Measures the small-batch margin m = r d'(H + W)d / g'd along d = S^2 g (see `stability`).
 
     From one forward pass, two where the loss is not known, if a replay is known to have the
@@ -43,23 +43,25 @@ class Sentinel:
     A value of the first kind more than four times the last one is measured again by the second.
     """
 
+    _margin: Kept[float | None]  # d'Hd / g'd of the last measurement
+
     def __init__(self) -> None:
-        self._margin: float | None = None  # d'Hd / g'd of the last measurement
+        self._margin = None
 
     def note(self, margin: float | None) -> None:
         """Take note of d'(H + W)d / g'd as a probe has measured it."""
         if margin is not None and math.isfinite(margin):
             self._margin = margin
 
-    def measure(self, objective: Objective, point: Point) -> Estimate:
+    def measure(self, loss_at: LossAt, point: Point) -> Estimate:
         """Return m; withheld where the gradient is zero or losses are not finite."""
         d = point.stability.step_along(point.gradient)
         slope = float(point.gradient @ d)
         if not 0 < slope < math.inf:
             return Estimate(None, status="withheld", reason="the gradient is zero or not finite")
-        found = self._by_one(objective, point, d, slope)
+        found = self._by_one(loss_at, point, d, slope)
         if found is None:
-            found = self._by_three(objective, d, slope)
+            found = self._by_three(loss_at, d, slope)
         if found is None:
             return Estimate(None, status="withheld", reason="the loss next to the weights is not")
         self._margin = found
@@ -69,22 +71,22 @@ class Sentinel:
         reason = "by differences of losses"
         return Estimate(margin, _ERROR * abs(margin), "residual", reason=reason)
 
-    def _by_one(self, objective: Objective, point: Point, d: Tensor, slope: float) -> float | None:
+    def _by_one(self, loss_at: LossAt, point: Point, d: Tensor, slope: float) -> float | None:
         """Return d'Hd / g'd where loss and slope are known, if it is plausible."""
         if not point.is_own or self._margin is None:
             return None
-        here = objective.loss_at(0 * d) if point.loss is None else point.loss
+        here = loss_at(0 * d) if point.loss is None else point.loss
         h = self._distance(here, slope)
-        bend = objective.loss_at(-h * d) - here + h * slope
+        bend = loss_at(-h * d) - here + h * slope
         found = 2 * bend / (h * h * slope)
         near = abs(self._margin) + 2 * _BEND * abs(here) / (h * h * slope)
         return found if abs(found) <= _PLAUSIBLE * near else None
 
-    def _by_three(self, objective: Objective, d: Tensor, slope: float) -> float | None:
-        here = objective.loss_at(0 * d)
+    def _by_three(self, loss_at: LossAt, d: Tensor, slope: float) -> float | None:
+        here = loss_at(0 * d)
         for _ in range(2):
             h = self._distance(here, slope)
-            bend = objective.loss_at(h * d) + objective.loss_at(-h * d) - 2 * here
+            bend = loss_at(h * d) + loss_at(-h * d) - 2 * here
             if not math.isfinite(bend):
                 return None
             before, self._margin = self._margin, bend / (h * h * slope)
@@ -99,11 +101,3 @@ class Sentinel:
         if not self._margin:
             return 0.3 * most
         return min(math.sqrt(2 * _BEND * abs(loss) / (abs(self._margin) * slope)), most)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last value."""
-        return {"margin": self._margin}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the last value."""
-        self._margin = state["margin"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from geomwatch.estimators.hutchinson import Samples, mean_with_stderr, student_t
-from geomwatch.estimators.jackknife import jackknife
+from geomwatch.estimators.noise import jackknife
 from geomwatch.records import Estimate
 
 _NEGATIVE = 0.1  # |lambda_min| / lambda_max

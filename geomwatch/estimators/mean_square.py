@@ -7,8 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from geomwatch.estimators.jackknife import jackknife
-from geomwatch.estimators.noise import NO_ERROR, Spread
+from geomwatch.estimators.noise import NO_ERROR, Spread, jackknife
 from geomwatch.records import Estimate
 from geomwatch.stability.recursion import Recursion
 

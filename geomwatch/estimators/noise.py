@@ -7,13 +7,14 @@ g = sum_b n_b g_b / N, the gradient of the whole batch.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from geomwatch.estimators.jackknife import jackknife
 from geomwatch.records import Estimate
 
 NO_SIGNAL = "the noise hides the gradient"
@@ -133,3 +134,13 @@ def _with_error(value: float, left_out: Sequence[float]) -> Estimate:
     if not left_out:
         return Estimate(value, reason=NO_ERROR)
     return Estimate(value, jackknife(left_out), "stderr")
+
+
+def jackknife(left_out: Sequence[float]) -> float:
+    """Return the standard error of an estimate from its values with one piece of m left out.
+
+    sqrt((m-1)/m sum_i (t_i - mean t)^2), exactly s / sqrt(m) where the estimate is a mean
+    (Quenouille 1949, Tukey 1958).
+    """
+    m = len(left_out)
+    return (m - 1) / math.sqrt(m) * statistics.stdev(left_out)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.noise_floor import Readout
 from geomwatch.records import Estimate
 from geomwatch.vectors.layout import Layout
@@ -17,8 +16,23 @@ from geomwatch.vectors.layout import Layout
 Extreme: TypeAlias = Callable[[Tensor], Tensor]  # direction of ascent -> u, in one tensor
 
 
+class Ascendable(Protocol):
+    """What the ascent asks of an objective."""
+
+    layout: Layout
+
+    def loss_at(self, displacement: Tensor) -> float:
+        """Return L(w + displacement)."""
+
+    def gradient(self) -> Tensor:
+        """Return the gradient at w, (D,)."""
+
+    def gradient_at(self, displacement: Tensor) -> Tensor:
+        """Return the gradient at w + displacement, (D,)."""
+
+
 def normalized_sharpness(
-    objective: Objective,
+    objective: Ascendable,
     readout: Readout,
     *,
     rng: torch.Generator,
@@ -51,7 +65,7 @@ def normalized_sharpness(
 
 
 def normalized_sharpness_linf(
-    objective: Objective,
+    objective: Ascendable,
     readout: Readout,
     *,
     rng: torch.Generator,
@@ -74,7 +88,7 @@ def _on_sphere(a: Tensor) -> Tensor:
 
 
 def _rise(
-    objective: Objective,
+    objective: Ascendable,
     readout: Readout,
     extreme: Extreme,
     *,

@@ -195,7 +195,7 @@ class Prober:
             )
             known = loss if self._own.has_loss and len(window) == 1 else None
             is_own = self._own.has_gradient or gradient is None
-            return self._sentinel.measure(objective, Point(stability, used, is_own, known))
+            return self._sentinel.measure(objective.loss_at, Point(stability, used, is_own, known))
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
@@ -268,7 +268,9 @@ class Prober:
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
         is_own = self._own.has_gradient or gradient is None
-        return self._sentinel.measure(objective, Point(stability, used, is_own, objective.loss()))
+        return self._sentinel.measure(
+            objective.loss_at, Point(stability, used, is_own, objective.loss())
+        )
 
     def _choose(self, probe: Probe, step: int, *, noise: bool) -> list[str]:
         """Choose what to measure, and set what that may cost."""

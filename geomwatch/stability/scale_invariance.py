@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.vectors.layout import Layout, whole
 
 _LARGEST_COSINE = 1e-3
 _TESTS = 6  # by sentinels and probes, after which probes alone go on testing
 
 
-class ScaleInvariance:
+class ScaleInvariance(Resumable):
     """Remembers which tensors have passed the Euler test on every gradient so far.
 
     If L does not change when the filter w_r (one output channel) is scaled, Euler's theorem gives
@@ -28,9 +27,11 @@ class ScaleInvariance:
     stability of the function they compute; the margin leaves them out.
     """
 
+    _failed: Kept[set[str]]
+    _tests: Kept[int]
+
     def __init__(self) -> None:
-        self._failed: set[str] = set()
-        self._tests = 0
+        self._failed, self._tests = set(), 0
 
     @property
     def is_young(self) -> bool:
@@ -48,14 +49,6 @@ class ScaleInvariance:
             if cosine is not None:
                 (passed if cosine < _LARGEST_COSINE else self._failed).add(name)
         return frozenset(passed)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names that have failed, and the number of tests."""
-        return {"failed": sorted(self._failed), "tests": self._tests}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the names that have failed, and the number of tests."""
-        self._failed, self._tests = set(state["failed"]), state["tests"]
 
 
 def _cosine(w: Tensor, g: Tensor) -> float | None:

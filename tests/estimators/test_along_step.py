@@ -54,7 +54,7 @@ def test_it_is_eta_bs_over_2_of_a_quadratic(is_own, momentum):
     sentinel.note(0.01)  # something to choose a distance by
     with Objective(model, quadratic_loss, [batch], products=False) as objective:
         point = Point(stability_of(optimizer, layout, gradient=g), g, is_own)
-        found = sentinel.measure(objective, point)
+        found = sentinel.measure(objective.loss_at, point)
     assert found.value == pytest.approx(0.1 * sharpness / (2 * (1 - momentum)), rel=1e-6)
 
 
@@ -64,7 +64,7 @@ def test_coupled_weight_decay_counts_as_curvature():
     )
     stability = stability_of(optimizer, layout, gradient=g)
     with Objective(model, quadratic_loss, [batch], products=False) as objective:
-        found = Sentinel().measure(objective, Point(stability, g))
+        found = Sentinel().measure(objective.loss_at, Point(stability, g))
     sharpness = float((g * (EIGENVALUES + 0.5) * g).sum() / g.square().sum())
     assert found.value == pytest.approx(0.1 * sharpness / 2, rel=1e-6)
 
@@ -81,7 +81,9 @@ def test_a_concave_direction_is_negative():
     g = layout.flatten([p.grad for p in layout.params])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Objective(model, concave, [batch], products=False) as objective:
-        found = Sentinel().measure(objective, Point(stability_of(optimizer, layout, gradient=g), g))
+        found = Sentinel().measure(
+            objective.loss_at, Point(stability_of(optimizer, layout, gradient=g), g)
+        )
     assert found.value == pytest.approx(-0.1, rel=1e-6)
 
 
@@ -93,7 +95,7 @@ def test_a_slope_that_is_not_the_losss_own_is_found_out():
     sentinel.note(0.05 * sharpness)
     with Objective(model, quadratic_loss, [batch], products=False) as objective:
         point = Point(stability_of(optimizer, layout, gradient=clipped), clipped, is_own=True)
-        found = sentinel.measure(objective, point)
+        found = sentinel.measure(objective.loss_at, point)
     # along the same direction; three forward passes do not need the slope's size
     assert found.value is not None
     assert found.value > 0.04 * sharpness
@@ -104,7 +106,7 @@ def test_without_a_direction_it_is_withheld(gradient):
     model, layout, optimizer, g, batch = at_a_step(lambda p: torch.optim.SGD(p, lr=0.1))
     with Objective(model, quadratic_loss, [batch], products=False) as objective:
         stability = stability_of(optimizer, layout, gradient=g)
-        found = Sentinel().measure(objective, Point(stability, gradient * g))
+        found = Sentinel().measure(objective.loss_at, Point(stability, gradient * g))
     assert found.value is None
     assert "zero or not finite" in found.reason
 

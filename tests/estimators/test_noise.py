@@ -12,12 +12,12 @@ import torch
 from problems import cross_entropy, digits, mlp
 from torch import Tensor
 
-from geomwatch.estimators.jackknife import jackknife
 from geomwatch.estimators.mean_square import mean_square_margin, stochastic_margin
 from geomwatch.estimators.noise import (
     Moments,
     Spread,
     gradient_noise_scale,
+    jackknife,
     spread_of,
     temperature,
 )
