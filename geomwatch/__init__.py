@@ -1,5 +1,6 @@
 """Watch the loss geometry of a PyTorch training run, and be warned before it diverges."""
 
+from geomwatch import records
 from geomwatch.doctor import Diagnosis, doctor
 from geomwatch.errors import UsageError
 from geomwatch.isolation.isolation import is_probing
@@ -26,4 +27,4 @@ __all__ = [
     "model_loss",
     "supervised",
 ]
-__version__ = "0.1.0"
+__version__ = records.VERSION

@@ -12,6 +12,7 @@ Effect = Literal["applied", "dry run", "advice"]
 ErrorKind = Literal["residual", "stderr", "none"]
 
 SCHEMA = 1
+VERSION = "0.1.0"  # of geomwatch, read from here when a package is built
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import geomwatch
+from geomwatch.records import VERSION
 
 
 def provenance(model: nn.Module, loss_fn: object, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return versions, date, what was evaluated and at which weights, and `facts` of the caller."""
     params = list(model.parameters())
     return {
-        "geomwatch": geomwatch.__version__,
+        "geomwatch": VERSION,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
