@@ -144,11 +144,11 @@ def test_no_path_is_cut_off_by_the_mark_of_the_first_ones_height():
 def test_a_loss_that_changes_with_the_call_is_marked():
     wanted = "loss differs by 0.012 from call to call"
     for figure in (
-        landscape.plot_slice(some_slice(provenance=ODD)),
-        landscape.plot_plane(some_plane(provenance=ODD)),
-        landscape.plot_surface(some_plane(provenance=ODD)),
-        landscape.plot_barrier(some_barrier(provenance=ODD)),
-        landscape.plot_density(some_density(provenance=ODD)),
+        landscape.plot_slice(some_slice(how=ODD)),
+        landscape.plot_plane(some_plane(how=ODD)),
+        landscape.plot_surface(some_plane(how=ODD)),
+        landscape.plot_barrier(some_barrier(how=ODD)),
+        landscape.plot_density(some_density(how=ODD)),
     ):
         assert wanted in text_of(figure)
 
@@ -180,13 +180,13 @@ def test_a_trajectory_is_drawn_on_its_own_plane_only():
     how = {"weights": "a", "directions_digest": "b"}
     way = np.array([[0.9, 0.5], [0.4, 0.1], [0.0, 0.0]])
     path = Trajectory(way, np.zeros(3), np.zeros(3), (0.9, 0.05), ("one", "two"), how)
-    figure = landscape.plot_plane(some_plane(provenance=how), path)
+    figure = landscape.plot_plane(some_plane(how=how), path)
     drawn = [line.get_xdata() for line in figure.axes[0].lines]
     assert any(np.array_equal(x, way[:, 0]) for x in drawn)
     assert "first state" in text_of(figure)
     for key, message in (("weights", "other weights"), ("directions_digest", "other directions")):
         with pytest.raises(UsageError, match=message):
-            landscape.plot_plane(some_plane(provenance={**how, key: "other"}), path)
+            landscape.plot_plane(some_plane(how={**how, key: "other"}), path)
 
 
 def test_nets_are_compared_side_by_side(tmp_path):
