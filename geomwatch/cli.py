@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import geomwatch
 from geomwatch.errors import UsageError
+from geomwatch.records import VERSION
 from geomwatch.rules.explain import explain, explained
+
+_ABOUT = (
+    "Watches the loss geometry of PyTorch trainings. The command explains what a rule has said."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="geomwatch", description=_first_line(geomwatch.__doc__))
-    parser.add_argument("--version", action="version", version=geomwatch.__version__)
+    parser = argparse.ArgumentParser(prog="geomwatch", description=_ABOUT)
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about = "what a rule means, where its levels come from, what to do; without RULE lists them"
     command = commands.add_parser("explain", help=about, description=about)
@@ -48,7 +52,3 @@ def _explain(rule: str | None) -> int:
         print(f"{name:<{width}}  {summary}")
     print("\ngeomwatch explain RULE tells more.")
     return 0
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]

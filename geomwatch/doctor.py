@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import geomwatch
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss, check_optimizer
 from geomwatch.curvature.double_backward import gradients
@@ -27,6 +26,7 @@ from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.noise_floor import read_out
+from geomwatch.records import VERSION
 from geomwatch.stability.problem import stability_of, unwrap
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator
@@ -129,7 +129,7 @@ def _look(make: _Make, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any]
     found = {"replays": not trouble, "scale_invariant": names, "limit_known": not limit}
     return found | {"trainable": layout.dim}, {
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"geomwatch {geomwatch.__version__}",
+        f"geomwatch {VERSION}",
         "device": _listed({p.device for p in layout.params}),
         "parameters": f"{layout.dim:,} trainable in {dtypes}, {frozen:,} frozen",
         "Krylov basis": f"{kept * layout.dim * layout.dtype.itemsize / 1e6:.3g} MB, {kept} rows",
