@@ -99,35 +99,18 @@ def roughness_residual(slices: Slices) -> Estimate:
     left = ((heights - fit) ** 2).sum(axis=0) / (len(scaled) - 3)  # (m,)
     if left.mean() <= (2 * slices.readout.floor) ** 2:
         return _below(slices, "rest beside a parabola", math.sqrt(left.mean()))
-    s = math.sqrt(_third_differences(slices).mean())
-    reason = f"micro-scale s = {s:.2g}, noise floor {slices.readout.floor:.2g}"
+    reason = f"micro-scale s = {micro_scale(slices):.2g}, noise floor {slices.readout.floor:.2g}"
     variances = slices.losses.var(axis=1)
     return _mean(np.divide(left, variances, where=variances > 0, out=np.zeros_like(left)), reason)
 
 
-def micro_scale(slices: Slices) -> Estimate:
+def micro_scale(slices: Slices) -> float:
     """Return s, the root mean square of ruggedness at the grid's own scale. In units of loss.
 
     s^2 = mean(d3^2) / 20 over third differences d3, which a parabola leaves at 0, white noise at
-    its variance, and a ripple of amplitude a shorter than the grid at a^2 / 2. Its standard error
-    is that of s^2 over directions, by the delta method. 0 HVPs.
-
-    Withheld where two evaluations of the same point differ beyond rounding, and below the noise
-    floor of the loss.
+    its variance (20 = 1 + 9 + 9 + 1), and a ripple of amplitude a shorter than the grid at a^2 / 2.
     """
-    if slices.reason:
-        return Estimate(None, status="withheld", reason=slices.reason)
-    squares = _third_differences(slices)
-    s = math.sqrt(squares.mean())
-    if s <= slices.readout.floor:
-        return _below(slices, "micro-scale", s)
-    return Estimate(s, _stderr(squares) / (2 * s), "stderr")
-
-
-def _third_differences(slices: Slices) -> Floats:
-    """Mean square of each slice's third differences, over 20: 1 + 9 + 9 + 1 for white noise."""
-    squares: Floats = (np.diff(slices.losses, n=3, axis=1) ** 2).mean(axis=1) / 20
-    return squares
+    return math.sqrt((np.diff(slices.losses, n=3, axis=1) ** 2).mean() / 20)
 
 
 def _mean(values: Floats, reason: str = "") -> Estimate:

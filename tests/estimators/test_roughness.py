@@ -101,20 +101,15 @@ def test_a_ripple_is_recovered_by_the_micro_scale(amplitude):
         return smooth(d) + amplitude * math.sin(float(k @ d) + 1)
 
     found = micro_scale(slices_of(loss_at, layout, directions=24))
-    assert found.value * math.sqrt(2) == pytest.approx(amplitude, rel=0.2)
-    assert found.error < 0.2 * found.value
-    assert micro_scale(slices_of(smooth, layout)).status == "withheld"
+    assert found * math.sqrt(2) == pytest.approx(amplitude, rel=0.2)
+    assert micro_scale(slices_of(smooth, layout)) < 1e-6 * amplitude
 
 
 def test_white_noise_is_all_residual_and_its_own_micro_scale():
     noise = np.random.default_rng(0).normal(scale=0.3, size=(200, 11))
     slices = Slices(np.linspace(-0.05, 0.05, 11), noise, Readout(0.0, 1e-12))
     assert roughness_residual(slices).value == pytest.approx(1.0, abs=0.15)
-    assert micro_scale(slices).value == pytest.approx(0.3, rel=0.05)
-    parts = [Slices(slices.alphas, noise[i : i + 10], slices.readout) for i in range(0, 200, 10)]
-    found = [micro_scale(part) for part in parts]
-    spread = np.std([f.value for f in found], ddof=1)
-    assert np.mean([f.error for f in found]) == pytest.approx(spread, rel=0.4)
+    assert micro_scale(slices) == pytest.approx(0.3, rel=0.05)
 
 
 def test_a_kinked_net_is_rougher_than_a_smooth_one():
@@ -179,7 +174,7 @@ def test_a_loss_below_its_own_rounding_is_withheld():
 def test_without_filters_there_is_nothing_to_move():
     slices = slices_of(lambda d: float(d @ d), layout_of((5,)))
     assert "no parameter has two or more dimensions" in roughness(slices).reason
-    assert roughness_residual(slices).status == micro_scale(slices).status == "withheld"
+    assert roughness_residual(slices).status == "withheld"
 
 
 def test_an_overflowing_slice_is_withheld():
