@@ -22,10 +22,10 @@ IMPORT_CORE = """
 import importlib, pkgutil, sys
 
 OPTIONAL = {
-    "accelerate", "jinja2", "lightning", "matplotlib", "plotly", "pytorch_lightning", "scipy",
-    "sklearn", "transformers",
+    "accelerate", "lightning", "matplotlib", "pytorch_lightning", "scipy", "sklearn",
+    "transformers",
 }
-CORNERS = ("geomwatch.cli", "geomwatch.integrations", "geomwatch.landscape", "geomwatch.report")
+CORNERS = ("geomwatch.cli", "geomwatch.integrations", "geomwatch.landscape")
 
 class Absent:
     def find_spec(self, name, path=None, target=None):

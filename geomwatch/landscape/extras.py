@@ -7,5 +7,5 @@ def missing(what: str, package: str) -> ImportError:
     """Return the error to raise `from` the ImportError of the package."""
     return ImportError(
         f"{what} needs {package}, which is not installed. "
-        "Install it with: pip install 'geomwatch[report]'"
+        "Install it with: pip install 'geomwatch[landscape]'"
     )

@@ -246,7 +246,7 @@ def test_computing_needs_no_extra_and_drawing_says_which():
     assert points == "41"
     assert message == (
         "geomwatch.landscape.plot_slice needs matplotlib, which is not installed. "
-        "Install it with: pip install 'geomwatch[report]'"
+        "Install it with: pip install 'geomwatch[landscape]'"
     )
 
 
