@@ -1,7 +1,11 @@
 """The landscape of a loss: slices, planes, barriers and the spectrum of its Hessian, with pictures.
 
 Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and aligning SciPy,
-`pip install 'geomwatch[report]'`.
+`pip install 'geomwatch[landscape]'`.
+
+May import curvature, rules, estimators, isolation, vectors, records and errors. A newcomer would
+change something here to look at finished models in another way: a function that fills a result of
+`results`, and one in `figures` that draws it.
 """
 
 from geomwatch.landscape.barrier import barrier

@@ -1,4 +1,9 @@
-"""Rules: the history of a run in, alerts out."""
+"""Rules: what is known of a step in, alerts out. Each file is one alert.
+
+May import observation, estimators, stability, isolation, records and errors. A newcomer would
+change something here to be warned of another thing: a class with a name, its levels as fields and
+its words in one file, its page beside it in `pages`, and a line in `default_rules`.
+"""
 
 from __future__ import annotations
 

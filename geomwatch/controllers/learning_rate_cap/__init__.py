@@ -1,1 +1,6 @@
-"""controllers.learning_rate_cap."""
+"""The learning rate held to what the curvature along the coming step allows.
+
+May import what `geomwatch.controllers` may. A newcomer would change something here to hold the
+rate by another limit (`limit`), from the first step on (`first_steps`) or once the loss has stopped
+falling (`stall`); `cap` puts them together.
+"""
