@@ -2,10 +2,8 @@
 
 import ast
 import importlib.metadata
-import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -71,14 +69,6 @@ def test_all_holds_the_public_names_in_order() -> None:
     exported = [name for name in geomwatch.__all__ if not name.startswith("_")]
     assert set(exported) == public - {"annotations"}  # the __future__ import
     assert exported == sorted(exported, key=order)
-
-
-def test_python_blocks_of_the_readme_compile() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", readme, flags=re.DOTALL | re.MULTILINE)
-    assert blocks
-    for _, block in blocks:
-        compile(textwrap.dedent(block), "README.md", "exec")
 
 
 def test_contributing_fits_on_one_page() -> None:
