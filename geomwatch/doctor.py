@@ -74,8 +74,8 @@ def doctor(
 
     A probe is timed as it recurs, with the gradient's graph and 7 HVPs: if it takes c training
     steps (forward and backward, without the optimizer), `every` is c / budget rounded up to 10,
-    20, 50, 100, ... The model, its gradients and all random generators are left as they were.
-    Costs about 15 steps and 14 HVPs. A loss or an option that is refused is a UsageError.
+    20, 50, 100, ... The model, its gradients and the global random generators are left as they
+    were. Costs about 15 steps and 14 HVPs. A loss or an option that is refused is a UsageError.
     """
     if not 0 < budget < 1:
         raise UsageError(f"budget must be a share between 0 and 1, got {budget!r}.")

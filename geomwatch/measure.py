@@ -44,10 +44,10 @@ def measure(
     """Measure the geometry of the loss at the model's present weights, once.
 
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
-    next step is measured too. The model, its gradients and every random generator are left as
-    they were. `operator` is "hessian" or "ggn", the generalised Gauss-Newton matrix; `hvp` chooses
-    how HVPs are computed: "auto", "double_backward" or "finite_difference"; `precision` is
-    "float32" (without autocast) or "training".
+    next step is measured too. The model, its gradients and the global random generators (torch's,
+    NumPy's, Python's) are left as they were. `operator` is "hessian" or "ggn", the generalised
+    Gauss-Newton matrix; `hvp` chooses how HVPs are computed: "auto", "double_backward" or
+    "finite_difference"; `precision` is "float32" (without autocast) or "training".
     `micro_batch` bounds the memory to that of so many items; each HVP is then dearer by a gradient.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the

@@ -49,7 +49,7 @@ class LearningRateCap:
     150 steps; it is not raised again.
 
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
-    failed, are not finite, or belong to an optimizer without a stability formula change nothing.
+    failed or are not finite change nothing.
 
     Args:
         c_bs: the gradient margin to stay below; by default between 1 and 2 as
