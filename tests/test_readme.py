@@ -78,10 +78,3 @@ def test_the_quantities_are_listed_by_when_they_are_measured():
         "now and then": set(SLOW),
         "on request": set(QUANTITIES) - set(DEFAULT),
     }
-
-
-def test_links_lead_to_files_that_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    root = Path(__file__).parents[1]
-    assert not [link for link in links if not (root / link).exists()]
