@@ -9,7 +9,7 @@ change something here to look at finished models in another way: a function that
 """
 
 from geomwatch.landscape.barrier import barrier
-from geomwatch.landscape.bezier import Bending, Curve, bezier
+from geomwatch.landscape.bezier import Bending, bezier
 from geomwatch.landscape.density import density
 from geomwatch.landscape.directions import (
     Direction,
@@ -25,7 +25,7 @@ from geomwatch.landscape.fits import Fit, polynomial_fit
 from geomwatch.landscape.isolated import judge_isolation
 from geomwatch.landscape.permutations.alignment import Alignment, align
 from geomwatch.landscape.permutations.units import permutable_units
-from geomwatch.landscape.results import Barrier, Density, Plane, Slice, Trajectory
+from geomwatch.landscape.results import Barrier, Curve, Density, Plane, Slice, Trajectory
 from geomwatch.landscape.slices import plane, slice_1d
 from geomwatch.landscape.storage import load, save
 from geomwatch.landscape.trajectory import grid_around, pca_directions, trajectory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Callable
@@ -35,17 +36,7 @@ class _Bar:
         fresh = done - self._first
         left = (now - self._start) / fresh * (total - done) if fresh > 0 else 0.0
         filled = "=" * round(_WIDTH * done / total)
+        clock = datetime.timedelta(seconds=round(left))
         end = "\n" if done == total else ""
-        sys.stderr.write(
-            f"\r{self._name} [{filled:<{_WIDTH}}] {done}/{total}, {_clock(left)} left {end}"
-        )
+        sys.stderr.write(f"\r{self._name} [{filled:<{_WIDTH}}] {done}/{total}, {clock} left {end}")
         sys.stderr.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-        if minutes >= 60
-        else f"{minutes}:{rest:02d}"
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path as FilePath
 
 import numpy as np
@@ -13,12 +12,13 @@ from geomwatch.curvature.checks import check_count
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress
-from geomwatch.landscape.bezier import Bending, Curve, bezier
+from geomwatch.landscape.bezier import Bending, bezier
+from geomwatch.landscape.evaluator import Setting
 from geomwatch.landscape.paths import Ends, Path
 from geomwatch.landscape.permutations.alignment import align as align_states
-from geomwatch.landscape.results import Barrier, Floats
-from geomwatch.landscape.scan import Scan, Setting
-from geomwatch.landscape.states import State, check_states, own_copies
+from geomwatch.landscape.results import Barrier, Curve, Floats
+from geomwatch.landscape.scan import Scan
+from geomwatch.landscape.states import State, own_copies
 
 
 def barrier(
@@ -68,31 +68,24 @@ def barrier(
     check_count("points", points, 3)
     if align and curve is not None:
         raise UsageError("align must be False with a curve: train it between aligned states.")
-    check_states(model, state_a=state_a, state_b=state_b)
-    states = own_copies(model, state_a=state_a, state_b=state_b)
-    ends = Ends(states["state_a"], states["state_b"])
-    setting = Setting(mode, also, precision, resume, progress)
-    path = Path(model, loss_fn, batches, recalibrate, setting, points)
+    ends = Ends(*own_copies(model, state_a=state_a, state_b=state_b))
+    how = Setting(mode, also, precision)
+    path = Path(model, loss_fn, batches, how, recalibrate, points, progress)
     if align:
         ends = _aligned(model, ends)
-    straight = path.measure(ends)
+    straight = path.measure(ends, resume=resume)
     if curve is None and bend:
         curve = _bent(path, ends, straight, bend if isinstance(bend, Bending) else Bending())
     if curve is None:
         return _result(straight, straight, aligned=align)
     beside = None if resume is None else f"{resume}.bezier"
-    bent = replace(path, setting=replace(setting, resume=beside))
-    return _result(bent.measure(ends, curve), straight, aligned=align)
+    return _result(path.measure(ends, curve, beside), straight, aligned=align)
 
 
 def _aligned(model: nn.Module, ends: Ends) -> Ends:
     found = align_states(model, ends.a, ends.b)
-    facts = {
-        "cosine_before": found.cosine_before,
-        "cosine_after": found.cosine_after,
-        "sweeps": found.sweeps,
-        "groups": len(found.permutations),
-    }
+    facts = {name: getattr(found, name) for name in ("cosine_before", "cosine_after", "sweeps")}
+    facts["groups"] = len(found.permutations)
     return Ends(ends.a, found.state, before=ends.b, alignment=facts)
 
 
@@ -102,18 +95,8 @@ def _bent(path: Path, ends: Ends, straight: Scan, bending: Bending) -> Curve | N
     if height is not None and height <= bending.above:
         return None
     batches = path.batches if bending.batches is None else bending.batches
-    setting = path.setting
-    return bezier(
-        path.model,
-        ends.a,
-        ends.b,
-        path.loss_fn,
-        batches,
-        bending,
-        also=setting.also,
-        precision=setting.precision,
-        progress=setting.progress,
-    )
+    how = {"also": path.how.also, "precision": path.how.precision, "progress": path.progress}
+    return bezier(path.model, ends.a, ends.b, path.loss_fn, batches, bending, **how)  # type: ignore[arg-type]
 
 
 def _result(found: Scan, straight: Scan, *, aligned: bool) -> Barrier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
-from geomwatch.landscape.evaluator import Evaluator, evaluating
-from geomwatch.landscape.provenance import digest, provenance
-from geomwatch.landscape.results import Facts, Floats
-from geomwatch.landscape.states import State, check_states, mix, own_copies
+from geomwatch.landscape.evaluator import Evaluator, Setting, evaluating
+from geomwatch.landscape.provenance import provenance, state_digest
+from geomwatch.landscape.results import Curve
+from geomwatch.landscape.states import State, mix, own_copies, place_on
 from geomwatch.vectors.layout import Layout
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -42,15 +42,6 @@ class Bending:
     above: float = 0.05
     optimizer: MakeOptimizer | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Curve:
-    """The path (1-t)^2 A + 2 t (1-t) control + t^2 B."""
-
-    control: Mapping[str, Tensor]
-    losses: Floats  # (steps,), of the training
-    provenance: Facts
 
 
 def bezier(
@@ -78,23 +69,19 @@ def bezier(
     """
     bending = bending or Bending()
     check_count("steps", bending.steps, 1)
-    check_states(model, state_a=state_a, state_b=state_b)
-    states = own_copies(model, state_a=state_a, state_b=state_b)
-    a, b = states["state_a"], states["state_b"]
-    layout = Layout.of(model)
+    a, b = own_copies(model, state_a=state_a, state_b=state_b)
+    names = Layout.of(model).names
     report = reporter(progress, "bezier")
-    facts = {"state_a": digest_of(a), "state_b": digest_of(b), "mode": mode}
-    how = provenance(model, loss_fn, facts)
-    with evaluating(
-        model, loss_fn, batches, mode=mode, also=also, precision=precision
-    ) as evaluator:
-        training = _Training(evaluator, a, b, layout.names, bending)
+    facts = provenance(model, loss_fn)
+    facts |= {"state_a": state_digest(a), "state_b": state_digest(b), "mode": mode}
+    facts |= {"steps": bending.steps, "lr": bending.lr, "seed": bending.seed}
+    with evaluating(model, loss_fn, batches, Setting(mode, also, precision)) as evaluator:
+        training = _Training(evaluator, a, b, names, bending)
         losses = []
         for step, batch in enumerate(_cycle(Batches(batches), bending.steps)):
             losses.append(training.step(batch, _decay(step, bending.steps)))
             report(step + 1, bending.steps)
-    how |= {"steps": bending.steps, "lr": bending.lr, "seed": bending.seed}
-    return Curve(training.control, np.array(losses), how)
+    return Curve(training.control, np.array(losses), facts)
 
 
 class _Training:
@@ -136,18 +123,6 @@ class _Training:
                 f"lr={self._lr:g}. Lower it, or pass an optimizer that clips."
             )
         return value
-
-
-def place_on(tensors: Mapping[str, Tensor], states: Sequence[State], t: float) -> None:
-    """Put a model on the Bezier curve of two or three states at t."""
-    coefficients = (1 - t, t) if len(states) == 2 else ((1 - t) ** 2, 2 * t * (1 - t), t * t)
-    for name, live in tensors.items():
-        live.data.copy_(mix(tuple(s[name] for s in states), coefficients, live.detach()))
-
-
-def digest_of(state: State) -> str:
-    """Return a digest of the tensors of a state."""
-    return digest(t for _, t in sorted(state.items()) if isinstance(t, Tensor))
 
 
 def _cycle(given: Batches, steps: int) -> Iterator[Any]:

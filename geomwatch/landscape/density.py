@@ -19,9 +19,8 @@ from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import Operator, lanczos
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
-from geomwatch.landscape.provenance import provenance
+from geomwatch.landscape.provenance import provenance, steadiness
 from geomwatch.landscape.results import Density, Facts, Floats
-from geomwatch.landscape.steadiness import steadiness
 from geomwatch.vectors.layout import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas
@@ -96,9 +95,9 @@ def density(
         facts: dict[str, Any] = (
             objective.provenance | validation | {"hvps": objective.hvps, "seed": seed}
         )
-        facts |= steadiness(objective)
+        facts |= steadiness(lambda: objective.loss_at(layout.zeros()))[1]
     facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
-    how = provenance(model, loss_fn, facts)
+    how = provenance(model, loss_fn) | facts
     return quadrature(
         runs, layout.dim, known=known.values, sigma=sigma, hvps=objective.hvps, provenance=how
     )

@@ -16,8 +16,8 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.lanczos import lanczos
 from geomwatch.landscape.data import Batches
+from geomwatch.landscape.provenance import steadiness
 from geomwatch.landscape.states import check_states
-from geomwatch.landscape.steadiness import steadiness
 from geomwatch.vectors.layout import Layout, generator
 
 _SCALES = ("filter", "layer", "unit")
@@ -83,7 +83,7 @@ def gradient_direction(
     with Objective(
         model, loss_fn, window, layout=layout, mode=mode, also=also, precision=precision
     ) as objective:
-        gradient, how = objective.gradient(), objective.provenance | steadiness(objective)
+        gradient, how = objective.gradient(), objective.provenance | _steady(objective)
     norm = float(gradient.norm())
     if not 0 < norm < float("inf"):
         raise UsageError(f"the gradient must be finite and not zero, got norm {norm:g}.")
@@ -144,7 +144,7 @@ def hessian_directions(
         found = lanczos(
             objective.hvp, start, max_hvps=max_hvps, top=k, tol=tol, until=tuple(range(k))
         )
-        how = objective.provenance | validation | steadiness(objective)
+        how = objective.provenance | validation | _steady(objective)
     if len(found.values) < k:
         raise UsageError(f"k must be at most the {layout.dim} parameters, got {k}.")
     made = []
@@ -163,6 +163,10 @@ def hessian_directions(
         signed = y * torch.sign(y[y.abs().argmax()])
         made.append(Direction(signed, layout.names, f"eigenvector {i + 1}, λ = {value:.3g}", facts))
     return tuple(made)
+
+
+def _steady(objective: Objective) -> dict[str, Any]:
+    return steadiness(lambda: objective.loss_at(objective.layout.zeros()))[1]
 
 
 def as_direction(model: nn.Module, given: object) -> Direction:
@@ -201,3 +205,26 @@ def layout_of(model: nn.Module, names: Sequence[str]) -> Layout:
             "Make it from this model, with the same parameters frozen."
         )
     return Layout(tuple(names), tuple(params[n] for n in names))
+
+
+def two_directions(model: nn.Module, directions: Sequence[object]) -> tuple[Direction, Direction]:
+    """Return two directions that span a plane, in the same parameters.
+
+    Raises:
+        UsageError: they are not two, name different parameters, or are parallel.
+    """
+    if not isinstance(directions, Sequence) or len(directions) != 2:
+        count = len(directions) if isinstance(directions, Sequence) else "none"
+        raise UsageError(f"directions must be two, to span a plane, got {count}.")
+    first, second = (as_direction(model, d) for d in directions)
+    if first.names != second.names:
+        raise UsageError("directions must be in the same parameters, got two different sets.")
+    if abs(cosine(first, second)) > 1 - 1e-6:
+        raise UsageError("directions must span a plane, got two that are parallel.")
+    return first, second
+
+
+def cosine(first: Direction, second: Direction) -> float:
+    """Return the cosine of the angle between two directions."""
+    norms = first.vector.norm() * second.vector.norm()
+    return float(first.vector @ second.vector / norms)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,22 @@ from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.landscape.data import Batches
+from geomwatch.landscape.provenance import same
+from geomwatch.landscape.states import tensors_of
 from geomwatch.vectors.layout import Layout
 
 logger = logging.getLogger("geomwatch")
 
-Place: TypeAlias = Callable[[], None]  # puts the weights somewhere
+_FEW, _SAME = 4, 1e-4  # items that tell whether a loss needs a graph, and how alike it is then
 
-_ROUNDINGS = 8  # by which two evaluations of one function may differ
-_FEW, _SAME = 4, 1e-4
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a loss is evaluated."""
+
+    mode: str = "train"
+    also: nn.Module | Sequence[object] = ()
+    precision: str = "float32"
 
 
 class Evaluator:
@@ -38,16 +46,15 @@ class Evaluator:
         model: nn.Module,
         loss_fn: LossFn,
         data: Batches,
+        how: Setting,
         layout: Layout,
         snapshot: Snapshot,
         cast: torch.dtype | None,
     ) -> None:
-        self.model = model
         self.layout = layout  # of the parameters, or of their stand-ins at another precision
-        self.passes = 0
-        self.items = 0.0  # of the last pass
-        self._loss_fn, self._data = loss_fn, data
-        self._snapshot, self._cast = snapshot, cast
+        self._model, self._loss_fn, self._data = model, loss_fn, data
+        self._how, self._snapshot, self._cast = how, snapshot, cast
+        self._passes, self._items = 0, 0.0  # in all, and of the last one
         weigh = getattr(loss_fn, "weight", None)
         self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
         self._graph = False
@@ -56,27 +63,35 @@ class Evaluator:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors that a state_dict names."""
-        named = self.model.state_dict(keep_vars=True)
-        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+        return tensors_of(self._model.state_dict(keep_vars=True))
 
-    def loss(self, place: Place | None = None) -> float:
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was spent, on how many items, and at which precision."""
+        return {
+            "items": self._items,
+            "passes": self._passes,
+            "precision": self._how.precision,
+            "dtype": str(self.layout.params[0].dtype).removeprefix("torch."),
+        }
+
+    def loss(self, place: Callable[[], None]) -> float:
         """Return L where `place` puts the weights, from the same random state each time.
 
         One forward pass over the batches. Not finite where the loss is not.
         """
         self.restore()
-        if place is not None:
-            place()
-        self.passes += 1
+        place()
+        self._passes += 1
         losses, weights = [], []
         for batch in self._data:
             weights.append(float(self._weigh(batch)))
             losses.append(self.evaluate(batch))
-        self.items = sum(weights)
-        if not self.items > 0:
+        self._items = sum(weights)
+        if not self._items > 0:
             raise UsageError(f"batches must hold items, got {len(weights)} batches without any.")
         values: list[float] = torch.stack(losses).tolist()  # one transfer
-        return sum(w * x for w, x in zip(weights, values, strict=True) if w) / self.items
+        return sum(w * x for w, x in zip(weights, values, strict=True) if w) / self._items
 
     def restore(self) -> None:
         """Put back weights, buffers and random state."""
@@ -95,7 +110,7 @@ class Evaluator:
     def differentiable(self, batch: Any) -> Tensor:
         """Return the loss of one batch, with a graph where grad is enabled."""
         try:
-            loss = self._loss_fn(self.model, batches.fresh_copy(batch, self._cast))
+            loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
         except Exception as error:  # explained where it can be, and passed on
             self._data.explain(error)
             if isinstance(error, RuntimeError):
@@ -103,23 +118,20 @@ class Evaluator:
             raise
         return _scalar(loss, self.layout.device)
 
-    def displaced(self, vectors: Sequence[Tensor]) -> Callable[[Sequence[float]], Place]:
-        """Return a function from coordinates a to the placement at w + sum_i a_i v_i.
+    def mover(self, vectors: Sequence[Tensor]) -> Callable[[Sequence[float]], None]:
+        """Return a function of coordinates a that moves the weights by sum_i a_i v_i.
 
         In place and term by term: no vector of size D is made for it.
         """
         pieces = [self.layout.unflatten(v) for v in vectors]
 
-        def at(coordinates: Sequence[float]) -> Place:
-            def place() -> None:
-                for a, piece in zip(coordinates, pieces, strict=True):
-                    for p, v in zip(self.layout.params, piece, strict=True):
-                        if a:
-                            p.data.add_(v, alpha=a)
+        def move(coordinates: Sequence[float]) -> None:
+            for a, piece in zip(coordinates, pieces, strict=True):
+                for p, v in zip(self.layout.params, piece, strict=True):
+                    if a:
+                        p.data.add_(v, alpha=a)
 
-            return place
-
-        return at
+        return move
 
     def warn_of_changes(self) -> None:
         """Name in the log what the loss has changed and no one can put back."""
@@ -159,11 +171,8 @@ def evaluating(
     model: nn.Module,
     loss_fn: LossFn,
     data: object,
-    *,
+    how: Setting,
     layout: Layout | None = None,
-    mode: str = "train",
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
 ) -> Iterator[Evaluator]:
     """Isolate the model and evaluate its loss at other weights; all is put back at the end.
 
@@ -172,17 +181,17 @@ def evaluating(
     `layout` are the trainable parameters that will be moved; without it all of them are, and the
     frozen ones too.
     """
-    check_options(loss_fn, mode=mode, hvp="auto", precision=precision)
+    check_options(loss_fn, mode=how.mode, precision=how.precision)
     given = Batches(data)
-    used = [also] if isinstance(also, nn.Module) else also
-    others = [*used, *captured_by(loss_fn), *given.generators]
+    also = [how.also] if isinstance(how.also, nn.Module) else how.also
+    others = [*also, *captured_by(loss_fn), *given.generators]
     with contextlib.ExitStack() as stack:
         if layout is None:
             layout = _everything(model)
             stack.callback(_put_back, _copies_of_frozen(model))
-        autocast = precision == "training"
+        autocast = how.precision == "training"
         snapshot = stack.enter_context(
-            isolated(model, layout.params, others=others, mode=mode, autocast=autocast)
+            isolated(model, layout.params, others=others, mode=how.mode, autocast=autocast)
         )
         cast = None
         if not autocast and any(p.dtype != layout.dtype for p in layout.params):
@@ -190,7 +199,7 @@ def evaluating(
             stand_in = stack.enter_context(recast(snapshot.modules, cast))
             layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
             snapshot = Snapshot([model, *others])
-        evaluator = Evaluator(model, loss_fn, given, layout, snapshot, cast)
+        evaluator = Evaluator(model, loss_fn, given, how, layout, snapshot, cast)
         yield evaluator
         evaluator.warn_of_changes()
 
@@ -211,15 +220,6 @@ def _copies_of_frozen(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 def _put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
     for tensor, values in copies:
         tensor.data.copy_(values)
-
-
-def same(
-    a: float, b: float, tolerance: float = _ROUNDINGS * torch.finfo(torch.float32).eps
-) -> bool:
-    """Tell whether two losses are one but for rounding; two that are not finite are."""
-    if not (math.isfinite(a) and math.isfinite(b)):
-        return math.isfinite(a) == math.isfinite(b)
-    return abs(a - b) <= tolerance * max(abs(a), abs(b))
 
 
 def _scalar(loss: object, device: torch.device) -> Tensor:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError
-from geomwatch.landscape.batchnorm import recalibrate, with_statistics
-from geomwatch.landscape.bezier import Curve, digest_of, place_on
+from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.data import Batches
-from geomwatch.landscape.evaluator import Evaluator, Place, evaluating, same
-from geomwatch.landscape.provenance import provenance
-from geomwatch.landscape.scan import Loss, Scan, Setting, scan
-from geomwatch.landscape.states import State
+from geomwatch.landscape.evaluator import Evaluator, Setting, evaluating
+from geomwatch.landscape.provenance import provenance, same, state_digest
+from geomwatch.landscape.results import Curve, Facts
+from geomwatch.landscape.scan import Scan, scan
+from geomwatch.landscape.states import State, place_on
 
 _SAME_FUNCTION = 1e-4  # of two orders of the same units, which are summed in another order
 
@@ -29,7 +32,7 @@ class Ends:
     a: State
     b: State
     before: State | None = None
-    alignment: Mapping[str, Any] | None = None
+    alignment: Facts | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,69 +42,68 @@ class Path:
     model: nn.Module
     loss_fn: LossFn
     batches: object
+    how: Setting
     recalibrate: object
-    setting: Setting
     points: int
+    progress: Progress
 
-    def measure(self, ends: Ends, curve: Curve | None = None) -> Scan:
+    def measure(
+        self, ends: Ends, curve: Curve | None = None, resume: str | FilePath | None = None
+    ) -> Scan:
         """Evaluate the loss along the straight path, or along a curve."""
-        model, setting = self.model, self.setting
-        anew = setting.mode == "eval" and self.recalibrate is not False
-        norms = with_statistics(model) if anew else []
+        model, how = self.model, self.how
+        anew = how.mode == "eval" and self.recalibrate is not False
+        norms = _with_statistics(model) if anew else []
         data = Batches(self.batches if isinstance(self.recalibrate, bool) else self.recalibrate)
-        facts = self._facts(ends, curve) | {"recalibrated": len(norms)}
-        states = (ends.a, ends.b) if curve is None else (ends.a, curve.control, ends.b)
-        origin = provenance(model, self.loss_fn, {})
+        states = [ends.a, ends.b] if curve is None else [ends.a, curve.control, ends.b]
+        origin = provenance(model, self.loss_fn)
         del origin["weights"]  # the model's own play no part
-        options = setting.of_evaluator() | {"also": [*_listed(setting.also), *data.generators]}
-        with evaluating(model, self.loss_fn, self.batches, **options) as evaluator:
-            if ends.before is not None and setting.mode == "eval":
+        listed = [how.also] if isinstance(how.also, nn.Module) else how.also
+        how = Setting(how.mode, [*listed, *data.generators], how.precision)
+        with evaluating(model, self.loss_fn, self.batches, how) as evaluator:
+            tensors = evaluator.tensors
+            if ends.before is not None and how.mode == "eval":
                 _check_same_function(evaluator, ends.before, ends.b)
-            loss = _recalibrated(evaluator, norms, data) if norms else None
-            places = [_at(evaluator, states, t) for t in np.linspace(0, 1, self.points).tolist()]
+
+            def place(t: float) -> None:
+                place_on(tensors, states, t)
+                if norms:
+                    _recalibrate(norms, lambda: evaluator.forward_all(data))
+
             found = scan(
-                evaluator, places, reference=places[0], header=facts, setting=setting, loss=loss
+                lambda t: evaluator.loss(lambda: place(t)),
+                np.linspace(0, 1, self.points).tolist(),
+                reference=0.0,
+                header=self._facts(ends, curve) | {"recalibrated": len(norms)},
+                resume=resume,
+                progress=self.progress,
             )
-        return Scan(found.losses, found.loss, {**origin, **found.provenance})
+        return Scan(found.losses, found.loss, {**origin, **found.provenance, **evaluator.facts})
 
     def _facts(self, ends: Ends, curve: Curve | None) -> dict[str, Any]:
         facts: dict[str, Any] = {
             "kind": "barrier",
             "path": "linear" if curve is None else "bezier",
-            "mode": self.setting.mode,
+            "mode": self.how.mode,
             "points": self.points,
-            "states": [digest_of(ends.a), digest_of(ends.b)],
+            "states": [state_digest(ends.a), state_digest(ends.b)],
         }
         if ends.alignment is not None:
             facts["alignment"] = dict(ends.alignment)
         if curve is not None:
             facts["curve"] = {key: curve.provenance[key] for key in ("steps", "lr", "seed")}
-            facts["control"] = digest_of(curve.control)
+            facts["control"] = state_digest(curve.control)
         return facts
-
-
-def _at(evaluator: Evaluator, states: Sequence[State], t: float) -> Place:
-    tensors = evaluator.tensors
-    return lambda: place_on(tensors, states, t)
-
-
-def _recalibrated(evaluator: Evaluator, norms: Sequence[Any], data: Batches) -> Loss:
-    """Return the loss with BatchNorm statistics that are those of the weights it is at."""
-
-    def loss(place: Place) -> float:
-        def prepare() -> None:
-            place()
-            recalibrate(norms, lambda: evaluator.forward_all(data))
-
-        return evaluator.loss(prepare)
-
-    return loss
 
 
 def _check_same_function(evaluator: Evaluator, before: State, after: State) -> None:
     """Refuse an alignment that changes what the net computes."""
-    first, again = (evaluator.loss(_at(evaluator, [before, before], 0.0)) for _ in range(2))
-    permuted = evaluator.loss(_at(evaluator, [after, after], 0.0))
+    tensors = evaluator.tensors
+
+    def loss(state: State) -> float:
+        return evaluator.loss(lambda: place_on(tensors, [state], 0.0))
+
+    first, again, permuted = loss(before), loss(before), loss(after)
     if same(first, again) and not same(first, permuted, _SAME_FUNCTION):
         raise UsageError(
             f"align must not change what the net computes, got a loss of {permuted:.6g} after it "
@@ -110,5 +112,32 @@ def _check_same_function(evaluator: Evaluator, before: State, after: State) -> N
         )
 
 
-def _listed(also: nn.Module | Sequence[object]) -> list[object]:
-    return [also] if isinstance(also, nn.Module) else list(also)
+def _with_statistics(model: nn.Module) -> list[_NormBase]:
+    """Return the normalisation layers whose running statistics an evaluation uses.
+
+    Without those that a training model holds in eval mode: there they are part of the function.
+    """
+    held = {id(m) for m in model.modules() if model.training and not m.training}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, _NormBase) and m.running_mean is not None and id(m) not in held
+    ]
+
+
+def _recalibrate(norms: Sequence[_NormBase], forward_all: Callable[[], None]) -> None:
+    """Set running statistics to the mean over the batches of what they are at these weights.
+
+    At weights between those of two nets the statistics of either are wrong, so wrong that most of
+    a barrier can be made of it (Izmailov et al. 2018; Jordan et al. 2023). One forward pass, in
+    which these layers alone are in train mode. The caller puts everything back.
+    """
+    before = [(m, m.momentum, m.training) for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain mean, instead of one that forgets
+        m.training = True
+    with torch.no_grad():
+        forward_all()
+    for m, momentum, training in before:
+        m.momentum, m.training = momentum, training

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Facts: TypeAlias = Mapping[str, Any]  # plain JSON
@@ -74,6 +75,15 @@ class Barrier:
     argmax_height: float | None  # alpha of height
     nonfinite: int
     straight: Floats  # (n,), the losses on the straight path: `losses` itself unless it is bent
+    provenance: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve:
+    """The path (1-t)^2 A + 2 t (1-t) control + t^2 B, t from 0 at A to 1 at B."""
+
+    control: Mapping[str, Tensor]  # a state of the model
+    losses: Floats  # (steps,), of the training
     provenance: Facts
 
 

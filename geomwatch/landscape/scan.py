@@ -1,38 +1,24 @@
-"""Evaluate the loss at one point after another: resumable, with a bar, and known to be steady."""
+"""Evaluate a loss at one point after another: resumable, with a bar, and known to be steady."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from torch import nn
 
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress, reporter
-from geomwatch.landscape.evaluator import Evaluator, Place, same
-from geomwatch.landscape.partial import Partial
-from geomwatch.landscape.results import Floats
+from geomwatch.landscape.provenance import same, steadiness
+from geomwatch.landscape.results import Facts, Floats
 
-Loss = Callable[[Place], float]
+_TOLERANCE = 1e-6  # of the loss at the first point, between the call that began and this one
 
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How a landscape is evaluated; the options that all functions share."""
-
-    mode: str = "train"
-    also: nn.Module | Sequence[object] = ()
-    precision: str = "float32"
-    resume: str | Path | None = None
-    progress: Progress = False
-
-    def of_evaluator(self) -> dict[str, Any]:
-        """Return the options of `evaluating`."""
-        return {"mode": self.mode, "also": self.also, "precision": self.precision}
+Point = TypeVar("Point")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +27,7 @@ class Scan:
 
     losses: Floats  # (points,)
     loss: float
-    provenance: Mapping[str, Any]
+    provenance: Facts
 
     @property
     def nonfinite(self) -> int:
@@ -50,57 +36,90 @@ class Scan:
 
 
 def scan(
-    evaluator: Evaluator,
-    places: Sequence[Place],
+    loss: Callable[[Point], float],
+    points: Sequence[Point],
     *,
-    reference: Place,
-    header: Mapping[str, Any],
-    setting: Setting,
-    loss: Loss | None = None,
+    reference: Point,
+    header: Facts,
+    resume: str | Path | None = None,
+    progress: Progress = False,
 ) -> Scan:
-    """Evaluate the loss at each place, and twice at the reference, to see whether it is steady.
+    """Evaluate the loss at each point, and twice at the reference, to see whether it is steady.
 
-    A loss that gives another value at the same point is marked `deterministic: False`, with the
-    `repeat_difference`: what differs by less than that is no geometry.
+    Args:
+        header: what is computed, beginning with its "kind"; a `resume` file of anything else is
+            refused.
     """
-    loss = loss or evaluator.loss
     start = time.perf_counter()
-    first, again = loss(reference), loss(reference)
-    deterministic = same(first, again)
-    facts = {**header, "deterministic": deterministic}
-    partial = Partial(setting.resume, facts, first)
-    report = reporter(setting.progress, str(header["kind"]))
-    report(len(partial.known), len(places))
-    for index, place in enumerate(places):
+    first, steady = steadiness(lambda: loss(reference))
+    facts = {**header, "deterministic": steady["deterministic"]}
+    partial = Partial(resume, facts, first)
+    report = reporter(progress, str(header["kind"]))
+    report(len(partial.known), len(points))
+    for index, point in enumerate(points):
         if index not in partial.known:
-            partial.add(index, loss(place))
-            report(len(partial.known), len(places))
-    losses = np.array([partial.known[i] for i in range(len(places))], dtype=np.float64)
-    how = facts | {
-        "repeat_difference": abs(again - first),
-        "items": evaluator.items,
-        "passes": evaluator.passes,
-        "seconds": round(time.perf_counter() - start, 3),
-        "precision": setting.precision,
-        "dtype": str(evaluator.layout.params[0].dtype).removeprefix("torch."),
-    }
-    return Scan(losses, first, how)
+            partial.add(index, loss(point))
+            report(len(partial.known), len(points))
+    losses = np.array([partial.known[i] for i in range(len(points))], dtype=np.float64)
+    spent = {"seconds": round(time.perf_counter() - start, 3)}
+    return Scan(losses, first, {**facts, **steady, **spent})
 
 
-def grid(name: str, given: object, default: Floats) -> Floats:
-    """Return the points of an axis.
+class Partial:
+    """The points of one computation, in a file of JSON lines: what it is, then [index, loss].
 
-    Raises:
-        UsageError: they are not two or more finite numbers in ascending order.
+    Kept as they are evaluated, so that an interrupted computation goes on. A line that was cut
+    short by a crash is left out. Without a path nothing is kept.
     """
-    values = default if given is None else given
+
+    def __init__(self, path: str | Path | None, header: Facts, loss: float) -> None:
+        self.known: dict[int, float] = {}
+        self._path = None if path is None else Path(path).absolute()
+        if self._path is None:
+            return
+        own = json.loads(json.dumps({**header, "loss": repr(loss)}))
+        if self._path.exists() and self._path.stat().st_size:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            self._compare(_read(whole[0]) if whole else None, own)
+            for line in whole[1:]:
+                index, value = json.loads(line)
+                self.known[int(index)] = float(value)
+            if len(whole) < len(lines):  # go on behind the last whole line
+                self._path.write_text("".join(whole), encoding="utf-8")
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(own) + "\n", encoding="utf-8")
+
+    def add(self, index: int, loss: float) -> None:
+        """Keep one more point."""
+        self.known[index] = loss
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([index, repr(loss)]) + "\n")
+
+    def _compare(self, found: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
+        """Refuse a file of another computation."""
+        if found is None:
+            raise UsageError(
+                f"resume must name a file that an earlier call has begun, or a new one, got "
+                f"{self._path}, which is something else. Pass another path."
+            )
+        ours, theirs = float(own["loss"]), float(found["loss"])
+        keys = [k for k in {**own, **found} if k != "loss" and own.get(k) != found.get(k)]
+        alike = same(ours, theirs, _TOLERANCE) or not own["deterministic"]
+        if not keys and not alike:
+            keys = [f"loss at the first point, {theirs:.6g} in the file and {ours:.6g} now"]
+        if keys:
+            raise UsageError(
+                f"resume must name a file of the same computation, got {self._path}, which "
+                f"differs in: {', '.join(keys)}. Delete it, or pass another path."
+            )
+
+
+def _read(line: str) -> Mapping[str, Any] | None:
     try:
-        points = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        points = np.array(np.nan)
-    if points.ndim != 1 or len(points) < 2 or not (np.diff(points) > 0).all():
-        raise UsageError(
-            f"{name} must be two or more finite numbers in ascending order, got {values!r}. "
-            "For example numpy.linspace(-1, 1, 41)."
-        )
-    return points
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"kind", "loss"} <= found.keys() else None

@@ -11,13 +11,19 @@ import numpy as np
 from torch import Tensor, nn
 
 from geomwatch.curvature.objective import LossFn
+from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress
-from geomwatch.landscape.directions import Direction, as_direction, layout_of
-from geomwatch.landscape.evaluator import evaluating
+from geomwatch.landscape.directions import (
+    Direction,
+    as_direction,
+    cosine,
+    layout_of,
+    two_directions,
+)
+from geomwatch.landscape.evaluator import Setting, evaluating
 from geomwatch.landscape.provenance import digest, provenance
-from geomwatch.landscape.results import Plane, Slice
-from geomwatch.landscape.scan import Scan, Setting, grid, scan
-from geomwatch.landscape.trajectory import cosine, two_directions
+from geomwatch.landscape.results import Floats, Plane, Slice
+from geomwatch.landscape.scan import Scan, scan
 
 
 def slice_1d(
@@ -54,9 +60,9 @@ def slice_1d(
         UsageError: direction, alphas or batches do not fit, or `resume` is of something else.
     """
     v = as_direction(model, direction)
-    axis = grid("alphas", alphas, np.linspace(-1, 1, 41))
-    setting = Setting(mode, also, precision, resume, progress)
-    found = _scan(model, loss_fn, batches, [v], [axis], "slice", setting)
+    axis = _grid("alphas", alphas, np.linspace(-1, 1, 41))
+    how = Setting(mode, also, precision)
+    found = _scan(model, loss_fn, batches, [v], [axis], how, resume, progress)
     return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.provenance)
 
 
@@ -81,19 +87,14 @@ def plane(
     their cosine. Holds the two directions and one copy of the weights.
     """
     first, second = two_directions(model, directions)
-    rows = grid("alphas", alphas, np.linspace(-1, 1, 25))
-    columns = grid("betas", betas, rows)
-    setting = Setting(mode, also, precision, resume, progress)
-    found = _scan(model, loss_fn, batches, [first, second], [rows, columns], "plane", setting)
-    return Plane(
-        rows,
-        columns,
-        found.losses.reshape(len(rows), len(columns)),
-        found.loss,
-        (first.label, second.label),
-        found.nonfinite,
-        found.provenance,
-    )
+    rows = _grid("alphas", alphas, np.linspace(-1, 1, 25))
+    columns = _grid("betas", betas, rows)
+    how = Setting(mode, also, precision)
+    pair = [first, second]
+    found = _scan(model, loss_fn, batches, pair, [rows, columns], how, resume, progress)
+    losses = found.losses.reshape(len(rows), len(columns))
+    labels = (first.label, second.label)
+    return Plane(rows, columns, losses, found.loss, labels, found.nonfinite, found.provenance)
 
 
 def _scan(
@@ -101,27 +102,52 @@ def _scan(
     loss_fn: LossFn,
     batches: object,
     directions: Sequence[Direction],
-    axes: Sequence[Any],
-    kind: str,
-    setting: Setting,
+    axes: Sequence[Floats],
+    how: Setting,
+    resume: str | Path | None,
+    progress: Progress,
 ) -> Scan:
-    layout = layout_of(model, directions[0].names)
-    facts: dict[str, Any] = {
-        "kind": kind,
-        "mode": setting.mode,
+    origin = provenance(model, loss_fn)
+    header: dict[str, Any] = {
+        "kind": "slice" if len(axes) == 1 else "plane",
+        "mode": how.mode,
         "grid": [axis.tolist() for axis in axes],
         "directions": [dict(v.facts) | {"label": v.label} for v in directions],
         "directions_digest": digest(v.vector for v in directions),
+        "weights": origin["weights"],
     }
     if len(directions) == 2:
-        facts["cosine"] = cosine(directions[0], directions[1])
-    origin = provenance(model, loss_fn, {})
-    with evaluating(model, loss_fn, batches, layout=layout, **setting.of_evaluator()) as evaluator:
-        at = evaluator.displaced([v.vector for v in directions])
-        places = [at(point) for point in itertools.product(*axes)]
-        header = facts | {"weights": origin["weights"]}
+        header["cosine"] = cosine(directions[0], directions[1])
+    layout = layout_of(model, directions[0].names)
+    with evaluating(model, loss_fn, batches, how, layout) as evaluator:
+        move = evaluator.mover([v.vector for v in directions])
         found = scan(
-            evaluator, places, reference=at([0.0] * len(axes)), header=header, setting=setting
+            lambda point: evaluator.loss(lambda: move(point)),
+            list(itertools.product(*axes)),
+            reference=(0.0,) * len(axes),
+            header=header,
+            resume=resume,
+            progress=progress,
         )
-    how = {key: value for key, value in found.provenance.items() if key != "grid"}
-    return Scan(found.losses, found.loss, {**origin, **how})
+    facts = {**origin, **found.provenance, **evaluator.facts}
+    del facts["grid"]  # it is the result's own
+    return Scan(found.losses, found.loss, facts)
+
+
+def _grid(name: str, given: object, default: Floats) -> Floats:
+    """Return the points of an axis.
+
+    Raises:
+        UsageError: they are not two or more finite numbers in ascending order.
+    """
+    values = default if given is None else given
+    try:
+        points = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        points = np.array(np.nan)
+    if points.ndim != 1 or len(points) < 2 or not (np.diff(points) > 0).all():
+        raise UsageError(
+            f"{name} must be two or more finite numbers in ascending order, got {values!r}. "
+            "For example numpy.linspace(-1, 1, 41)."
+        )
+    return points

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,51 +17,59 @@ _LISTED = 5
 
 def check_states(model: nn.Module, **states: State) -> None:
     """Refuse what is no state_dict of this model: other names or shapes, or other things."""
-    own = {k: t for k, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    own = tensors_of(model.state_dict(keep_vars=True))
     for name, state in states.items():
         if not isinstance(state, Mapping) or not all(isinstance(k, str) for k in state):
             raise UsageTypeError(
                 f"{name} must be a state_dict of the model, got {type(state).__name__}."
             )
+        wanted = f"{name} must be a state of this {type(model).__name__}, got"
         missing = [k for k in own if not isinstance(state.get(k), Tensor)]
-        extra = [k for k, t in state.items() if isinstance(t, Tensor) and k not in own]
+        extra = [k for k in tensors_of(state) if k not in own]
         if missing or extra:
-            raise UsageError(
-                f"{name} must be a state of this {type(model).__name__}, got one "
-                f"{_differences(missing, extra)}.{_hint(missing, extra)}"
-            )
+            raise UsageError(f"{wanted} one {_differences(missing, extra)}.{_hint(missing, extra)}")
         for key, t in own.items():
             if state[key].shape != t.shape:
                 raise UsageError(
-                    f"{name} must be a state of this {type(model).__name__}, got shape "
-                    f"{tuple(state[key].shape)} for {key!r}, which is {tuple(t.shape)} here."
+                    f"{wanted} shape {tuple(state[key].shape)} for {key!r}, which is "
+                    f"{tuple(t.shape)} here."
                 )
 
 
-def own_copies(model: nn.Module, **states: State) -> dict[str, State]:
-    """Return the states, copied where they share memory with the model that is about to move.
+def own_copies(model: nn.Module, **states: State) -> list[State]:
+    """Check states, and copy them where they share memory with the model that is about to move.
 
     Raises:
-        UsageError: more than one of them is all the model's present weights, by reference.
+        UsageError: one does not fit, or more than one is the model's present weights by reference.
     """
-    live = {_memory(t) for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    check_states(model, **states)
+    live = {_memory(t) for t in tensors_of(model.state_dict(keep_vars=True)).values()}
 
     def own(value: Any) -> Any:
         shared = isinstance(value, Tensor) and _memory(value) in live
         return value.detach().clone() if shared else value
 
-    copies = {name: {k: own(value) for k, value in s.items()} for name, s in states.items()}
-    alive = [n for n, s in states.items() if all(copies[n][k] is not v for k, v in s.items())]
+    copies: list[State] = [{k: own(value) for k, value in s.items()} for s in states.values()]
+    pairs = zip(states.items(), copies, strict=True)
+    alive = [name for (name, s), copy in pairs if all(copy[k] is not v for k, v in s.items())]
     if len(alive) > 1:
         raise UsageError(
             f"{' and '.join(alive)} must be different states, got the model's present weights for "
             "each: state_dict() refers to the live weights. Keep "
             "copy.deepcopy(model.state_dict()) at the moment it is to be a state of."
         )
-    return dict(copies)
+    return copies
 
 
-def mix(states: tuple[Tensor, ...], coefficients: tuple[float, ...], like: Tensor) -> Tensor:
+def place_on(tensors: Mapping[str, Tensor], states: Sequence[State], t: float) -> None:
+    """Put a model on the Bezier curve of one, two or three states at t in [0, 1]."""
+    s = 1 - t
+    coefficients = {1: (1.0,), 2: (s, t), 3: (s**2, 2 * t * s, t * t)}[len(states)]
+    for name, live in tensors.items():
+        live.data.copy_(mix([state[name] for state in states], coefficients, live.detach()))
+
+
+def mix(states: Sequence[Tensor], coefficients: Sequence[float], like: Tensor) -> Tensor:
     """Return sum_i c_i t_i; of whole numbers and flags, which have no between, the heaviest."""
     heaviest = max(range(len(states)), key=lambda i: coefficients[i])
     if not (like.is_floating_point() or like.is_complex()) or coefficients[heaviest] == 1:
@@ -71,6 +79,11 @@ def mix(states: tuple[Tensor, ...], coefficients: tuple[float, ...], like: Tenso
         if c:
             total.add_(t.to(like.device, like.dtype), alpha=c)
     return total
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """Return what of a state is tensors."""
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def _memory(tensor: Tensor) -> int:

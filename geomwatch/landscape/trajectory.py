@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageError
-from geomwatch.landscape.directions import Direction, as_direction, layout_of
+from geomwatch.landscape.directions import Direction, layout_of, two_directions
 from geomwatch.landscape.provenance import digest, weights_digest
 from geomwatch.landscape.results import Floats, Trajectory
 from geomwatch.landscape.states import State, check_states
@@ -103,29 +103,6 @@ def grid_around(
     room = margin * np.maximum(high - low, 0.1 * (high - low).max())
     a, b = np.linspace(low - room, high + room, points).T
     return a, b
-
-
-def two_directions(model: nn.Module, directions: Sequence[object]) -> tuple[Direction, Direction]:
-    """Return two directions that span a plane, in the same parameters.
-
-    Raises:
-        UsageError: they are not two, name different parameters, or are parallel.
-    """
-    if not isinstance(directions, Sequence) or len(directions) != 2:
-        count = len(directions) if isinstance(directions, Sequence) else "none"
-        raise UsageError(f"directions must be two, to span a plane, got {count}.")
-    first, second = (as_direction(model, d) for d in directions)
-    if first.names != second.names:
-        raise UsageError("directions must be in the same parameters, got two different sets.")
-    if abs(cosine(first, second)) > 1 - 1e-6:
-        raise UsageError("directions must span a plane, got two that are parallel.")
-    return first, second
-
-
-def cosine(first: Direction, second: Direction) -> float:
-    """Return the cosine of the angle between two directions."""
-    norms = first.vector.norm() * second.vector.norm()
-    return float(first.vector @ second.vector / norms)
 
 
 def _check(model: nn.Module, states: Sequence[State], *, least: int) -> None:

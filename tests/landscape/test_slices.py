@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from geomwatch import landscape
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.landscape.evaluator import evaluating
+from geomwatch.landscape.evaluator import Setting, evaluating
 from geomwatch.landscape.results import Slice
 
 DIM = 12
@@ -214,7 +214,7 @@ def test_an_interrupt_leaves_no_trace(after):
 def test_another_mode_takes_one_copy_of_the_weights():
     """The snapshot after the change of mode shares its values with the one before it."""
     model = noisy_net()
-    with evaluating(model, cross_entropy, [digits(8)], mode="eval") as evaluator:
+    with evaluating(model, cross_entropy, [digits(8)], Setting("eval")) as evaluator:
         saved = [s for s in evaluator._snapshot._saved if getattr(s, "tensor", None) is not None]
         values = {id(s._values) for s in saved}
         first = evaluator._snapshot._held

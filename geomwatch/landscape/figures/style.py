@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from geomwatch.landscape.extras import missing
 from geomwatch.landscape.results import Facts
 
 P = ParamSpec("P")
@@ -60,7 +59,10 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
         try:
             import matplotlib
         except ImportError as error:
-            raise missing(f"geomwatch.landscape.{draw.__name__}", "matplotlib") from error
+            raise ImportError(
+                f"geomwatch.landscape.{draw.__name__} needs matplotlib, which is not installed. "
+                "Install it with: pip install 'geomwatch[report]'"
+            ) from error
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_RC)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
-from geomwatch.landscape.extras import missing
 from geomwatch.landscape.permutations.units import Units, permutable_units
 from geomwatch.landscape.states import State, check_states
 
@@ -201,5 +200,8 @@ def _assignment() -> Callable[[Any], Order]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise missing("align", "SciPy") from error
+        raise ImportError(
+            "align needs SciPy, which is not installed. "
+            "Install it with: pip install 'geomwatch[report]'"
+        ) from error
     return lambda products: np.asarray(linear_sum_assignment(products, maximize=True)[1])
