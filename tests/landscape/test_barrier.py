@@ -499,7 +499,7 @@ def test_aligning_without_scipy_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     model = small_mlp()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ImportError, match=r"needs SciPy.*pip install 'geomwatch\[report\]'"):
+    with pytest.raises(ImportError, match=r"needs SciPy.*pip install 'geomwatch\[landscape\]'"):
         landscape.align(model, state, state)
 
 

@@ -61,7 +61,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
         except ImportError as error:
             raise ImportError(
                 f"geomwatch.landscape.{draw.__name__} needs matplotlib, which is not installed. "
-                "Install it with: pip install 'geomwatch[report]'"
+                "Install it with: pip install 'geomwatch[landscape]'"
             ) from error
         with matplotlib.rc_context():
             matplotlib.rcdefaults()

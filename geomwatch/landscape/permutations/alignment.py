@@ -202,6 +202,6 @@ def _assignment() -> Callable[[Any], Order]:
     except ImportError as error:
         raise ImportError(
             "align needs SciPy, which is not installed. "
-            "Install it with: pip install 'geomwatch[report]'"
+            "Install it with: pip install 'geomwatch[landscape]'"
         ) from error
     return lambda products: np.asarray(linear_sum_assignment(products, maximize=True)[1])
