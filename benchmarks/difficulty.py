@@ -124,7 +124,7 @@ def execute(run: Run) -> dict[str, Any]:
             early.update(_early(first.history), loss=float(loss))
             early["early"] = whole.history[-1]["difficulty"].value
 
-    trace = train(loop, recipe, watch)
+    trace = train(loop, watch)
     first.close()
     whole.close()
     losses = [known.lost(x) if math.isfinite(x) else math.inf for x in trace.losses]

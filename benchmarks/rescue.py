@@ -2,124 +2,145 @@
 
 Trains real nets from multiples of their tuned rate, without control, with geomwatch's cap, and with
 what people use instead. Each outcome is kept as soon as it is there, so that the whole can be
-stopped and started again.
+stopped and started again. Writes docs/benchmarks/rescue.md.
 
     python benchmarks/rescue.py                # what is missing of the small nets, then the report
     python benchmarks/rescue.py --large        # ResNet-18, GPT and MiniLM as well
     python benchmarks/rescue.py --quick        # a few cheap runs; touches no docs
     python benchmarks/rescue.py list           # what there is, and how long it will take
     python benchmarks/rescue.py report         # from the runs there are
-    python benchmarks/rescue.py try --policies cap,cap:c_bs=1.5   # settings, on one half
+    python benchmarks/rescue.py try --policies cap cap:c_bs=1.5   # settings, on one set
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rescuing.execute import BATCHES, TUNED
-from rescuing.grid import (
+from harness.cells import Cells
+from harness.grid import (
     CALIBRATION,
     EDGES,
     LONG,
+    RESCUE,
     SEEDS,
-    SETTINGS,
-    Run,
-    Setting,
+    multiplied,
     noisy,
-    runs,
+    rescue,
 )
-from rescuing.outcomes import Outcome, Outcomes
-from rescuing.policies import BASELINES
-from rescuing.pool import predicted_seconds, work
-from rescuing.report import write
-from rescuing.settings import compare
-from rescuing.store import Job, Store
-from side_by_side import code
+from harness.policies import BASELINES, BATCHES, TUNED
+from harness.program import Options, Question, Verb, written
+from harness.run import Run, Setting
+from harness.store import Job, Store
+from harness.story import read
+from harness.tables import control
 
-ROOT = Path(__file__).parents[1]
-FOLDER, DOCS = ROOT / "runs/rescue", ROOT / "docs/benchmarks"
-QUICK_FOLDER = ROOT / "runs/rescue-quick"
 QUICK = ("mlp-digits sgd", "mlp-mnist sgd", "mlp-mnist adamw")
 TUNINGS = (0.5, 1.0, 2.0, 4.0)  # multiples tried with a warm-up
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    folder = options.folder or (QUICK_FOLDER if options.quick else FOLDER)
-    store = Store(folder)
-    if options.verb == "try":
-        return _try(options, store)
-    jobs = _jobs(options)
-    if options.verb == "list":
-        return _list(options, store, jobs)
-    if options.verb == "run":
-        failures = work(store.missing(jobs), folder, workers=options.workers)
-        chosen = _chosen(store, options)
-        failures += work(store.missing(chosen), folder, workers=options.workers)
-        for job, trace in failures:
-            print(f"{job[0].name} ({job[1]}) failed:\n{trace}", file=sys.stderr)
-        if failures:
-            return 1
-    return _report(options, store, jobs + _chosen(store, options))
+class Rescue(Question):
+    """What does a controller do to a run?"""
+
+    name = "rescue"
+    usage = __doc__
+
+    def options(self, parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument
+        add("--large", action="store_true", help="with the large nets")
+        add("--schedules", default="constant,cosine", help="try: comma-separated")
+        add("--multiples", default="0.25,1,8,30", help="try: comma-separated")
+        add("--part", default="development", choices=tuple(SEEDS), help="try: which set")
+
+    @property
+    def verbs(self) -> dict[str, Verb]:
+        return {**super().verbs, "try": self._try}
+
+    def jobs(self, options: Options) -> list[Job]:
+        extras = [job for part in _extras(options).values() for job in part]
+        return [*_grid(options), *_tunings(options), *extras]
+
+    def later(self, options: Options, store: Store) -> list[Job]:
+        """The best warm-up of each setting and schedule, on the seeds of the others."""
+        found = Cells(read(store, _tunings(options)))
+        jobs: list[Job] = []
+        for setting, schedule in found.pairs():
+            cells = (found.cell(TUNED, (setting, schedule), m) for m in TUNINGS)
+            best = min((s for cell in cells for s in cell), key=lambda s: s.loss).run.multiple
+            seeds = SEEDS[setting.part]
+            jobs += [(multiplied(setting, schedule, best, seed), TUNED) for seed in seeds]
+        return jobs
+
+    def report(self, options: Options, store: Store, out: Path) -> str | None:
+        from harness import plots  # matplotlib, which training does without
+
+        jobs = [*_grid(options), *self.later(options, store)]
+        found = read(store, jobs)
+        if not found:
+            return None
+        by_set = {part: Cells(s for s in found if s.run.part == part) for part in reversed(SEEDS)}
+        by_set = {part: cells for part, cells in by_set.items() if cells.all}
+        extra_jobs = _extras(options)
+        extras = {name: Cells(read(store, own)) for name, own in extra_jobs.items()}
+        beside = [s for cells in extras.values() for s in cells.all]
+        wanted = len(jobs) + sum(map(len, extra_jobs.values()))
+        plots.what_is_left(Cells(found), out / "rescue.png")
+        return page(by_set, extras, written(self.name, [*found, *beside], wanted))
+
+    def _try(self, options: Options, store: Store) -> int:
+        """Compare settings of the cap on one set, by default that which they are chosen on."""
+        policies = options.policies or ["cap"]
+        multiples = {float(multiple) for multiple in options.multiples.split(",")}
+        runs = rescue([s for s in _settings(options) if s.part == options.part])
+        runs = [r for r in runs if r.recipe.schedule in options.schedules.split(",")]
+        jobs = [(r, p) for r in runs if r.multiple in multiples for p in ("none", *policies)]
+        well = self.do(options, store, jobs)
+        print(control.settings(Cells(read(store, jobs)), policies))
+        return int(not well)
 
 
-def _settings(options: argparse.Namespace) -> list[Setting]:
-    own = [s for s in SETTINGS if options.large or not s.large]
+def _settings(options: Options) -> list[Setting]:
+    own = [s for s in RESCUE if options.large or not s.costly]
     if options.quick:
-        own = [s for s in SETTINGS if s.label in QUICK]
+        own = [s for s in RESCUE if s.label in QUICK]
     return [s for s in own if options.only in s.label]
 
 
-def _jobs(options: argparse.Namespace) -> list[Job]:
-    grid = runs(_settings(options), few=options.quick, seeds=1 if options.quick else 3)
-    jobs = [(run, policy) for run in grid for policy in ("none", "cap")]
-    jobs += [(run, policy) for run in grid if _is_compared(run) for policy in BASELINES]
-    if not options.quick:
-        jobs += _tunings(options)
-        jobs += [job for part in _extra_jobs(options).values() for job in part]
-    return jobs
+def _grid(options: Options) -> list[Job]:
+    runs = rescue(_settings(options), few=options.quick, seeds=1 if options.quick else 3)
+    jobs = [(run, policy) for run in runs for policy in ("none", "cap")]
+    return jobs + [(run, policy) for run in runs if _is_compared(run) for policy in BASELINES]
 
 
 def _is_compared(run: Run) -> bool:
     """Tell whether a run is done with what people use instead: of the large nets on one seed."""
-    first = run.seed == SEEDS[run.setting.half][0]
-    return run.multiple > 1 and (first or not run.setting.large)
+    large = {s for s in RESCUE if s.costly}
+    first = run.recipe.seed == SEEDS[run.part][0]
+    return run.multiple > 1 and (first or run.setting not in large)
 
 
-def _tunings(options: argparse.Namespace) -> list[Job]:
+def _tunings(options: Options) -> list[Job]:
     """Warm-ups in front of each schedule, at rates to choose from, on a seed of their own."""
+    if options.quick:
+        return []
+    pairs = dict.fromkeys((r.setting, r.recipe.schedule) for r in rescue(_settings(options)))
     return [
-        (Run(setting, schedule, multiple, CALIBRATION), TUNED)
-        for setting, schedule in _pairs(options)
+        (multiplied(setting, schedule, multiple, CALIBRATION), TUNED)
+        for setting, schedule in pairs
         for multiple in TUNINGS
     ]
 
 
-def _chosen(store: Store, options: argparse.Namespace) -> list[Job]:
-    """The best of these warm-ups, on the seeds of the others."""
+def _extras(options: Options) -> dict[str, list[Job]]:
+    """What is measured beside the grid: overhead of long runs, full batches, small batches."""
     if options.quick:
-        return []
-    found = Outcomes(_read(store, _tunings(options)))
-    jobs: list[Job] = []
-    for setting, schedule in found.pairs():
-        tried = [o for o in found.all if (o.run.setting, o.run.schedule) == (setting, schedule)]
-        best = min(tried, key=lambda o: o.loss).run.multiple
-        own = [run for run in runs([setting]) if run.schedule == schedule and run.multiple == 1]
-        jobs += [(Run(setting, schedule, best, run.seed), TUNED) for run in own]
-    return jobs
-
-
-def _extra_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
-    """What is measured beside the grid: overhead over long runs, and the edge of stability."""
-    long = [s for s in LONG if options.large or not s.large]
-    edges = [Run(s, "constant", m, 2) for s in EDGES for m in (0.5, 1.0)]
+        return {}
+    long = [s for s in LONG if options.large or not s.costly]
+    edges = [multiplied(s, "constant", m, 2) for s in EDGES for m in (0.5, 1.0)]
     return {
         "long": [
-            (Run(s, "cosine", m, 2), policy)
+            (multiplied(s, "cosine", m, 2), policy)
             for s in long
             for m in (1.0, 8.0)
             for policy in ("none", "cap", "lean")
@@ -130,99 +151,71 @@ def _extra_jobs(options: argparse.Namespace) -> dict[str, list[Job]]:
     }
 
 
-def _pairs(options: argparse.Namespace) -> list[tuple[Setting, str]]:
-    return list(dict.fromkeys((r.setting, r.schedule) for r in runs(_settings(options))))
+def page(sets: dict[str, Cells], extras: dict[str, Cells], head: str) -> str:
+    """Return the whole report: the bars, then every cell."""
+    return f"""# Rescuing runs whose learning rate is too high
+
+{head}
+
+Each run starts from a multiple of the rate that trains its task best at a constant rate, found
+beforehand (`benchmarks/tasks/rates.json`); schedules are multiplied as a whole. The settings of
+`LearningRateCap` were chosen on one set of tasks ("development"); the other ("validation") has
+other architectures and seeds. Monitor and controller run with their defaults. Loss is the mean
+training loss of the last 20 steps, accuracy is on held-out data; both are means over seeds. What
+people use instead was tried on one seed of the large nets, and is compared on that one.
+
+## Bars
+
+{control.bars(sets)}
+
+## Rescued
+
+Runs that end within max(3 x the tuned rate's loss, it + 2 standard deviations over seeds), and
+within 1.5 points of its accuracy:
+
+{control.shares(sets, "rescued")}
+
+Runs that end no better than chance:
+
+{control.shares(sets, "diverged")}
+
+![Final loss by multiple](rescue.png)
+
+{_beside(extras)}
+## Every cell
+
+{control.every_cell(sets)}
+"""
 
 
-def _list(options: argparse.Namespace, store: Store, jobs: Sequence[Job]) -> int:
-    missing = store.missing(jobs)
-    minutes = sum(map(predicted_seconds, missing)) / options.workers / 60
-    by_setting = Counter(run.setting.label for run, _ in missing)
-    for label, count in by_setting.items():
-        print(f"{count:5d} missing of {label}")
-    print(f"{len(jobs)} trainings, {len(missing)} missing: about {minutes:.0f} minutes.")
-    return 0
+def _beside(extras: dict[str, Cells]) -> str:
+    text = ""
+    if "long" in extras:
+        text += f"""## What it costs
 
+Lean: `quantities=["loss"], max_overhead=0.05`.
 
-def _report(options: argparse.Namespace, store: Store, jobs: Sequence[Job]) -> int:
-    from rescuing import plots  # matplotlib, which training does without
+{control.costs(extras["long"])}
 
-    extras = {} if options.quick else _extra_jobs(options)
-    beside = {job for part in extras.values() for job in part}
-    found = _read(store, [job for job in jobs if job not in beside])
-    if not found:
-        print(f"no runs under {store.folder}", file=sys.stderr)
-        return 1
-    halves = {
-        half: Outcomes(o for o in found if o.run.setting.half == half and _counts(o))
-        for half in ("held", "tune")
-    }
-    halves = {name: half for name, half in halves.items() if half.all}
-    others = {name: Outcomes(_read(store, part)) for name, part in extras.items()}
-    out = store.folder if options.quick or options.folder else DOCS
-    text = write(halves, others, note=_note(found, len(jobs) - len(beside)))
-    (out / "rescue.md").write_text(text, encoding="utf-8")
-    plots.draw(halves, out / "rescue.png")
-    print(text)
-    return 0
+"""
+    if "edge" in extras:
+        text += f"""## Full-batch gradient descent at the edge of stability, 2000 steps
 
+{control.full_batches(extras["edge"])}
 
-def _counts(outcome: Outcome) -> bool:
-    return outcome.run.seed != CALIBRATION
+"""
+    if "noisy" in extras:
+        text += f"""## The batch
 
+Batches of 16 at rates that suit 64, with `BatchSizeScaler` (defaults, up to 256 items), for as many
+steps; and full batches, where it must not act. Loss and accuracy, and the multiples of the batch
+that were used:
 
-def _try(options: argparse.Namespace, store: Store) -> int:
-    """Compare settings of the cap on one half, by default that which they are chosen on."""
-    settings = [s for s in _settings(options) if s.half == options.half]
-    multiples = {float(multiple) for multiple in options.multiples.split(",")}
-    grid = [r for r in runs(settings) if r.schedule in options.schedules.split(",")]
-    grid = [r for r in grid if r.multiple in multiples]
-    policies = ["none", *_split(options.policies)]
-    jobs = [(run, policy) for run in grid for policy in policies]
-    failures = work(store.missing(jobs), store.folder, workers=options.workers)
-    for job, trace in failures:
-        print(f"{job[0].name} ({job[1]}) failed:\n{trace}", file=sys.stderr)
-    print(compare(Outcomes(_read(store, jobs)), policies[1:]))
-    return int(bool(failures))
+{control.batches(extras["noisy"])}
 
-
-def _split(policies: str) -> list[str]:
-    return [policy for policy in policies.split(";") if policy]
-
-
-def _read(store: Store, jobs: Iterable[Job]) -> list[Outcome]:
-    found = ((job, store.load(job)) for job in jobs)
-    return [Outcome.of(*job, data) for job, data in found if data is not None]
-
-
-def _note(found: Sequence[Outcome], wanted: int) -> str:
-    notes = []
-    if len(found) < wanted:
-        notes.append(f"**Incomplete: {wanted - len(found)} runs are missing.**")
-    versions = {o.data["code"] for o in found if o.policy == "cap"}
-    if len(versions) > 1:
-        notes.append(f"The controlled runs were done with {len(versions)} versions of geomwatch.")
-    elif versions and code() not in versions:
-        notes.append("geomwatch has changed since.")
-    return " ".join(notes)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("verb", nargs="?", default="run", choices=("run", "list", "report", "try"))
-    parser.add_argument("--quick", action="store_true", help="a few cheap runs, no docs")
-    parser.add_argument("--large", action="store_true", help="with the large nets")
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one core each")
-    parser.add_argument("--only", default="", help="settings whose label contains this")
-    parser.add_argument("--folder", type=Path, help="of the runs, and then of the report")
-    parser.add_argument("--policies", default="cap", help="try: separated by semicolons")
-    parser.add_argument("--schedules", default="constant,cosine", help="try: comma-separated")
-    parser.add_argument("--multiples", default="0.25,1,8,30", help="try: comma-separated")
-    parser.add_argument("--half", default="tune", choices=("tune", "held"), help="try: which")
-    return parser
+"""
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Rescue().main())

@@ -91,7 +91,7 @@ class Ladder:
 
     def _run(self, rate: float, seed: int) -> float:
         recipe = Recipe(self.optimizer, rate, self.batch, seed, self.task.steps)
-        trace = train(prepare(self.task, recipe), recipe)
+        trace = train(prepare(self.task, recipe))
         return tail(trace, self.task.items(self.batch))
 
 
@@ -129,7 +129,7 @@ def seconds(task: Task, optimizer: str, batch: int | None) -> float:
     best = math.inf
     for _ in range(5):
         marks: list[float] = []
-        train(prepare(task, recipe), recipe, lambda *_, m=marks: m.append(time.perf_counter()))
+        train(prepare(task, recipe), lambda *_, m=marks: m.append(time.perf_counter()))
         best = min(best, (marks[-1] - marks[1]) / (len(marks) - 2))
     return round(best * task.steps, 2)
 

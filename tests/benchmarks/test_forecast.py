@@ -6,15 +6,16 @@ import gzip
 import json
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
-import forecast
 import numpy as np
 import pytest
 import torch
-from forecasting import pool
-from forecasting.advice import Obedience, advised_rate
-from forecasting.codec import decode, encode
-from forecasting.detectors import (
+from forecast import Forecast, concerns
+from harness import pool
+from harness.advice import Obedience, advised_rate
+from harness.codec import decode, encode
+from harness.detectors import (
     Detector,
     above,
     either,
@@ -28,15 +29,18 @@ from forecasting.detectors import (
     loss_rise,
     loss_z_score,
 )
-from forecasting.execute import execute
-from forecasting.grid import COMBINATIONS, EDGE, Run, grid, quick
-from forecasting.outcome import event, judge
-from forecasting.policies import ADVICE, DEFAULT, POLICIES, Policy
-from forecasting.replay import differences, read_replayed, replay
-from forecasting.scoring import before_end, by_step_ten, curve, freeze, lead_of, score
-from forecasting.stats import Median, Share
-from forecasting.store import Store
-from forecasting.story import Story, read
+from harness.execute import execute
+from harness.grid import FORECAST, FULL_BATCH
+from harness.grid import forecast as grid
+from harness.grid import forecast_quick as quick
+from harness.outcome import event, judge
+from harness.policies import ADVICE, DEFAULT
+from harness.replay import differences, read_replayed, replay
+from harness.run import Run
+from harness.scoring import before_end, by_step_ten, curve, freeze, lead_of, score
+from harness.stats import Median, Share
+from harness.store import Store
+from harness.story import Story, read
 from tasks.rates import Rates
 from tasks.training import Recipe, prepare, train
 
@@ -49,10 +53,8 @@ SHORT = Recipe("sgd", 0.1, 16, 0, 40)
 ILL = replace(SHORT, rate=30.0)
 
 
-def a_run(recipe: Recipe = SHORT, shape: str = "constant-1tuned", **more) -> Run:
-    return Run(
-        **{"half": "tune", "task_name": "mlp-digits", "shape": shape, "recipe": recipe} | more
-    )
+def a_run(recipe: Recipe = SHORT, shape: str = "constant-1tuned", part="development") -> Run:
+    return Run(part, "mlp-digits", shape, recipe)
 
 
 def story(losses, *, alerts=(), norms=None, left=0.0, run=None, margins=()) -> Story:
@@ -66,8 +68,8 @@ def story(losses, *, alerts=(), norms=None, left=0.0, run=None, margins=()) -> S
         "grad_norms": list(norms if norms is not None else np.ones(len(losses))),
         "alerts": list(alerts),
         "records": records,
-        "left": left,
-        "seconds": {"bare": 10.0, "monitor": 1.0, "probes": 0.9, "grad_norms": 0.1},
+        "tail": left * TEN.chance if math.isfinite(left) else None,
+        "seconds": {"bare": 10.0, "policy": 1.0, "grad_norms": 0.1},
     }
     return Story(run or a_run(), DEFAULT, data)
 
@@ -82,7 +84,7 @@ def an_alert(raised: int, severity: str = "warning", rule: str = "stability_marg
 @pytest.fixture
 def everything_is_calibrated(monkeypatch):
     known = lambda *_: TEN  # noqa: E731
-    monkeypatch.setattr("forecasting.grid.rates", known)
+    monkeypatch.setattr("harness.run.rates", known)
 
 
 @pytest.mark.usefixtures("everything_is_calibrated")
@@ -95,21 +97,22 @@ def test_the_grid_is_the_same_each_time_and_large_enough():
 
 
 @pytest.mark.usefixtures("everything_is_calibrated")
-def test_the_halves_share_neither_architecture_nor_seed():
-    tune, held = ([r for r in grid() if r.half == half] for half in ("tune", "held"))
-    assert not {r.task_name for r in tune} & {r.task_name for r in held}
-    assert not {r.recipe.seed for r in tune} & {r.recipe.seed for r in held}
-    for half in (tune, held):
-        assert {r.recipe.batch for r in half} >= {4, 16, 64, None}
-        assert {r.recipe.optimizer for r in half} == {"gd", "sgd", "adam", "adamw"}
+def test_the_sets_share_neither_architecture_nor_seed():
+    development, validation = (
+        [r for r in grid() if r.part == part] for part in ("development", "validation")
+    )
+    assert not {r.task_name for r in development} & {r.task_name for r in validation}
+    assert not {r.recipe.seed for r in development} & {r.recipe.seed for r in validation}
+    for part in (development, validation):
+        assert {r.recipe.batch for r in part} >= {4, 16, 64, None}
+        assert {r.recipe.optimizer for r in part} == {"gd", "sgd", "adam", "adamw"}
 
 
 def test_every_combination_of_the_grid_has_been_calibrated():
     from tasks.rates import key, load
 
-    edges = [(task, "gd", None) for task in EDGE.values()]
-    wanted = [*COMBINATIONS["tune"], *COMBINATIONS["held"], *edges]
-    assert {key(*combination) for combination in wanted} <= set(load())
+    wanted = (*FORECAST, *FULL_BATCH)
+    assert {key(s.task_name, s.optimizer, s.batch) for s in wanted} <= set(load())
 
 
 # What became of a run
@@ -345,11 +348,11 @@ def test_what_cannot_be_stored_is_refused():
 @pytest.fixture(scope="module")
 def told() -> Story:
     run = a_run(ILL, shape="constant-30tuned")
-    return Story(run, DEFAULT, json.loads(json.dumps(execute(run, Policy()))))
+    return Story(run, DEFAULT, json.loads(json.dumps(execute(run, DEFAULT))))
 
 
 def test_the_monitor_does_not_change_the_run_it_watches(told):
-    bare = train(prepare(told.run.task, ILL), ILL)
+    bare = train(prepare(told.run.task, ILL))
     assert told.losses == bare.losses
     assert told.grad_norms == bare.grad_norms
 
@@ -377,7 +380,7 @@ def test_other_rules_on_a_stored_run_differ(told):
 
 
 def test_who_follows_the_advice_of_an_alert_trains_at_a_lower_rate(told):
-    followed = execute(told.run, POLICIES[ADVICE])
+    followed = execute(told.run, ADVICE)
     assert followed["caps"]
     assert followed["caps"][0][0] == 0  # before the first step
     assert followed["caps"][0][1] < ILL.rate
@@ -388,8 +391,8 @@ def test_who_follows_the_advice_of_an_alert_trains_at_a_lower_rate(told):
 
 
 def test_who_is_told_to_start_again_does(told, monkeypatch):
-    monkeypatch.setattr("forecasting.execute.default_rules", lambda: [LossRise(), NonFinite()])
-    followed = execute(told.run, POLICIES[ADVICE])
+    monkeypatch.setattr("harness.watching.default_rules", lambda: [LossRise(), NonFinite()])
+    followed = execute(told.run, ADVICE)
     assert followed["attempts"] > 1
     assert followed["losses"][0] == told.losses[0]
     assert followed["losses"][-1] < told.losses[-1]
@@ -440,29 +443,30 @@ def test_a_lowered_rate_does_not_reach_the_scheduler():
 def few_runs(monkeypatch) -> list[Run]:
     """Two healthy and two failing ramps of either half, too short for any figure."""
     runs = [
-        a_run(replace(SHORT, rate=rate, schedule="ramp", seed=seed), f"ramp-{rate}", half=half)
-        for half, seed in (("tune", 0), ("held", 2))
+        a_run(replace(SHORT, rate=rate, schedule="ramp", seed=seed), f"ramp-{rate}", part=part)
+        for part, seed in (("development", 0), ("validation", 2))
         for rate in (0.05, 20.0)
     ]
-    monkeypatch.setattr(forecast, "quick", lambda: runs)
+    monkeypatch.setattr("harness.grid.forecast_quick", lambda: runs)
     return runs
 
 
 def test_the_program_does_what_is_missing_and_writes_a_report(few_runs, tmp_path, capsys):
     arguments = ["--quick", "--workers", "1", "--folder", str(tmp_path)]
-    assert forecast.main([*arguments, "--policies", "default,10%,advice"]) == 0
+    assert Forecast().main([*arguments, "--policies", "default", "10%", "advice"]) == 0
     report = (tmp_path / "forecast.md").read_text(encoding="utf-8")
     assert "from 4 trainings" in report
     assert "max_overhead" in report
     assert (tmp_path / "forecast_roc.png").stat().st_size > 10_000
     assert (tmp_path / "forecast_lead.png").stat().st_size > 10_000
     store = Store(tmp_path)
-    assert store.missing(few_runs, ["default", "10%"]) == []
+    wanted = [job for job in product(few_runs, ("default", "10%")) if concerns(*job)]
+    assert store.missing(wanted) == []
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
-    assert forecast.main([*arguments, "--policies", "default"]) == 0
+    assert Forecast().main([*arguments, "--policies", "default"]) == 0
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.gz")}
     capsys.readouterr()
-    assert forecast.main(["replay", *arguments, "--policies", "default"]) == 0
+    assert Forecast().main(["replay", *arguments, "--policies", "default"]) == 0
     assert "default: 0 of 4 runs would be judged otherwise" in capsys.readouterr().out
 
 
@@ -480,8 +484,8 @@ def test_a_run_with_other_settings_is_done_again(tmp_path):
     slower = replace(run, recipe=replace(run.recipe, rate=0.05))
     assert slower.name == run.name
     assert store.load(slower, DEFAULT) is None
-    assert store.missing([run, slower], [DEFAULT]) == [(slower, DEFAULT)]
-    assert read(store, [run, slower], DEFAULT)[0].run == run
+    assert store.missing([(run, DEFAULT), (slower, DEFAULT)]) == [(slower, DEFAULT)]
+    assert read(store, [(run, DEFAULT), (slower, DEFAULT)])[0].run == run
 
 
 def test_a_file_that_was_cut_off_is_done_again(tmp_path):
@@ -490,7 +494,7 @@ def test_a_file_that_was_cut_off_is_done_again(tmp_path):
     path = store.path(run, DEFAULT)
     path.write_bytes(path.read_bytes()[:-20])
     assert store.load(run, DEFAULT) is None
-    assert store.missing([run], [DEFAULT]) == [(run, DEFAULT)]
+    assert store.missing([(run, DEFAULT)]) == [(run, DEFAULT)]
 
 
 def test_a_run_that_raises_does_not_stop_the_others(few_runs, tmp_path, monkeypatch, capsys):
@@ -503,7 +507,7 @@ def test_a_run_that_raises_does_not_stop_the_others(few_runs, tmp_path, monkeypa
 
     monkeypatch.setattr(pool, "execute", fragile)
     arguments = ["--quick", "--workers", "1", "--folder", str(tmp_path), "--policies", "default"]
-    assert forecast.main(arguments) == 1
+    assert Forecast().main(arguments) == 1
     assert capsys.readouterr().err.count("RuntimeError: out of luck") == 2
     assert len(list(tmp_path.rglob("*.gz"))) == 2
     assert "**Incomplete: 2 runs are missing.**" in (tmp_path / "forecast.md").read_text("utf-8")
@@ -519,5 +523,5 @@ def test_stored_runs_are_plain_json(tmp_path):
 
 def test_a_policy_that_does_not_exist_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
-        forecast.main(["--quick", "--policies", "3%"])
-    assert "--policies must be among default, 2%" in capsys.readouterr().err
+        Forecast().main(["--quick", "--policies", "3%"])
+    assert "a policy must be among none, default, 2%" in capsys.readouterr().err

