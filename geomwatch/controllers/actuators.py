@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,26 +28,44 @@ NO_BATCH = (
 )
 
 
-class Actuator(Protocol):
-    """One knob of one loop. Its value is what a tracker gets to see."""
+class Actuator:
+    """One knob of one loop: a host's own say in `set`, `refresh` and `close` what turning it means.
 
-    knob: str
+    Args:
+        knob: one of `KNOBS`.
+        obstacle: why this loop can't change it while it runs; "" if it can.
+    """
+
+    def __init__(self, knob: str, *, obstacle: str = "") -> None:
+        self.knob = knob
+        self._obstacle = obstacle
+        self.setting = NEUTRAL[knob]  # what it was last turned to
 
     @property
     def obstacle(self) -> str:
         """Why this loop can't change it while it runs; "" if it can."""
+        return self._obstacle
 
     def set(self, to: float) -> None:
         """Turn the knob; a loop may have to wait for a moment that corrupts nothing."""
+        self.setting = to
 
     def value(self, rates: Sequence[float]) -> float:
-        """Return what the knob says for the coming step, at the user's learning `rates`."""
+        """Return what the knob says for the coming step, at the user's learning `rates`.
+
+        A tracker gets to see it: a factor of the rate, a multiple of the batch, a gradient norm.
+        """
+        return self.setting
 
     def refresh(self) -> None:
-        """Called once a step, after `set`: a moment to make a change that had to wait."""
+        """Make a change that had to wait; called once a step, after `set`."""
 
     def close(self) -> None:
         """Put the loop back as it was."""
+
+
+class Memory(Actuator):
+    """A knob that nothing hangs on: of a dry run, or of a loop that can't turn it."""
 
 
 @dataclass(slots=True)
@@ -58,7 +76,7 @@ class _Lent:
     applied: list[Any]
 
 
-class LearningRate:
+class LearningRate(Actuator):
     """Keeps the rates of a torch optimizer below a cap, for the duration of each step alone.
 
     The hooks that surround `optimizer.step()` multiply the rate of all groups by one factor,
@@ -67,27 +85,24 @@ class LearningRate:
     hook. Decoupled weight decay scales along, as lr * weight_decay.
 
     After an exception inside `optimizer.step()` the rates are back at the next step, call of the
-    monitor or `state_dict()`. `cap` is in units of the largest rate among the groups.
+    monitor or `state_dict()`. The cap is in units of the largest rate among the groups; one that is
+    set inside a step takes effect at `refresh`.
+
+    Args:
+        optimizer: a torch optimizer, not a host's wrapper of one.
+        live: set the hooks; otherwise it only tells the factor, as a dry run needs it.
     """
 
-    knob = LR
-
     def __init__(self, optimizer: Any, *, live: bool = True) -> None:
-        self.cap = math.inf
+        super().__init__(LR, obstacle=_no_hooks(optimizer) if live else "")
         self._optimizer = optimizer
         self._lent: _Lent | None = None
         self._lifted = False
-        self._handles = list(_hooks(optimizer, self)) if live else []
-        self.obstacle = "" if self._handles or not live else _no_hooks(optimizer)
-
-    def set(self, to: float) -> None:
-        """Set the cap; inside a step it takes effect at `refresh`."""
-        self.cap = to
+        self._handles = list(_hooks(optimizer, self)) if live and not self.obstacle else []
 
     def value(self, rates: Sequence[float]) -> float:
         """Return the factor that rates are multiplied by."""
-        largest = max(rates, default=0.0)
-        return 1.0 if largest <= self.cap or largest <= 0 else self.cap / largest
+        return factor(self.setting, rates)
 
     def lift(self) -> None:
         """Give the user's rates back inside a step, as when a closure calls the monitor."""
@@ -118,7 +133,7 @@ class LearningRate:
 
     def _lend(self) -> None:
         self._restore()
-        rates = learning_rates(self._optimizer) if self.cap < math.inf else ()
+        rates = learning_rates(self._optimizer) if self.setting < math.inf else ()
         scale = self.value(rates)
         base: list[Any] = []
         if scale < 1:
@@ -133,56 +148,18 @@ class LearningRate:
         self._lent, self._lifted = None, False
 
 
-class Memory:
-    """A knob that nothing hangs on: of a dry run, or of a loop that can't turn it."""
-
-    def __init__(self, knob: str, *, obstacle: str = "") -> None:
-        self.knob = knob
-        self.obstacle = obstacle
-        self._value = NEUTRAL[knob]
-
-    def set(self, to: float) -> None:
-        """Remember a value."""
-        self._value = to
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return it."""
-        return self._value
-
-    def refresh(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class StepClip:
+class StepClip(Actuator):
     """Clips the norm of all gradients of a torch optimizer, just before it steps with them.
 
     After the clipping of the loop itself, and by `torch.nn.utils.clip_grad_norm_`. Of no use to an
     optimizer that computes its gradients in a closure: it steps with those.
     """
 
-    knob = CLIP
-
     def __init__(self, optimizer: Any) -> None:
-        self._norm = math.inf
+        super().__init__(CLIP, obstacle=_no_hooks(optimizer))
         self._optimizer = optimizer
-        has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
-        self.obstacle = "" if has_hooks else _no_hooks(optimizer)
         hook = _calling(self, "_clip")
-        self._handle = optimizer.register_step_pre_hook(hook) if has_hooks else None
-
-    def set(self, to: float) -> None:
-        """Clip at this norm; at infinity not at all."""
-        self._norm = to
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the norm."""
-        return self._norm
-
-    def refresh(self) -> None:
-        """Do nothing: the next step finds the norm."""
+        self._handle = None if self.obstacle else optimizer.register_step_pre_hook(hook)
 
     def close(self) -> None:
         """Take the hook off."""
@@ -190,20 +167,24 @@ class StepClip:
             self._handle.remove()
 
     def _clip(self) -> None:
-        if self._norm == math.inf:
+        if self.setting == math.inf:
             return
         groups = self._optimizer.param_groups
         params = [p for group in groups for p in group["params"] if p.grad is not None]
         # fused optimizers divide by a GradScaler's scale themselves
         scale = getattr(self._optimizer, "grad_scale", None)
-        norm = self._norm if scale is None else self._norm * float(scale)
+        norm = self.setting if scale is None else self.setting * float(scale)
         torch.nn.utils.clip_grad_norm_(params, norm)
+
+
+def factor(cap: float, rates: Sequence[float]) -> float:
+    """Return what to multiply `rates` by so that the largest is not above the cap."""
+    largest = max(rates, default=0.0)
+    return 1.0 if largest <= cap or largest <= 0 else cap / largest
 
 
 def _hooks(optimizer: Any, actuator: LearningRate) -> Iterator[Any]:
     """Register what surrounds a step."""
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        return
     yield optimizer.register_step_pre_hook(_calling(actuator, "_before"))
     yield optimizer.register_step_post_hook(_calling(actuator, "_restore"))
     yield optimizer.register_state_dict_pre_hook(_calling(actuator, "_restore"))
@@ -222,6 +203,9 @@ def _calling(actuator: object, name: str) -> Callable[..., None]:
 
 
 def _no_hooks(optimizer: object) -> str:
+    """Return why nothing can be done around this optimizer's steps; "" where something can."""
+    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        return ""
     return (
         f"{type(optimizer).__name__} has no step hooks, so that its rates can't be lowered for the "
         "duration of a step"

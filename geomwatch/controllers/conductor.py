@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from geomwatch.controllers.actuators import (
     BATCH,
@@ -17,44 +17,56 @@ from geomwatch.controllers.actuators import (
     LearningRate,
     Memory,
     StepClip,
+    factor,
 )
 from geomwatch.controllers.protocol import Controller, Knobs, Move, check_controllers
-from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.records import Adjustment, Alert, Effect, Estimate
-from geomwatch.rules import Observation
 from geomwatch.sinks import logger
 from geomwatch.stability.problem import unwrap
 
 _SAME = 1e-6  # relative: a knob that moves by less has not moved
 
 
-class Control:
+class Conductor(Resumable):
     """Asks each controller before each step, and turns the knobs once it is logged that they will.
 
     The learning rate comes first, then the batch, then clipping, each with one controller and at
-    most one move a step. With `dry_run` no hook is set and nothing is turned. A knob that the loop
-    can't turn while it runs becomes advice, given once. Without controllers it does nothing at all.
+    most one move a step. For a controller with `dry_run` no hook is set and nothing is turned. A
+    knob that the loop can't turn while it runs becomes advice, given once, and so does what a
+    controller wants of another's knob. Without controllers it does nothing at all.
+
+    Args:
+        controllers: several, or one alone.
+        optimizer: the optimizer of the loop, or a host's wrapper of it.
 
     Raises:
         UsageTypeError: a controller is none.
         UsageError: two controllers want the same knob, or one wants a knob that there is not.
     """
 
-    def __init__(
-        self, controllers: Sequence[Controller], optimizer: Any, *, dry_run: bool = False
-    ) -> None:
-        check_controllers(controllers)
-        self._controllers = sorted(controllers, key=lambda c: KNOBS.index(c.knob))
-        self._dry_run = dry_run
-        self._rate: LearningRate | None = None
-        self._actuators: dict[str, Actuator] = {
-            c.knob: self._own_actuator(c, unwrap(optimizer)) for c in self._controllers
-        }
+    _controllers: Kept[dict[str, Resumable]]  # by knob; a user's own may have no memory
+    _settings: Kept[dict[str, float]]
+    _values: Kept[dict[str, float]]
+    _advised: Kept[set[str]]
+
+    def __init__(self, controllers: Sequence[Controller] | Controller, optimizer: Any) -> None:
+        asked = sorted(check_controllers(controllers), key=lambda c: KNOBS.index(c.knob))
+        self._asked: list[Controller] = asked
+        self._controllers = cast(dict[str, Any], {c.knob: c for c in asked})
+        self._dry = {c.knob for c in asked if getattr(c, "dry_run", False)}
+        self._actuators = {c.knob: self._own_actuator(c, unwrap(optimizer)) for c in asked}
         self._values: dict[str, float] = {}  # of the knobs at the last step, as trackers see them
         self._settings: dict[str, float] = {}  # as they were last asked for
         self._pending: list[Move] = []
         self._advised: set[str] = set()
         self._broken: set[str] = set()
+
+    @property
+    def knobs(self) -> list[str]:
+        """The knobs that its controllers turn."""
+        return list(self._controllers)
 
     def equip(self, *actuators: Actuator) -> None:
         """Take the actuators of a host, in place of those of any loop; not in a dry run.
@@ -63,7 +75,7 @@ class Control:
         """
         for actuator in actuators:
             present = self._actuators.get(actuator.knob)
-            if present is None or self._dry_run:
+            if present is None or actuator.knob in self._dry:
                 continue
             if actuator.knob == BATCH and actuator.obstacle and not present.obstacle:
                 continue
@@ -74,18 +86,19 @@ class Control:
 
     def lift(self) -> None:
         """Show the user's own rates while the coming step is looked at."""
-        if self._rate is not None:
-            self._rate.lift()
+        rate = self._actuators.get(LR)
+        if isinstance(rate, LearningRate):
+            rate.lift()
 
     def __call__(self, step: Observation, alerts: Sequence[Alert]) -> list[Adjustment]:
         """Decide on one step; `apply` then turns the knobs."""
         self._pending = []
         adjustments: list[Adjustment] = []
         before = {knob: a.value(step.lr) for knob, a in self._actuators.items()} | self._values
-        for controller in self._controllers:
-            moved = frozenset(a.knob for a in adjustments if a.effect != "advice")
-            for move in self._ask(controller, step, alerts, Knobs(before, moved)):
-                adjustment = self._decided(move, step, before)
+        for controller in self._asked:
+            knobs = self._seen_by(controller, before, adjustments)
+            for move in self._ask(controller, step, alerts, knobs):
+                adjustment = self._decided(controller, move, step, before)
                 if adjustment is not None:
                     adjustments.append(adjustment)
         return adjustments
@@ -93,14 +106,14 @@ class Control:
     @property
     def scale(self) -> float:
         """The factor between the rates of the last step and the user's."""
-        return 1.0 if self._dry_run else self._values.get(LR, 1.0)
+        return 1.0 if LR in self._dry else self._values.get(LR, 1.0)
 
     def as_applied(self, step: Observation) -> Observation:
         """Return what the rules should judge: the step as the cap known so far will have it."""
-        if self._rate is None or self._dry_run:
+        rate = self._actuators.get(LR)
+        if rate is None or LR in self._dry:
             return step
-        scale = self._rate.value(step.lr)
-        headed = self._rate.value(step.peak)
+        scale, headed = rate.value(step.lr), rate.value(step.peak)
         if scale == 1 and headed == 1:
             return step
         return replace(
@@ -124,53 +137,39 @@ class Control:
     def values(self, rates: Sequence[float]) -> dict[str, float]:
         """Return the knobs as they will be once the moves decided on are made."""
         present = {knob: a.value(rates) for knob, a in self._actuators.items()}
-        return present | {m.knob: self._outcome(m, rates) for m in self._pending}
+        return present | {m.knob: _outcome(m, rates) for m in self._pending}
 
     def close(self) -> None:
         """Put the loop back as it was."""
         for actuator in self._actuators.values():
             actuator.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memories of the controllers and where the knobs are."""
-        return {
-            "controllers": {c.knob: c.state_dict() for c in self._controllers},
-            "settings": {k: v if math.isfinite(v) else None for k, v in self._settings.items()},
-            "values": {k: v if math.isfinite(v) else None for k, v in self._values.items()},
-            "advised": sorted(self._advised),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the memories and turn the knobs to where they were.
-
-        Raises:
-            UsageError: it was saved with other controllers.
-        """
-        own = [c.knob for c in self._controllers]
-        if sorted(state["controllers"]) != sorted(own):
-            raise UsageError(
-                f"state must hold controllers of {own}, got {sorted(state['controllers'])}. Build "
-                "the monitor with the controllers it was saved with."
-            )
-        for controller in self._controllers:
-            controller.load_state_dict(state["controllers"][controller.knob])
-        self._settings = {k: _number(v) for k, v in state["settings"].items()}
-        self._values = {k: _number(v) for k, v in state["values"].items()}
-        self._advised = set(state["advised"])
+    def resumed(self) -> None:
+        """Turn the knobs to where they were."""
         for knob, setting in self._settings.items():
-            self._actuators[knob].set(setting)
+            if knob in self._actuators:
+                self._actuators[knob].set(setting)
 
     def _own_actuator(self, controller: Controller, optimizer: Any) -> Actuator:
         """Return what turns a controller's knob in any torch loop."""
+        is_dry = controller.knob in self._dry
         if controller.knob == LR:
-            self._rate = LearningRate(optimizer, live=not self._dry_run)
-            return self._rate
-        if self._dry_run:
+            return LearningRate(optimizer, live=not is_dry)
+        if is_dry:
             return Memory(controller.knob)
         if controller.knob == CLIP:
             return StepClip(optimizer)
         brought: Actuator | None = getattr(controller, "through", None)
         return brought or Memory(BATCH, obstacle=NO_BATCH)
+
+    def _seen_by(
+        self, controller: Controller, before: Mapping[str, float], made: Sequence[Adjustment]
+    ) -> Knobs:
+        """Return where the knobs are; what a dry run would do exists for other dry runs alone."""
+        hidden = set() if controller.knob in self._dry else self._dry
+        moved = {a.knob for a in made if a.effect != "advice"}
+        values = {knob: value for knob, value in before.items() if knob not in hidden}
+        return Knobs(values, frozenset(moved - hidden))
 
     def _ask(
         self, controller: Controller, step: Observation, alerts: Sequence[Alert], knobs: Knobs
@@ -192,13 +191,14 @@ class Control:
             return ()
 
     def _decided(
-        self, move: Move, step: Observation, before: dict[str, float]
+        self, controller: Controller, move: Move, step: Observation, before: Mapping[str, float]
     ) -> Adjustment | None:
         """Note a move to be made; return what to say of it, if anything."""
         actuator = self._actuators.get(move.knob)
         obstacle = "" if actuator is None else actuator.obstacle
-        after, effect, reason = self._outcome(move, step.lr), self._effect, move.reason
-        if move.advice or obstacle:
+        after, reason = _outcome(move, step.lr), move.reason
+        effect: Effect = "dry run" if controller.knob in self._dry else "applied"
+        if move.advice or obstacle or move.knob != controller.knob:
             key = move.reason if move.advice else move.knob
             if key in self._advised:
                 return None
@@ -211,15 +211,10 @@ class Control:
             return None
         return Adjustment(move.knob, was, after, reason, step.index, effect)
 
-    @property
-    def _effect(self) -> Effect:
-        return "dry run" if self._dry_run else "applied"
 
-    def _outcome(self, move: Move, rates: Sequence[float]) -> float:
-        if move.knob != LR:
-            return move.to
-        largest = max(rates, default=0.0)
-        return 1.0 if largest <= move.to else move.to / largest
+def _outcome(move: Move, rates: Sequence[float]) -> float:
+    """Return what a knob will say once the move is made, as trackers see it."""
+    return factor(move.to, rates) if move.knob == LR else move.to
 
 
 def _scaled(margin: Estimate | None, factor: float) -> Estimate | None:
@@ -227,7 +222,3 @@ def _scaled(margin: Estimate | None, factor: float) -> Estimate | None:
         return margin
     error = None if margin.error is None else margin.error * factor
     return replace(margin, value=margin.value * factor, error=error)
-
-
-def _number(value: float | None) -> float:
-    return math.inf if value is None else value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, Sampler
 
-from geomwatch.controllers.actuators import BATCH
+from geomwatch.controllers.actuators import BATCH, Actuator
 from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageTypeError
 
@@ -38,7 +38,7 @@ class ResizableBatchSampler(BatchSampler):
                 yield batch
 
 
-class SampledBatches:
+class SampledBatches(Actuator):
     """Turns the batch size of a ResizableBatchSampler, wherever a host has wrapped it.
 
     Args:
@@ -48,10 +48,8 @@ class SampledBatches:
         UsageTypeError: there is no ResizableBatchSampler inside.
     """
 
-    knob = BATCH
-    obstacle = ""
-
     def __init__(self, source: Any) -> None:
+        super().__init__(BATCH)
         self._chain = samplers_of(source)
         if not self._chain:
             raise UsageTypeError(
@@ -60,27 +58,40 @@ class SampledBatches:
                 "batch_sampler=ResizableBatchSampler(sampler, batch_size))."
             )
         self._base = int(self._chain[-1].batch_size)
-        self._scale = 1.0
 
     def set(self, to: float) -> None:
         """Draw batches of `to` times the size from the next one on."""
-        self._scale = to
+        super().set(to)
         for sampler in self._chain:  # a shard remembers the size of what it cuts
             sampler.batch_size = round(to * self._base)
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the multiple of the batch size."""
-        return self._scale
-
-    def refresh(self) -> None:
-        """Do nothing: a sampler takes its size up when it draws."""
 
     def close(self) -> None:
         """Draw batches of the first size again."""
         self.set(1.0)
 
 
-class Accumulation:
+class Windows(Actuator):
+    """Gradient accumulation, in windows of some batches that a controller may make longer.
+
+    A window that changed its length while it is filled would be stepped with too early, or never be
+    zeroed: so `set` only says how long the next ones should be.
+    """
+
+    def __init__(self, batches: int) -> None:
+        super().__init__(BATCH)
+        self._base = batches
+
+    @property
+    def wanted(self) -> int:
+        """The batches that a window should have by now."""
+        return round(self.setting * self._base)
+
+    def close(self) -> None:
+        """Go back to windows of the first length."""
+        self.set(1.0)
+
+
+class Accumulation(Windows):
     """Gradient accumulation of a plain loop, in windows that a controller may widen.
 
         accumulation = Accumulation()
@@ -95,34 +106,15 @@ class Accumulation:
     with `BatchSizeScaler(through=accumulation)`. A window is as long as its first batch finds it.
     """
 
-    knob = BATCH
-    obstacle = ""
-
     def __init__(self, batches: int = 1) -> None:
         check_count("batches", batches, 1)
-        self._base = batches
-        self._scale = 1.0
+        super().__init__(batches)
 
     def windows(self, loader: Iterable[T]) -> Iterator[list[T]]:
         """Cut the batches of a loader into windows of one optimizer step each."""
         drawn = iter(loader)
-        while window := list(itertools.islice(drawn, round(self._base * self._scale))):
+        while window := list(itertools.islice(drawn, self.wanted)):
             yield window
-
-    def set(self, to: float) -> None:
-        """Make windows `to` times as long, from the next one on."""
-        self._scale = to
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the multiple of the window."""
-        return self._scale
-
-    def refresh(self) -> None:
-        """Do nothing: the next window is cut when it begins."""
-
-    def close(self) -> None:
-        """Go back to windows of the first length."""
-        self._scale = 1.0
 
 
 def samplers_of(source: Any) -> list[Any]:

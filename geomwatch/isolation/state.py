@@ -71,6 +71,8 @@ def planned(part: Any, state: Any, place: str) -> Iterator[_Assign]:
     Raises:
         UsageError: it does not fit; the message names the entry.
     """
+    if not _has_memory(part):
+        return
     if not isinstance(part, Resumable):  # a user's own rule or controller
         yield functools.partial(part.load_state_dict, state)
         return
@@ -92,7 +94,7 @@ def _assigned(
             raise _unfit(place, "the state of a random generator", entry)
         # map_location may have carried it to another device
         yield functools.partial(present.set_state, entry.cpu())
-    elif _members(present):
+    elif _has_members(present, hint):
         yield from _assigned_each(present, entry, place)
     else:
         value = _read(entry, hint, place)
@@ -113,10 +115,12 @@ def _assigned_each(present: Any, entry: Any, place: str) -> Iterator[_Assign]:
         yield from planned(inner, inner_state, f"{place}[{i}]")
 
 
-def _members(value: Any) -> bool:
-    """Tell whether it is a list or a dict of things with a memory."""
+def _has_members(value: Any, hint: Any) -> bool:
+    """Tell whether it is a list or a dict of parts, each with a memory or without, or of none."""
+    if not isinstance(value, list | tuple | dict):
+        return False
     inner = value.values() if isinstance(value, dict) else value
-    return isinstance(value, list | tuple | dict) and any(map(_has_memory, inner))
+    return Resumable in get_args(hint) or any(map(_has_memory, inner))
 
 
 def _has_memory(value: Any) -> bool:
@@ -151,7 +155,10 @@ def _saved(value: Any) -> Any:
         return {key: _saved(entry) for key, entry in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(map(_saved, value))
-    return [_saved(entry) for entry in value] if isinstance(value, _SEQUENCES) else value
+    if isinstance(value, _SEQUENCES):
+        return [_saved(entry) for entry in value]
+    # a user's own part may have no memory
+    return value if value is None or isinstance(value, str | int | float) else None
 
 
 def _read(entry: Any, hint: Any, place: str) -> Any:

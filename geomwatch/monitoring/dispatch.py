@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from geomwatch.controllers.conductor import Control
+from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageError
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
@@ -27,7 +27,7 @@ class Judge:
         rules: Sequence[Rule] | None,
         sinks: Sequence[Sink],
         on_alert: Callable[[Alert], None] | None,
-        control: Control,
+        control: Conductor,
     ) -> None:
         self._rules = list(default_rules() if rules is None else rules)
         self._sinks: list[Sink] = [Log(), *sinks]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomwatch.controllers import Control, Controller
 from geomwatch.controllers.actuators import Actuator
+from geomwatch.controllers.conductor import Conductor
+from geomwatch.controllers.protocol import Controller, check_controllers
 from geomwatch.curvature.checks import check_optimizer, check_options
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
@@ -100,7 +101,7 @@ class Monitor:
         params: str | Sequence[str] | None = None,
         also: Sequence[object] = (),
         rules: Sequence[Rule] | None = None,
-        controllers: Sequence[Controller] = (),
+        controllers: Sequence[Controller] | Controller = (),
         dry_run: bool = False,
         on_alert: Callable[[Alert], None] | None = None,
         sinks: Sequence[Sink] = (),
@@ -109,6 +110,9 @@ class Monitor:
         _check_options(model, max_overhead)
         check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
         check_optimizer(optimizer)
+        controllers = check_controllers(controllers)
+        for controller in controllers if dry_run else ():
+            vars(controller)["dry_run"] = True
         needed = {name for c in controllers for name in getattr(c, "needs", ())}
         names = tuple(dict.fromkeys((*resolve(quantities, has_optimizer=True), *sorted(needed))))
         self._ranks = Ranks.of(model)
@@ -147,7 +151,7 @@ class Monitor:
             controlled=bool(controllers),
         )
         self._disabled = is_disabled()
-        self._control = Control(() if self._disabled else controllers, optimizer, dry_run=dry_run)
+        self._control = Conductor(() if self._disabled else controllers, optimizer)
         self._judge = Judge(rules, sinks, on_alert, self._control)
         self._difficulty = Difficulty() if "difficulty" in names else None
         self._optimizer = optimizer

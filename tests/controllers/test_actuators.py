@@ -200,7 +200,7 @@ def test_a_cap_found_inside_a_closure_holds_for_that_step():
     def closure() -> float:
         actuator.lift()
         lent.append(rates(optimizer))  # what a monitor sees
-        actuator.set(actuator.cap / 2 if actuator.cap < math.inf else 0.5)
+        actuator.set(actuator.setting / 2 if actuator.setting < math.inf else 0.5)
         actuator.refresh()
         return 0.0
 

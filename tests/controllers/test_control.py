@@ -17,8 +17,10 @@ from states import everything, same, seed
 from torch import nn
 
 from geomwatch import Adjustment, JsonLines, Monitor
-from geomwatch.controllers import Control, LearningRateCap, Move
+from geomwatch.controllers import LearningRateCap, Move
 from geomwatch.controllers.actuators import KNOBS, Memory
+from geomwatch.controllers.conductor import Conductor
+from geomwatch.controllers.protocol import check_controllers
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
@@ -231,9 +233,7 @@ def test_state_of_other_controllers_is_refused():
     model, optimizer = build(0.1)
     without = Monitor(model, cross_entropy, optimizer).state_dict()
     monitor = Monitor(model, cross_entropy, optimizer, controllers=[LearningRateCap()])
-    with pytest.raises(
-        UsageError, match=r"state must hold controllers of \['lr_scale'\], got \[\]"
-    ):
+    with pytest.raises(UsageError, match=r"Conductor.controllers has no 'lr_scale'"):
         monitor.load_state_dict(without)
 
 
@@ -247,7 +247,7 @@ def observed(step: int, lr: float = 0.1) -> Observation:
 def test_an_adjustment_is_known_before_it_is_applied():
     story: list[str] = []
     _, optimizer = build(0.1)
-    control = Control([Scripted("clip_norm", {0: 2.0})], optimizer)
+    control = Conductor([Scripted("clip_norm", {0: 2.0})], optimizer)
     control.equip(Turned("clip_norm", story))
     story += [f"logged {a.after:g}" for a in control(observed(0), ())]
     control.apply((0.1,))
@@ -257,7 +257,7 @@ def test_an_adjustment_is_known_before_it_is_applied():
 def test_the_learning_rate_comes_first_and_later_controllers_know():
     _, optimizer = build(0.1)
     asked = [Scripted(knob, {0: 0.05, 1: 0.05}) for knob in reversed(KNOBS)]
-    control = Control(asked, optimizer)
+    control = Conductor(asked, optimizer)
     control.equip(Memory("batch_scale"), Memory("clip_norm"))
     adjustments = control(observed(0), ())
     assert [a.knob for a in adjustments] == list(KNOBS)
@@ -269,7 +269,7 @@ def test_the_learning_rate_comes_first_and_later_controllers_know():
 
 def test_what_a_loop_cannot_turn_becomes_advice_once():
     _, optimizer = build(0.1)
-    control = Control([Scripted("batch_scale", dict.fromkeys(range(9), 4.0))], optimizer)
+    control = Conductor([Scripted("batch_scale", dict.fromkeys(range(9), 4.0))], optimizer)
     said = [a for t in range(9) for a in control(observed(t), ())]
     (advice,) = said
     assert (advice.before, advice.after, advice.effect) == (1.0, 4.0, "advice")
@@ -279,12 +279,12 @@ def test_what_a_loop_cannot_turn_becomes_advice_once():
 
 def test_a_host_that_brings_an_actuator_is_turned_to_where_the_run_was():
     _, optimizer = build(0.1)
-    first = Control([Scripted("clip_norm", {0: 2.0})], optimizer)
+    first = Conductor([Scripted("clip_norm", {0: 2.0})], optimizer)
     first.equip(Memory("clip_norm"))
     first(observed(0), ())
     first.apply((0.1,))
     story: list[str] = []
-    second = Control([Scripted("clip_norm")], optimizer)
+    second = Conductor([Scripted("clip_norm")], optimizer)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     second.equip(Turned("clip_norm", story))
     assert story == ["clip_norm 2"]
@@ -314,7 +314,7 @@ def test_advice_of_a_controller_is_a_warning_and_turns_nothing(caplog):
 
 def test_the_rules_see_the_capped_margin_and_peak():
     _, optimizer = build(0.1)
-    control = Control([Scripted("lr_scale", {0: 0.05})], optimizer)
+    control = Conductor([Scripted("lr_scale", {0: 0.05})], optimizer)
     control(observed(0), ())
     control.apply((0.1,))
     margin = Estimate(2.0, 0.2, "residual")
@@ -374,3 +374,113 @@ def test_two_optimizers_are_capped_apart():
     assert monitors[0]._control.scale < 1
     assert monitors[1]._control.scale == 1
     assert math.isclose(optimizers[0].param_groups[0]["lr"], 50.0)
+
+
+# What may be passed
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_controller_will_do_for_a_list(several):
+    model, optimizer = build(3.0)
+    cap = LearningRateCap()
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=[cap] if several else cap)
+    train(model, optimizer, monitor, 2)
+    assert [a.knob for a in monitor.adjustments] == ["lr_scale"] * len(monitor.adjustments)
+    assert monitor.adjustments
+
+
+@pytest.mark.parametrize(
+    ("controllers", "repaired"),
+    [
+        (LearningRateCap, "controllers=LearningRateCap()"),
+        ("LearningRateCap", "controllers=LearningRateCap()"),
+        ("batch size scaler", "controllers=BatchSizeScaler()"),
+        (["clipper", Scripted("lr_scale")], "controllers=[GradientClipper(), Scripted(...)]"),
+        (None, "controllers=LearningRateCap()"),
+        (3, "controllers=LearningRateCap()"),
+    ],
+)
+def test_what_is_no_controller_is_refused_with_the_line_repaired(controllers, repaired):
+    with pytest.raises(UsageTypeError, match="controllers must hold controllers") as refused:
+        check_controllers(controllers)
+    assert str(refused.value).splitlines()[-1].strip() == repaired
+
+
+def test_a_controller_of_ones_own_needs_no_memory_and_no_further_attribute():
+    class Halves:
+        knob = "lr_scale"
+
+        def __call__(self, step: Observation, alerts: Any, knobs: Any) -> Sequence[Move]:
+            return [Move("lr_scale", 0.5 * max(step.lr), "half is enough")]
+
+    _, optimizer = build(0.1)
+    first, second = Conductor(Halves(), optimizer), Conductor(Halves(), optimizer)
+    assert [(a.after, a.effect) for a in first(observed(0), ())] == [(0.5, "applied")]
+    first.apply((0.1,))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.scale == 0.5
+    assert second(observed(1), ()) == []
+
+
+# Some dry, some live
+
+
+def dry(controller: Scripted) -> Scripted:
+    controller.dry_run = True
+    return controller
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_each_controller_has_a_dry_run_of_its_own(is_dry):
+    model, optimizer = build(0.1)
+    rate, clip = Scripted("lr_scale", {0: 0.05}), Scripted("clip_norm", {0: 2.0})
+    dry(rate if is_dry else clip)
+    conductor = Conductor([rate, clip], optimizer)
+    effects = {a.knob: a.effect for a in conductor(observed(0), ())}
+    dry_knob = "lr_scale" if is_dry else "clip_norm"
+    assert effects == {"lr_scale": "applied", "clip_norm": "applied"} | {dry_knob: "dry run"}
+    conductor.apply((0.1,))
+    assert conductor.scale == (1.0 if is_dry else 0.5)
+    weight = next(model.parameters())
+    before = weight.detach().clone()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    weight.grad.view(-1)[0] = 4.0
+    optimizer.step()
+    moved = (before - weight).view(-1)[0].item()
+    assert moved == pytest.approx(0.1 * 2.0 if is_dry else 0.05 * 4.0)
+    hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
+    assert hooks == ((1, 0) if is_dry else (1, 1))
+
+
+def test_what_a_dry_run_would_do_is_hidden_from_live_controllers_alone():
+    _, optimizer = build(0.1)
+    asked = [dry(Scripted("lr_scale", {0: 0.05})), Scripted("batch_scale"), Scripted("clip_norm")]
+    dry(asked[2])
+    conductor = Conductor(asked, optimizer)
+    conductor(observed(0), ())
+    live, beside = asked[1].seen[0][2], asked[2].seen[0][2]
+    assert (set(live.values), live.moved) == ({"batch_scale"}, frozenset())
+    assert set(beside.values) == set(KNOBS)
+    assert beside.moved == {"lr_scale"}
+
+
+def test_a_host_does_not_equip_a_dry_controller():
+    _, optimizer = build(0.1)
+    conductor = Conductor(dry(Scripted("clip_norm", {0: 2.0})), optimizer)
+    story: list[str] = []
+    conductor.equip(Turned("clip_norm", story))
+    conductor(observed(0), ())
+    conductor.apply((0.1,))
+    assert story == []
+
+
+def test_what_a_controller_wants_of_anothers_knob_is_advice():
+    _, optimizer = build(0.1)
+    wants = Move("lr_scale", 0.05, "it would help")
+    grasping = type("Grasping", (Scripted,), {"__call__": lambda *_: [wants]})("batch_scale")
+    conductor = Conductor([grasping, dry(Scripted("lr_scale"))], optimizer)
+    (adjustment,) = conductor(observed(0), ())
+    conductor.apply((0.1,))
+    assert (adjustment.knob, adjustment.effect) == ("lr_scale", "advice")
+    assert conductor.values((0.1,))["lr_scale"] == 1.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from geomwatch.controllers.actuators import BATCH, Actuator, Memory
-from geomwatch.controllers.resizable import SampledBatches, samplers_of
+from geomwatch.controllers.resizable import SampledBatches, Windows, samplers_of
 
 _SPLIT = (
     "With split_batches=True the shards of a batch are cut to one size when an epoch begins: use "
@@ -24,19 +24,16 @@ def actuators_of(accelerator: Any) -> list[Actuator]:
     return [LoopAccumulation(accelerator)]
 
 
-class LoopAccumulation:
+class LoopAccumulation(Windows):
     """Sets `accelerator.gradient_accumulation_steps` at the end of a window of either length.
 
     Only loops in `with accelerator.accumulate(model):` look at it, and only in those does the
     accelerator count micro-batches: until it has counted one, nothing is changed.
     """
 
-    knob = BATCH
-
     def __init__(self, accelerator: Any) -> None:
+        super().__init__(accelerator.gradient_accumulation_steps)
         self._accelerator = accelerator
-        self._base = accelerator.gradient_accumulation_steps
-        self._wanted = self._base
         self._counts = False
 
     @property
@@ -47,10 +44,6 @@ class LoopAccumulation:
             return ""
         return "This loop does not accumulate: put its body into accelerator.accumulate(model)"
 
-    def set(self, to: float) -> None:
-        """Ask for windows `to` times as long."""
-        self._wanted = round(to * self._base)
-
     def value(self, rates: Sequence[float]) -> float:
         """Return the multiple that is in force."""
         return float(self._accelerator.gradient_accumulation_steps / self._base)
@@ -58,8 +51,8 @@ class LoopAccumulation:
     def refresh(self) -> None:
         """Make the change before the step of a window that ends where one of the new ones does."""
         counted, present = self._accelerator.step, self._accelerator.gradient_accumulation_steps
-        if present != self._wanted and counted > 0 and counted % self._wanted == 0:
-            self._accelerator.gradient_accumulation_steps = self._wanted
+        if present != self.wanted and counted > 0 and counted % self.wanted == 0:
+            self._accelerator.gradient_accumulation_steps = self.wanted
 
     def close(self) -> None:
         """Give the accelerator its own number back."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from geomwatch.controllers.actuators import BATCH, CLIP, Actuator, Memory
-from geomwatch.controllers.resizable import SampledBatches, samplers_of
+from geomwatch.controllers.resizable import SampledBatches, Windows, samplers_of
 
 
 def actuators_of(trainer: Any, module: Any, optimizer: Any) -> list[Actuator]:
@@ -15,69 +15,48 @@ def actuators_of(trainer: Any, module: Any, optimizer: Any) -> list[Actuator]:
     return [_clip(trainer, module, optimizer), _batch(trainer, module)]
 
 
-class TrainerClip:
+class TrainerClip(Actuator):
     """Sets `trainer.gradient_clip_val`, which Lightning reads at every step.
 
     Never above the Trainer's own. Probes come after clipping, so that a norm holds from the next
     step on.
     """
 
-    knob = CLIP
-    obstacle = ""
-
     def __init__(self, trainer: Any) -> None:
+        super().__init__(CLIP)
         self._trainer = trainer
         self._base = trainer.gradient_clip_val
-        self._norm = math.inf
 
     def set(self, to: float) -> None:
         """Clip at this norm, or at the Trainer's own if that is less; at infinity at its own."""
-        self._norm = to
+        super().set(to)
         own = self._base or math.inf  # 0 and None are none
         self._trainer.gradient_clip_val = self._base if own <= to else to
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the norm asked for."""
-        return self._norm
-
-    def refresh(self) -> None:
-        """Do nothing: the Trainer looks at each step."""
 
     def close(self) -> None:
         """Give the Trainer its own value back."""
         self._trainer.gradient_clip_val = self._base
 
 
-class TrainerAccumulation:
+class TrainerAccumulation(Windows):
     """Sets `trainer.accumulate_grad_batches` at the end of a window that both lengths end at.
 
     At any other moment a window would be stepped with that is too short, or never zeroed.
     """
 
-    knob = BATCH
-    obstacle = ""
-
     def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer.accumulate_grad_batches)
         self._trainer = trainer
-        self._base = trainer.accumulate_grad_batches
-        self._wanted = self._base
-
-    def set(self, to: float) -> None:
-        """Ask for windows `to` times as long."""
-        self._wanted = round(to * self._base)
 
     def value(self, rates: Sequence[float]) -> float:
         """Return the multiple that is in force."""
         return float(self._trainer.accumulate_grad_batches / self._base)
 
-    def refresh(self) -> None:
-        """Do nothing: a window ends with a batch."""
-
     def batch_ends(self, index: int) -> None:
         """Make the change, if this batch ends a window of either length."""
         present = self._trainer.accumulate_grad_batches
-        if present != self._wanted and not (index + 1) % present and not (index + 1) % self._wanted:
-            self._trainer.accumulate_grad_batches = self._wanted
+        if present != self.wanted and not (index + 1) % present and not (index + 1) % self.wanted:
+            self._trainer.accumulate_grad_batches = self.wanted
 
     def close(self) -> None:
         """Give the Trainer its own number back."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from geomwatch.controllers.actuators import BATCH, CLIP, Actuator, Memory
@@ -23,32 +22,22 @@ def actuators_of(trainer: Any) -> list[Actuator]:
     return [TrainerClip(trainer.args), batch]
 
 
-class TrainerClip:
+class TrainerClip(Actuator):
     """Sets `args.max_grad_norm`, which a Trainer reads at every step, before it calls callbacks.
 
     A norm holds from the next step on, and is never above the Trainer's own.
     """
 
-    knob = CLIP
-    obstacle = ""
-
     def __init__(self, args: Any) -> None:
+        super().__init__(CLIP)
         self._args = args
         self._base = args.max_grad_norm
-        self._norm = math.inf
 
     def set(self, to: float) -> None:
         """Clip at this norm, or at the Trainer's own if that is less; at infinity at its own."""
-        self._norm = to
+        super().set(to)
         own = self._base or math.inf  # 0 and None are none
         self._args.max_grad_norm = self._base if own <= to else to
-
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the norm asked for."""
-        return self._norm
-
-    def refresh(self) -> None:
-        """Do nothing: the Trainer looks at each step."""
 
     def close(self) -> None:
         """Give the arguments their own value back."""
