@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from draw_packages import PAGE, drawing, page
 from import_graph import by_file, by_package, cycle, longest_chain, package_of, sources
 
 MODULES = sources()
@@ -151,6 +152,17 @@ def test_a_package_says_what_it_imports(name: str):
 
 def told_by(name: str) -> str:
     return " ".join((ast.get_docstring(_tree(MODULES[name])) or "").split())
+
+
+def test_the_drawing_of_the_packages_is_up_to_date():
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(text, by_package(GRAPH)), "run: python tools/draw_packages.py"
+
+
+def test_a_drawing_leaves_out_what_a_longer_way_implies():
+    graph = {"geomwatch.top": {"geomwatch.middle", "geomwatch.low"}}
+    graph |= {"geomwatch.middle": {"geomwatch.low"}, "geomwatch.low": set()}
+    assert drawing(graph) == "graph TD\n    top --> middle\n    middle --> low\n    low\n"
 
 
 def test_a_circle_is_found_and_a_chain_measured():
