@@ -11,10 +11,10 @@ from geomwatch.controllers.actuators import BATCH, LR, Actuator
 from geomwatch.controllers.protocol import Knobs, Move, check_above
 from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.curvature.checks import check_count
-from geomwatch.observation.smoothed import SmoothedMargin
-from geomwatch.observation.step import Persistence, load_into, state_of
+from geomwatch.observation.margins import SmoothedMargin
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation
+from geomwatch.rules.rule import Persistence
 
 _SMOOTHING = 0.5  # weight of the past; measurements are few
 _AT_ONCE = 2.0  # largest factor of one move
@@ -189,7 +189,7 @@ class BatchSizeScaler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the smoothed margins, the noise scale and the last change."""
-        return state_of(self._parts) | {
+        return {name: part.state_dict() for name, part in self._parts.items()} | {
             "critical": self._critical,
             "base": self._base,
             "changed": self._changed if math.isfinite(self._changed) else None,
@@ -198,7 +198,8 @@ class BatchSizeScaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
-        load_into(self._parts, state)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
         self._critical, self._base = state["critical"], state["base"]
         self._changed = -math.inf if state["changed"] is None else state["changed"]
         self._advised = state["advised"]

@@ -21,8 +21,9 @@ from geomwatch.controllers.actuators import (
 )
 from geomwatch.controllers.protocol import Controller, Knobs, Move, check_controllers
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.margins import scaled
 from geomwatch.observation.step import Observation
-from geomwatch.records import Adjustment, Alert, Effect, Estimate
+from geomwatch.records import Adjustment, Alert, Effect
 from geomwatch.sinks import logger
 from geomwatch.stability.problem import unwrap
 
@@ -120,8 +121,8 @@ class Conductor(Resumable):
             step,
             lr=tuple(scale * rate for rate in step.lr),
             peak=tuple(headed * rate for rate in step.peak),
-            margin=_scaled(step.margin, scale),
-            gradient_margin=_scaled(step.gradient_margin, scale),
+            margin=scaled(step.margin, scale),
+            gradient_margin=scaled(step.gradient_margin, scale),
         )
 
     def apply(self, rates: Sequence[float]) -> None:
@@ -215,10 +216,3 @@ class Conductor(Resumable):
 def _outcome(move: Move, rates: Sequence[float]) -> float:
     """Return what a knob will say once the move is made, as trackers see it."""
     return factor(move.to, rates) if move.knob == LR else move.to
-
-
-def _scaled(margin: Estimate | None, factor: float) -> Estimate | None:
-    if margin is None or margin.value is None:
-        return margin
-    error = None if margin.error is None else margin.error * factor
-    return replace(margin, value=margin.value * factor, error=error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Resumable
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
@@ -82,7 +83,7 @@ class Judge:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the rules' memories."""
-        return [rule.state_dict() for rule in self._rules]
+        return [rule.state_dict() if _remembers(rule) else {} for rule in self._rules]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over the memories of the same rules.
@@ -96,7 +97,8 @@ class Judge:
                 "Build the monitor with the rules it was saved with."
             )
         for rule, state in zip(self._rules, states, strict=True):
-            rule.load_state_dict(state)
+            if _remembers(rule):
+                rule.load_state_dict(state)
 
     def _safely(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """Call a part; a full disk or a bug in a callback must not stop a training run."""
@@ -114,3 +116,8 @@ class Judge:
                     exc_info=error,
                 )
             return None
+
+
+def _remembers(rule: Rule) -> TypeGuard[Resumable]:
+    """Tell whether a rule has a memory; a user's own may have none."""
+    return hasattr(rule, "state_dict")

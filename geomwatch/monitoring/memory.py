@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from geomwatch.estimators.hutchinson import Samples, mean_with_stderr
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Estimate
 
 _SAMPLES_KEPT = 8

@@ -21,8 +21,9 @@ from geomwatch.monitoring.options import is_disabled
 from geomwatch.monitoring.pace import Pace, is_frugal
 from geomwatch.monitoring.probe_data import fixed_window
 from geomwatch.monitoring.prober import Probed, Prober
-from geomwatch.monitoring.progress import Settled, StepCounter, StepScalars, gradient_norm
+from geomwatch.monitoring.progress import StepCounter, StepScalars, gradient_norm
 from geomwatch.monitoring.safe_prober import Guard
+from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.table import resolve
 from geomwatch.records import Adjustment, Alert, Record

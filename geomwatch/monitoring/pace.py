@@ -61,7 +61,7 @@ class Pace:
     def probe_due(self, step: int, lr: Sequence[float], scale: float) -> bool:
         """Tell whether to probe before this step."""
         margin = _applied(self._guard.margin.at(lr), scale)
-        ratio = self._guard.margin.ratio(lr)
+        ratio = self._guard.margin.growth(lr)
         due = self._schedule.due(step, lr_ratio=ratio, margin=margin)
         before, self._lr = self._lr, tuple(lr)
         self._jumped = any(now >= _JUMP * then > 0 for now, then in zip(lr, before, strict=False))
@@ -72,7 +72,7 @@ class Pace:
     def glance_due(self, step: int, lr: Sequence[float], scale: float) -> bool:
         """Tell whether to look at the coming step where no probe is due."""
         margin = _applied(self._guard.margin.at(lr), scale)
-        ratio = self._guard.gradient_margin.ratio(lr)
+        ratio = self._guard.gradient_margin.growth(lr)
         due = self._schedule.glance_due(step, lr_ratio=ratio, margin=margin)
         return due and self._may(step, step <= _START or self._has_time_for_sentinels)
 

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomwatch.errors import UsageError
+from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import whole
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What is known of an optimizer step once it is over."""
-
-    step: int
-    loss: float | None
-    grad_norm: float
-    stepped: bool  # False when a GradScaler left the step out
 
 
 class StepCounter:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.prober import Probed, Prober
-from geomwatch.observation.margins import Rescaled
+from geomwatch.observation.margins import Margin
 from geomwatch.parallel.ranks import RankError
 from geomwatch.sinks import logger
 
@@ -18,8 +19,12 @@ _PATIENCE = 3  # failed probes in a row before probing is paused
 _GRADIENTS, _PRODUCT, _GLANCE = 2.0, 2.2, 0.5  # steps' worth of a probe, of an HVP, of a sentinel
 
 
-class Guard:
+class Guard(Resumable):
     """Runs probes, survives them, and keeps the last margin for the steps in between."""
+
+    work: Kept[float]
+    margin: Kept[Margin]
+    gradient_margin: Kept[Margin]
 
     def __init__(self, prober: Prober) -> None:
         self.prober = prober
@@ -28,8 +33,7 @@ class Guard:
         self.glance_seconds = 0.0  # in sentinels
         self.work = 0.0  # steps' worth of sentinels and recurring probes so far
         self.last: Probed | None = None
-        self.margin = Rescaled()
-        self.gradient_margin = Rescaled()
+        self.margin = self.gradient_margin = Margin()
         self._failures = 0
         self._told: set[str] = set()
 
@@ -52,8 +56,8 @@ class Guard:
         self._failures = 0
         self.last = probed
         self.work += self._work_of(probed)
-        self.margin.update(probed.margin, probed.record.lr)
-        self.gradient_margin.update(probed.gradient_margin, probed.record.lr)
+        self.margin = Margin(probed.margin, probed.record.lr)
+        self.gradient_margin = Margin(probed.gradient_margin, probed.record.lr)
         self._tell_surprises()
         return probed
 
@@ -74,7 +78,7 @@ class Guard:
             self.work += _GLANCE
             self.seconds += spent
             self.glance_seconds += spent
-        self.gradient_margin.update(found, lr)
+        self.gradient_margin = Margin(found, lr)
         return found.value is not None
 
     def _work_of(self, probed: Probed) -> float:
@@ -93,20 +97,6 @@ class Guard:
         if message not in self._told:
             self._told.add(message)
             logger.warning("%s", message)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last margins and their learning rates, and the work so far."""
-        return {
-            "work": self.work,
-            "margin": self.margin.state_dict(),
-            "gradient_margin": self.gradient_margin.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the last margins and their learning rates, and the work so far."""
-        self.work = state["work"]
-        self.margin.load_state_dict(state["margin"])
-        self.gradient_margin.load_state_dict(state["gradient_margin"])
 
     def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
         ranks = self.prober.ranks

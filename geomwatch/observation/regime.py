@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
 
@@ -16,7 +16,7 @@ _QUIET, _QUIET_STILL, _NOISY = 1.3, 1.8, 2.5  # mean-square over full-batch marg
 _NEAR = 0.1  # margin; batches that agree far below the limit may differ near it
 
 
-class Regime:
+class Regime(Resumable):
     """Knows how much the noise of batches adds to the margin, for a while after it was measured.
 
     Deterministic is a run whose steps all see the same data, in any order: it settles at a margin
@@ -30,9 +30,14 @@ class Regime:
     its batches are small (docs/decisions/018).
     """
 
+    _noise: Kept[float | None]
+    _agree: Kept[bool]
+    _step: Kept[int]
+    _rate: Kept[float]
+
     def __init__(self, *, holds: float = HOLDS) -> None:
         self._holds = holds  # up to so many times the rate it was measured at
-        self._noise: float | None = None
+        self._noise = None
         self._agree = False  # micro-batches
         self._step, self._rate = 0, 0.0  # at which it was measured
 
@@ -64,20 +69,6 @@ class Regime:
     def is_edge(self, step: Observation, margin: float, *, below: float) -> bool:
         """Tell whether full-batch training has settled at the edge of stability."""
         return step.same_data and EDGE <= margin <= below
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was last measured."""
-        return {
-            "noise": self._noise,
-            "agree": self._agree,
-            "step": self._step,
-            "rate": self._rate,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self._noise, self._agree = state["noise"], state["agree"]
-        self._step, self._rate = state["step"], state["rate"]
 
 
 def is_noisy(noise: float) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from geomwatch.estimators.noise_floor import NO_FUNCTION
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
 
@@ -19,7 +19,7 @@ _BY_LOSSES = (
 )
 
 
-class Trust:
+class Trust(Resumable):
     """Gives the reason why the margin must not be believed, "" where there is none.
 
     Either double backward was found wrong and is used all the same, or the loss differs between
@@ -27,6 +27,8 @@ class Trust:
     error exceeds it and reaches beyond 0.5. A large error below that is no reason: a Ritz value is
     a lower bound of the largest eigenvalue, so that a margin above its limit stays above it.
     """
+
+    _moving: Kept[bool]
 
     def __init__(self) -> None:
         self._moving = False  # the loss is no function of the weights
@@ -53,11 +55,3 @@ class Trust:
             if found is not None and found.age == 0:
                 self._moving = found.reason.startswith(NO_FUNCTION)
                 return
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the last probe that looked has found."""
-        return {"moving": self._moving}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self._moving = state["moving"]

@@ -14,7 +14,6 @@ from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
 from geomwatch.estimators.layers import layer_lambda_max, layer_trace
-from geomwatch.estimators.mean_square import stochastic_margin
 from geomwatch.estimators.noise import gradient_noise_scale, temperature
 from geomwatch.estimators.normalized_sharpness import (
     normalized_sharpness,
@@ -22,6 +21,7 @@ from geomwatch.estimators.normalized_sharpness import (
 )
 from geomwatch.estimators.roughness import roughness, roughness_residual
 from geomwatch.estimators.sharpness import sharpness_by_losses
+from geomwatch.estimators.stochastic_margin import stochastic_margin
 from geomwatch.quantities.probe import Probe
 from geomwatch.records import Estimate
 

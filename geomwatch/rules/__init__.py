@@ -7,7 +7,7 @@ its words in one file, its page beside it in `pages`, and a line in `default_rul
 
 from __future__ import annotations
 
-from geomwatch.observation.step import Observation, Rule
+from geomwatch.observation.step import Observation
 from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
@@ -18,6 +18,7 @@ from geomwatch.rules.margin import StabilityMargin
 from geomwatch.rules.nonfinite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
+from geomwatch.rules.rule import Rule
 from geomwatch.rules.untrusted import UntrustedProbe
 
 __all__ = [

@@ -60,7 +60,7 @@ def rate_factor_of_loss(
 
 def advised_rate(step: Observation, factor: float) -> str:
     """Name the rate that is `factor` times that of this step."""
-    return f"about {max(step.lr, default=1.0) * factor:.1g} ({factor:.2g} x)"
+    return f"about {step.rate * factor:.1g} ({factor:.2g} x)"
 
 
 def lower_rate(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.batch_noise import YOUNG, NoisePart, noise_part
 from geomwatch.observation.levels import items_of
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.observation.step import Observation
 from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
 from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.deferred import Kept
+from geomwatch.rules.deferred import Deferred
 from geomwatch.rules.message import alert, carried_by, larger_batch
+from geomwatch.rules.rule import Latch
 
 _AT_ONCE = 1.0  # noise of SGD that is told of before the first step
 
 
-class BatchNoise:
+class BatchNoise(Resumable):
     """Warns when the noise part of the stochastic margin is too large in the first ten steps.
 
     N = M_ms - M, what batches that differ in curvature add to the margin (see
-    `estimators.mean_square`); M_ms < 1 is stability of the mean square of steps. N grows about
-    tenfold as the loss falls, so that a start must have a fraction of the limit: a warning when
+    `estimators.stochastic_margin`); M_ms < 1 is stability of the mean square of steps. N grows
+    about tenfold as the loss falls, so that a start must have a fraction of the limit: a warning
+    when
 
         N > 0.3     SGD, from step 0 on,
         N > 1.8     methods that adapt, from step 2 on,
@@ -34,10 +35,14 @@ class BatchNoise:
 
     name = "batch_noise"
 
+    _latch: Kept[Latch]
+    _trust: Kept[Trust]
+    _kept: Kept[Deferred]
+
     def __init__(self) -> None:
         self._latch = Latch()
         self._trust = Trust()
-        self._kept = Kept()
+        self._kept = Deferred()
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
@@ -60,18 +65,6 @@ class BatchNoise:
             step=step.index,
             layers=step.layers,
         )
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {"latch": self._latch, "trust": self._trust, "kept": self._kept}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the latch, what is kept, and whether the loss is a function of the weights."""
-        return state_of(self._parts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over."""
-        load_into(self._parts, state)
 
 
 def _text(step: Observation, found: NoisePart, is_late: bool) -> str:

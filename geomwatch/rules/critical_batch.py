@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
 
 from geomwatch.estimators.noise import NO_SIGNAL
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch
 
 _FAR = 10.0  # times above or below
 _ENOUGH = 3  # measurements: one alone errs by its own size
@@ -18,7 +19,7 @@ _KEPT = 8
 _SURE = 2.0  # standard errors
 
 
-class CriticalBatchSize:
+class CriticalBatchSize(Resumable):
     """Tells when the batch is more than 10 x above or below the gradient noise scale.
 
     The noise scale B = tr(Sigma) / ||G||^2 is the batch at which noise equals signal: far below,
@@ -30,8 +31,12 @@ class CriticalBatchSize:
 
     name = "critical_batch_size"
 
+    _shares: Kept[deque[float]]
+    _items: Kept[int]
+    _latch: Kept[Latch]
+
     def __init__(self) -> None:
-        self._shares: deque[float] = deque(maxlen=_KEPT)
+        self._shares = deque(maxlen=_KEPT)
         self._items = 0
         self._latch = Latch(release=1, cooldown=0)
 
@@ -77,16 +82,6 @@ class CriticalBatchSize:
             f"the same. A batch of {max(1, round(2 * scale))} would need few more steps, each far "
             "cheaper."
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the shares of signal, their batch and the latch."""
-        own = {"shares": list(self._shares), "items": self._items}
-        return state_of({"latch": self._latch}) | own
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the shares of signal, their batch and the latch."""
-        load_into({"latch": self._latch}, state)
-        self._shares, self._items = deque(state["shares"], maxlen=_KEPT), state["items"]
 
 
 def _signal(step: Observation) -> float | None:

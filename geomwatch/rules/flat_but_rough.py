@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from typing import Any
 
-from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch, Persistence
 
 _LEAST = 0.1  # of the roughness, that a parabola leaves
 _UNUSUAL = 5.0  # times the run's own median
@@ -18,7 +19,7 @@ _ENOUGH = 4  # measurements, before this one
 _KEPT = 50
 
 
-class FlatButRough:
+class FlatButRough(Resumable):
     """Warns of a loss that is rugged where the curvature is small, against the run's own past.
 
     The paper's rule, R > r_0 while the trace is small. R itself is mostly slope and curvature, so
@@ -30,9 +31,14 @@ class FlatButRough:
 
     name = "flat_but_rough"
 
+    _shares: Kept[deque[float]]
+    _traces: Kept[deque[float]]
+    _persistent: Kept[Persistence]
+    _latch: Kept[Latch]
+
     def __init__(self) -> None:
-        self._shares: deque[float] = deque(maxlen=_KEPT)
-        self._traces: deque[float] = deque(maxlen=_KEPT)
+        self._shares = deque(maxlen=_KEPT)
+        self._traces = deque(maxlen=_KEPT)
         self._persistent = Persistence(1)  # two measurements
         self._latch = Latch(release=1, cooldown=0)
 
@@ -69,23 +75,6 @@ class FlatButRough:
         limit = max(_LEAST, _UNUSUAL * statistics.median(self._shares))
         quartile = sorted(self._traces)[int(_FLAT * len(self._traces))]
         return limit, quartile
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {"persistent": self._persistent, "latch": self._latch}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the earlier measurements, persistence and the latch."""
-        return state_of(self._parts) | {
-            "shares": list(self._shares),
-            "traces": list(self._traces),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the earlier measurements, persistence and the latch."""
-        load_into(self._parts, state)
-        self._shares = deque(state["shares"], maxlen=_KEPT)
-        self._traces = deque(state["traces"], maxlen=_KEPT)
 
 
 def _fresh(step: Observation, name: str) -> Estimate | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
 
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch
 
 _WINDOW = 100  # norms
 _YOUNG = 30  # norms without a verdict
@@ -20,7 +21,7 @@ _IN_A_ROW = 5  # norms above the level: a bad batch is one
 _PERCENTILE = 0.9  # of the history: where to clip
 
 
-class GradNormSpike:
+class GradNormSpike(Resumable):
     """Tells of gradient norms more than 8 robust standard deviations above the run's median.
 
     z = (log |g| - median) / sd over the last 100 norms, sd from the median absolute deviation, at
@@ -33,8 +34,12 @@ class GradNormSpike:
 
     name = "grad_norm_spike"
 
+    _logs: Kept[deque[float]]
+    _row: Kept[int]
+    _latch: Kept[Latch]
+
     def __init__(self) -> None:
-        self._logs: deque[float] = deque(maxlen=_WINDOW)
+        self._logs = deque(maxlen=_WINDOW)
         self._row = 0
         self._latch = Latch()
 
@@ -87,12 +92,3 @@ class GradNormSpike:
         )
         limit = usual * (norm / usual) ** (_LEVEL / z)
         return alert(self.name, severity, text, value=norm, limit=limit, step=step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history, the row and the latch."""
-        return state_of({"latch": self._latch}) | {"logs": list(self._logs), "row": self._row}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the history, the row and the latch."""
-        load_into({"latch": self._latch}, state)
-        self._logs, self._row = deque(state["logs"], maxlen=_WINDOW), state["row"]

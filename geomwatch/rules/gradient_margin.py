@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.levels import gradient_level, items_of
-from geomwatch.observation.recent import RecentMargins
+from geomwatch.observation.margins import RecentMargins
 from geomwatch.observation.regime import Regime
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch
 
 _SHORT = 13.0  # at 64 items: of SGD over the last three,
 _FIRST = 22.0  # and of SGD in one of the first steps, in units of the small-batch limit
@@ -34,7 +35,7 @@ class _Found:
     severity: Severity = "warning"
 
 
-class GradientMargin:
+class GradientMargin(Resumable):
     """Warns when the curvature along the steps is more than batches of this size survive.
 
     G = d'(H + W)d / g'd along the coming step d = S^2 g, in units of the limit of small batches
@@ -53,9 +54,12 @@ class GradientMargin:
 
     name = "gradient_margin"
 
+    _recent: Kept[RecentMargins]
+    _latch: Kept[Latch]
+    _regime: Kept[Regime]
+
     def __init__(self) -> None:
-        self._long = RecentMargins(most=_LONG_SPAN, steps=_LONG_SPAN)
-        self._short = RecentMargins(most=_THREE, steps=_SHORT_SPAN)
+        self._recent = RecentMargins(_LONG_SPAN)
         self._latch = Latch()
         self._regime = Regime()
 
@@ -65,11 +69,9 @@ class GradientMargin:
         margin = step.gradient_margin
         if not step.gradient_fresh or margin is None or margin.value is None:
             return None
-        lr = max(step.lr, default=1.0)
-        if lr <= 0 or (step.margin is not None and step.margin.status != "ok"):
+        if step.rate <= 0 or (step.margin is not None and step.margin.status != "ok"):
             return None
-        self._long.add(step, margin.value)
-        self._short.add(step, margin.value)
+        self._recent.add(step.index, step.rate, margin.value)
         judged = self._judged(step, margin.value)
         found = max(judged, key=lambda f: (f.share > 1 and f.severity == "critical", f.share))
         if found.share <= 1:
@@ -86,7 +88,7 @@ class GradientMargin:
         at_once = step.limit_ratio * (_EDGE_AT_ONCE if step.same_data else _AT_ONCE)
         if step.index > 0 and not step.fresh:  # of a probe StabilityMargin speaks
             judged.append(_found(now, at_once, "measured once", "critical"))
-        mean, count = self._long.mean(step)
+        mean, count = self._recent.mean(step.index, step.rate, steps=_LONG_SPAN)
         if mean is not None and count >= _ENOUGH and step.index >= _WARM_UP:
             shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
             judged.append(_found(mean, level_of(), shown))
@@ -94,7 +96,7 @@ class GradientMargin:
             return judged
         if step.index in _YOUNG:
             judged.append(_found(now, level_of(_FIRST), "measured once", "critical"))
-        mean, count = self._short.mean(step)
+        mean, count = self._recent.mean(step.index, step.rate, steps=_SHORT_SPAN, most=_THREE)
         if mean is not None and count >= _THREE and step.index >= _YOUNG.start:
             judged.append(_found(mean, level_of(_SHORT), "mean of the last three measurements"))
         return judged
@@ -115,23 +117,6 @@ class GradientMargin:
         return alert(
             self.name, found.severity, text, value=found.value, limit=found.level, step=step.index
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the recent measurements and the latch."""
-        return state_of(self._parts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the recent measurements and the latch."""
-        load_into(self._parts, state)
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "latch": self._latch,
-            "long": self._long,
-            "short": self._short,
-            "regime": self._regime,
-        }
 
 
 def _found(value: float, level: float, shown: str, severity: Severity = "warning") -> _Found:

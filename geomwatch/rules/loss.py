@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
 
-from geomwatch.observation.recent import RecentMargins
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.margins import RecentMargins
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch
 
 _SMOOTHING = 0.8
 _NOISE_SMOOTHING = 0.98
@@ -29,7 +30,7 @@ _START_ITEMS = 16  # of fewer items a single loss, the first, says little
 _ADVICE_SPAN = 60  # steps whose margins the advice goes by
 
 
-class LossRise:
+class LossRise(Resumable):
     """Warns when the smoothed loss rises above its running minimum.
 
     EMA(loss) - min EMA > max(0.3 |first loss|, 3 sd of a single loss), and the last three losses
@@ -43,22 +44,30 @@ class LossRise:
 
     name = "loss_rise"
 
+    _first: Kept[float | None]
+    _last: Kept[deque[float]]
+    _count: Kept[int]
+    _margin: Kept[float]
+    _mean: Kept[float]
+    _variance: Kept[float]
+    _lowest: Kept[float | None]
+    _along: Kept[RecentMargins]
+    _latch: Kept[Latch]
+
     def __init__(self) -> None:
-        self._first: float | None = None
-        self._last: deque[float] = deque(maxlen=_START_LAST)
+        self._first = None
+        self._last = deque(maxlen=_START_LAST)
         self._count = 0
         self._margin = 0.0  # the largest of the start
         self._mean = 0.0  # EMA without bias correction
         self._variance = 0.0
-        self._lowest = math.inf
-        self._along = RecentMargins(most=_ADVICE_SPAN, steps=_ADVICE_SPAN)
+        self._lowest = None
+        self._along = RecentMargins(_ADVICE_SPAN)
         self._latch = Latch()
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the loss of the step before, or of a probe when the loop passes no losses."""
-        along = step.gradient_margin
-        if step.gradient_fresh and along is not None and along.value is not None:
-            self._along.add(step, along.value)
+        self._remember(step)
         loss, index = self._loss_of(step)
         if loss is None or not math.isfinite(loss):
             return None
@@ -69,6 +78,8 @@ class LossRise:
             stuck = self._judge_start(step, index)
             if stuck is not None:
                 return stuck
+        if self._lowest is None:
+            return None
         rise = smooth - self._lowest
         if rise <= limit:
             self._latch.calm(index) if rise < 0.5 * limit else self._latch.between()
@@ -87,8 +98,13 @@ class LossRise:
         )
         return alert(self.name, severity, message, value=smooth, limit=limit, step=index)
 
+    def _remember(self, step: Observation) -> None:
+        along = step.gradient_margin
+        if step.gradient_fresh and along is not None and along.value is not None:
+            self._along.add(step.index, step.rate, along.value)
+
     def _advised(self, step: Observation, *, margin: float | None = None, is_lost: bool) -> str:
-        gradient, _ = self._along.mean(step)
+        gradient, _ = self._along.mean(step.index, step.rate, steps=_ADVICE_SPAN)
         factor = rate_factor_of_loss(step, margin=margin, gradient=gradient)
         return lower_rate(step, factor, is_lost=is_lost)
 
@@ -137,30 +153,9 @@ class LossRise:
         self._variance += (1 - _NOISE_SMOOTHING) * deviation * deviation
         smooth = self._mean / (1 - _SMOOTHING**self._count)
         if self._count >= 5:  # a minimum over fewer is the luck of one batch
-            self._lowest = min(self._lowest, smooth)
+            self._lowest = smooth if self._lowest is None else min(self._lowest, smooth)
         return smooth
 
     def _noise(self) -> float:
         """Return the variance of a single loss."""
         return self._variance / (1 - _NOISE_SMOOTHING ** max(self._count, 1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the moving averages, the last losses and the latch."""
-        return state_of({"latch": self._latch, "along": self._along}) | {
-            "first": self._first,
-            "last": list(self._last),
-            "count": self._count,
-            "margin": self._margin,
-            "mean": self._mean,
-            "variance": self._variance,
-            "lowest": self._lowest if math.isfinite(self._lowest) else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the moving averages, the last losses and the latch."""
-        load_into({"latch": self._latch, "along": self._along}, state)
-        self._first, self._count = state["first"], state["count"]
-        self._margin = state["margin"]
-        self._last = deque(state["last"], maxlen=_START_LAST)
-        self._mean, self._variance = state["mean"], state["variance"]
-        self._lowest = math.inf if state["lowest"] is None else state["lowest"]

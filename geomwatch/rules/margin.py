@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from typing import Any
 
-from geomwatch.observation.recent import RecentMargins
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.margins import RecentMargins
 from geomwatch.observation.regime import Regime
-from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.observation.step import Observation
 from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.margin_message import Levels, Usual, Verdict, beyond_usual, described
+from geomwatch.rules.rule import Latch, Persistence
 
 # Mini-batch training turns unstable well below 1, since noise adds to the curvature; full-batch
 # training lives at 1 (the edge of stability) and survives 2.75 at the start. `geomwatch explain
@@ -29,7 +30,7 @@ _RECENT = 60  # steps
 _WARM_UP = 10  # steps without warnings; critical alerts are possible from the first
 
 
-class StabilityMargin:
+class StabilityMargin(Resumable):
     """Warns when lr * curvature comes near the limit of the optimizer.
 
     M = lambda_max(S (H + W) S) < 1 is linear stability (see `stability`). One batch differs from
@@ -45,15 +46,24 @@ class StabilityMargin:
 
     name = "stability_margin"
 
+    _persistent: Kept[Persistence]
+    _lasting: Kept[Persistence]
+    _latch: Kept[Latch]
+    _regime: Kept[Regime]
+    _trust: Kept[Trust]
+    _recent: Kept[RecentMargins]
+    _history: Kept[deque[tuple[float, float]]]
+    _loss_before: Kept[float | None]
+
     def __init__(self, *, persistence: int = 5) -> None:
         self._persistent = Persistence(persistence)
         self._lasting = Persistence(persistence)  # the same for warnings
         self._latch = Latch()
         self._regime = Regime()
         self._trust = Trust()
-        self._recent = RecentMargins(most=_PROBES, steps=_RECENT)
-        self._history: deque[tuple[float, float]] = deque(maxlen=20)  # lr * lambda_max, loss
-        self._loss_before: float | None = None
+        self._recent = RecentMargins(_PROBES)
+        self._history = deque(maxlen=20)  # lr * lambda_max, loss
+        self._loss_before = None
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the margin of one step; only a fresh measurement can raise an alert."""
@@ -64,8 +74,8 @@ class StabilityMargin:
         if step.margin.status != "ok":
             return self._relative(step, step.margin.value)
         levels = _FULL_BATCH if step.same_data else _NOISY
-        self._recent.add(step, step.margin.value)
-        mean, count = self._recent.mean(step)
+        self._recent.add(step.index, step.rate, step.margin.value)
+        mean, count = self._recent.mean(step.index, step.rate, steps=_RECENT)
         if mean is None:  # at a rate of 0
             mean, count = step.margin.value, 1
         severity = self._severity(step, mean, count, levels)
@@ -147,27 +157,3 @@ class StabilityMargin:
             return math.inf, math.inf
         margins, losses = zip(*self._history, strict=True)
         return statistics.median(margins), statistics.median(losses)
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "persistent": self._persistent,
-            "lasting": self._lasting,
-            "latch": self._latch,
-            "recent": self._recent,
-            "regime": self._regime,
-            "trust": self._trust,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return persistence, latch, regime and the recent measurements."""
-        return state_of(self._parts) | {
-            "history": [list(pair) for pair in self._history],
-            "loss_before": self._loss_before,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over persistence, latch, regime and the recent measurements."""
-        load_into(self._parts, state)
-        self._history = deque(((float(m), float(x)) for m, x in state["history"]), maxlen=20)
-        self._loss_before = state["loss_before"]

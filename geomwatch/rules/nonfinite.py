@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch
 
 _SKIPS = 5
 
 
-class NonFinite:
+class NonFinite(Resumable):
     """Critical when the loss, or a gradient that is stepped with, is NaN or Inf.
 
     A step that a GradScaler leaves out because of an infinite gradient is information: it lowers
@@ -21,6 +22,9 @@ class NonFinite:
     """
 
     name = "non_finite"
+
+    _latch: Kept[Latch]
+    _skipped: Kept[int]
 
     def __init__(self) -> None:
         self._latch = Latch(release=1, cooldown=0)
@@ -67,15 +71,6 @@ class NonFinite:
         if not self._latch.admit(severity, step):
             return None
         return alert(self.name, severity, message, value=value, limit=math.inf, step=step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the count of skipped steps and the latch."""
-        return state_of({"latch": self._latch}) | {"skipped": self._skipped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the count and the latch."""
-        load_into({"latch": self._latch}, state)
-        self._skipped = state["skipped"]
 
 
 def _loss_message(step: Observation, loss: float) -> str:

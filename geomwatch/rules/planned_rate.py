@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.batch_noise import NoisePart, noise_part
 from geomwatch.observation.levels import items_of
+from geomwatch.observation.margins import growth
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity, format_estimate
-from geomwatch.rules.deferred import Kept
+from geomwatch.rules.deferred import Deferred
 from geomwatch.rules.message import alert, carried_by, larger_batch
 
 _WARNING, _CRITICAL, _AT_ONCE = 3.0, 5.0, 10.0
@@ -16,7 +16,7 @@ _TARGET = 1.0  # that the advice aims for
 _AHEAD = 1.05  # times the first rate: else there is no plan, and `stability_margin` judges
 
 
-class PlannedRate:
+class PlannedRate(Resumable):
     """Asks what the margin would be if the planned peak were applied to the first weights.
 
     M(0) * peak / lr(0) > 3 is a warning, > 5 critical, at the first step that moves the weights;
@@ -33,9 +33,12 @@ class PlannedRate:
 
     name = "planned_rate"
 
+    _under_way: Kept[bool]
+    _kept: Kept[Deferred]
+
     def __init__(self) -> None:
         self._under_way = False
-        self._kept = Kept()
+        self._kept = Deferred()
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the first step at a positive rate, and say so there or at the next one."""
@@ -54,15 +57,13 @@ class PlannedRate:
         margin = step.margin
         if not step.fresh or margin is None or margin.value is None or margin.status != "ok":
             return None
-        growth = max(
-            (peak / lr for peak, lr in zip(step.peak, step.lr, strict=False) if lr > 0), default=1.0
-        )
-        if growth < _AHEAD:
+        ahead = growth(step.peak, step.lr)
+        if ahead < _AHEAD:
             return None
-        expected, noise = margin.value * growth, noise_part(step)
-        excess = 0.0 if noise is None else noise.excess(step, growth=growth)
+        expected, noise = margin.value * ahead, noise_part(step)
+        excess = 0.0 if noise is None else noise.excess(step, growth=ahead)
         if expected <= _WARNING and noise is not None and excess > 1:
-            return self._noisy(step, noise, growth)
+            return self._noisy(step, noise, ahead)
         return self._steep(step, expected) if expected > _WARNING else None
 
     def _steep(self, step: Observation, expected: float) -> Alert:
@@ -82,14 +83,14 @@ class PlannedRate:
         )
         return self._sent(step, severity, text, expected, level)
 
-    def _noisy(self, step: Observation, noise: NoisePart, growth: float) -> Alert:
+    def _noisy(self, step: Observation, noise: NoisePart, ahead: float) -> Alert:
         """Return the alert of batches that disagree too much for the peak."""
         expected, level, peak = (
-            growth * noise.value,
+            ahead * noise.value,
             noise.level(step, planned=True),
             max(step.peak),
         )
-        factor = noise.factor(step, growth=growth)
+        factor = noise.factor(step, growth=ahead)
         text = (
             f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
             f"{items_of(step)} that disagree on the curvature would add {expected:.2g} to the "
@@ -112,12 +113,3 @@ class PlannedRate:
             step=step.index,
             layers=step.layers,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return whether the run is under way, and what is kept for the second step."""
-        return {"under_way": self._under_way, "kept": self._kept.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self._under_way = state["under_way"]
-        self._kept.load_state_dict(state["kept"])

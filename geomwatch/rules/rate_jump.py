@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from geomwatch.observation.recent import RecentMargins
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.margins import RecentMargins, growth
 from geomwatch.observation.regime import Regime, noise_of
-from geomwatch.observation.step import Latch, Observation, load_into, state_of
+from geomwatch.observation.step import Observation
 from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
 from geomwatch.rules.advice import advised_rate
 from geomwatch.rules.message import alert, carried_by
+from geomwatch.rules.rule import Latch
 
 _JUMP = 2.0  # times the rate of the step before
 _PROBES = 3  # averaged, of the last
@@ -26,7 +27,7 @@ _HELD = 2.0  # times higher, where this step was not measured
 _TARGET = 0.5  # of the level, that the advice aims for
 
 
-class RateJump:
+class RateJump(Resumable):
     """Critical when a rate at least doubles from one step to the next, to where runs do not live.
 
     A jump that is too high ruins a run within one or two steps, so that only a judgement before the
@@ -44,10 +45,18 @@ class RateJump:
 
     name = "rate_jump"
 
+    _lr: Kept[tuple[float, ...]]
+    _margins: Kept[RecentMargins]
+    _gradients: Kept[RecentMargins]
+    _items: Kept[int]
+    _latch: Kept[Latch]
+    _trust: Kept[Trust]
+    _regime: Kept[Regime]
+
     def __init__(self) -> None:
-        self._lr: tuple[float, ...] = ()
-        self._margins = RecentMargins(most=_PROBES, steps=_RECENT)
-        self._gradients = RecentMargins(most=_PROBES, steps=_RECENT)
+        self._lr = ()
+        self._margins = RecentMargins(_PROBES)
+        self._gradients = RecentMargins(_PROBES)
         self._items = 0
         self._latch = Latch()
         self._trust = Trust()
@@ -59,17 +68,16 @@ class RateJump:
         trusted = not self._trust(step)
         self._regime(step)
         if step.fresh and trusted and step.margin and step.margin.value is not None:
-            self._margins.add(step, step.margin.value)
+            self._margins.add(step.index, step.rate, step.margin.value)
         along = step.gradient_margin
         if step.gradient_fresh and trusted and along and along.value is not None:
-            self._gradients.add(step, along.value)
+            self._gradients.add(step.index, step.rate, along.value)
         before, self._lr = self._lr, step.lr
-        pairs = zip(step.lr, before, strict=False)
-        jump = max((now / then for now, then in pairs if then > 0), default=1.0)
+        jump = growth(step.lr, before)
         if jump < _JUMP:
             self._latch.calm(step.index)
             return None
-        margin, _ = self._margins.mean(step)
+        margin, _ = self._margins.mean(step.index, step.rate, steps=_RECENT)
         if margin is None or not trusted or step.margin is None or step.margin.status != "ok":
             return None
         share, reason = self._share(step, margin)
@@ -89,7 +97,8 @@ class RateJump:
             return _share_of_both(step, step.margin.value, noise)
         if self._regime.is_noisy(step) is False:
             return _share_of(margin, held * (_AT_ONCE if step.adaptive else _QUIET))
-        gradient = max(self._gradients.mean(step)[0] or 0.0, margin)
+        along, _ = self._gradients.mean(step.index, step.rate, steps=_RECENT)
+        gradient = max(along or 0.0, margin)
         both = math.sqrt(margin * gradient)
         level = _ADAPTIVE if step.adaptive else _SGD
         level *= held * math.sqrt(max(self._items, 1) / _ITEMS)
@@ -97,25 +106,6 @@ class RateJump:
             return _share_of(margin, held * _AT_ONCE)
         text = f"margin {margin:.2g} and {gradient:.2g} along the gradient, mean {both:.2g}"
         return both / level, f"{text}, alert above {level:.2g} at {self._items} items"
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "margins": self._margins,
-            "gradients": self._gradients,
-            "latch": self._latch,
-            "trust": self._trust,
-            "regime": self._regime,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last rates, the recent measurements and the latch."""
-        return state_of(self._parts) | {"lr": list(self._lr), "items": self._items}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the last rates, the recent measurements and the latch."""
-        load_into(self._parts, state)
-        self._lr, self._items = tuple(state["lr"]), state["items"]
 
 
 def _share_of(margin: float, level: float) -> tuple[float, str]:

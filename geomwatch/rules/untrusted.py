@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from geomwatch.observation.step import Latch, Observation, Persistence, load_into, state_of
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.step import Observation
 from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.message import alert
+from geomwatch.rules.rule import Latch, Persistence
 
 _LASTING = 5  # steps that a doubt must last
 _LOOSE = 0.5  # of the margin, that its error may be,
 _MATTERS = 0.5  # where the margin may be as large as this
 
 
-class UntrustedProbe:
+class UntrustedProbe(Resumable):
     """Says which numbers of probes can't be believed, and why, once that has lasted for 5 steps.
 
     A warning when the margin can't be believed (see `trust`; `stability_margin` is silent then) or
@@ -23,6 +23,12 @@ class UntrustedProbe:
     """
 
     name = "untrusted_probe"
+
+    _trust: Kept[Trust]
+    _doubtful: Kept[Persistence]
+    _absent: Kept[Persistence]
+    _loose: Kept[Persistence]
+    _latch: Kept[Latch]
 
     def __init__(self) -> None:
         self._trust = Trust()
@@ -60,24 +66,6 @@ class UntrustedProbe:
         value = 0.0 if margin is None or margin.value is None else margin.value
         error = 0.0 if margin is None or margin.error is None else margin.error
         return alert(self.name, severity, text, value=error, limit=abs(value), step=step.index)
-
-    @property
-    def _parts(self) -> dict[str, Any]:
-        return {
-            "trust": self._trust,
-            "doubtful": self._doubtful,
-            "absent": self._absent,
-            "loose": self._loose,
-            "latch": self._latch,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is doubted, for how long, and the latch."""
-        return state_of(self._parts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        load_into(self._parts, state)
 
 
 def _doubted(why: str) -> str:

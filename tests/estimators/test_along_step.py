@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from geomwatch import Monitor
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.along_step import Point, Sentinel
-from geomwatch.observation.margins import Rescaled
+from geomwatch.observation.margins import Margin
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 from geomwatch.stability.problem import cold_start, learning_rates, planned_rates, stability_of
@@ -202,12 +202,9 @@ def test_cold_start_is_that_of_the_stability_problem():
 
 
 def test_a_held_margin_follows_the_learning_rate():
-    held = Rescaled()
-    assert held.at((0.1,)) is None
-    held.update(Estimate(0.5, 0.1, "residual"), (0.1,))
+    assert Margin().at((0.1,)) is None
+    held = Margin(Estimate(0.5, 0.1, "residual"), (0.1,))
     assert held.at((0.1,)).value == 0.5
     assert held.at((0.4,)).value == pytest.approx(2.0)
     assert held.at((0.4,)).error == pytest.approx(0.4)
-    other = Rescaled()
-    other.load_state_dict(held.state_dict())
-    assert other.at((0.2,)) == held.at((0.2,))
+    assert held.at((0.1, 0.4)).value == 0.5  # of a group that was not there nothing is known

@@ -12,7 +12,6 @@ import torch
 from problems import cross_entropy, digits, mlp
 from torch import Tensor
 
-from geomwatch.estimators.mean_square import mean_square_margin, stochastic_margin
 from geomwatch.estimators.noise import (
     Moments,
     Spread,
@@ -21,6 +20,7 @@ from geomwatch.estimators.noise import (
     spread_of,
     temperature,
 )
+from geomwatch.estimators.stochastic_margin import stochastic_margin, stochastic_margin_at
 from geomwatch.stability.recursion import Recursion
 
 EVEN, UNEVEN = (8, 8, 8, 8), (20, 3, 1, 8)
@@ -203,7 +203,7 @@ KINDS = ["sgd", "heavy ball", "nesterov", "adam", "adamw", "nadam"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_square_margin_is_where_the_spectral_radius_passes_one(kind):
+def test_the_stochastic_margin_is_where_the_spectral_radius_passes_one(kind):
     rng = np.random.default_rng(KINDS.index(kind))
     for _ in range(40):
         r, curvature = random_recursion(rng, kind), 10 ** rng.uniform(-1, 3)
@@ -215,7 +215,7 @@ def test_the_mean_square_margin_is_where_the_spectral_radius_passes_one(kind):
             middle = (low + high) / 2
             stable = radius(r, middle, curvature, variance) < 1
             low, high = (middle, high) if stable else (low, middle)
-        found = mean_square_margin(r, curvature, variance)
+        found = stochastic_margin_at(r, curvature, variance)
         assert found == pytest.approx(1 / high, rel=1e-6)
 
 
@@ -225,7 +225,7 @@ def test_without_noise_it_is_the_deterministic_margin(kind):
     for _ in range(10):
         r, curvature = random_recursion(rng, kind), 10 ** rng.uniform(-1, 3)
         expected = r.rate * curvature / r.threshold
-        assert mean_square_margin(r, curvature, 0.0) == pytest.approx(expected, rel=1e-9)
+        assert stochastic_margin_at(r, curvature, 0.0) == pytest.approx(expected, rel=1e-9)
 
 
 def test_heavy_ball_has_its_closed_form_from_micro_batches():
@@ -251,15 +251,15 @@ def test_uneven_micro_batches_find_the_variance_of_the_whole_batchs_curvature():
         pieces = [(n, x * q) for n, x in zip(UNEVEN, h, strict=True)]
         values.append(stochastic_margin(spread_of(pieces), heavy_ball(0.01, 0.9), curvature=10.0))
     mean, tolerance = mean_of(v.value for v in values)
-    exact = mean_square_margin(heavy_ball(0.01, 0.9), 10.0, 25 / sum(UNEVEN))
+    exact = stochastic_margin_at(heavy_ball(0.01, 0.9), 10.0, 25 / sum(UNEVEN))
     assert mean == pytest.approx(exact, abs=tolerance)
-    assert tolerance < 0.2 * (exact - mean_square_margin(heavy_ball(0.01, 0.9), 10.0, 0.0))
+    assert tolerance < 0.2 * (exact - stochastic_margin_at(heavy_ball(0.01, 0.9), 10.0, 0.0))
 
 
 @pytest.mark.parametrize(("factor", "grows"), [(0.9, False), (1.1, True)])
 def test_the_mean_square_of_sgd_on_random_curvatures_grows_exactly_above_one(factor, grows):
     curvature, variance = 3.0, 6.0
-    rate = factor / mean_square_margin(Recursion(1.0), curvature, variance)
+    rate = factor / stochastic_margin_at(Recursion(1.0), curvature, variance)
     h = curvature + math.sqrt(variance) * (2.0 * np.random.default_rng(0).integers(0, 2, 10**6) - 1)
     # E w_t^2 of plain SGD is the t-th power of E (1 - rate h)^2
     assert (((1 - rate * h) ** 2).mean() > 1) is np.bool_(grows)

@@ -13,7 +13,7 @@ from geomwatch.controllers.learning_rate_cap.limit import Limit
 from geomwatch.controllers.learning_rate_cap.stall import Stall
 from geomwatch.controllers.protocol import Knobs, Move, check_above, check_share
 from geomwatch.curvature.checks import check_count
-from geomwatch.observation.smoothed import SmoothedMargin, growth
+from geomwatch.observation.margins import SmoothedMargin, growth
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 

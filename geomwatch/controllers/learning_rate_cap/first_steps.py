@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from geomwatch.observation.batch_noise import YOUNG, noise_part
+from geomwatch.observation.margins import SmoothedMargin
 from geomwatch.observation.regime import FROM
-from geomwatch.observation.smoothed import SmoothedMargin
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 

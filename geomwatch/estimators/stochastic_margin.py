@@ -16,8 +16,8 @@ def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float)
     """Return M_ms, 1 where the mean square of steps along q stops shrinking. Without unit.
 
     From products H_b q of micro-batches with the top Ritz vector q (||q|| = 1): their spread gives
-    the variance of a batch's curvature along q, V = tr(Sigma_Hq) / N, and `mean_square_margin` the
-    margin; for heavy ball
+    the variance of a batch's curvature along q, V = tr(Sigma_Hq) / N, and `stochastic_margin_at`
+    the margin; for heavy ball
 
         M_ms = eta [lambda / (2(1+mu)) + V / (2 lambda (1-mu))],
 
@@ -38,7 +38,7 @@ def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float)
         return Estimate(None, status="withheld", reason=reason)
 
     def margin(noise: float) -> float:
-        return mean_square_margin(recursion, curvature, max(noise, 0.0) / spread.items)
+        return stochastic_margin_at(recursion, curvature, max(noise, 0.0) / spread.items)
 
     value = margin(spread.all.noise)
     if not math.isfinite(value):
@@ -48,7 +48,7 @@ def stochastic_margin(spread: Spread, recursion: Recursion, *, curvature: float)
     return Estimate(value, jackknife([margin(m.noise) for m in spread.without]), "stderr")
 
 
-def mean_square_margin(recursion: Recursion, curvature: float, variance: float) -> float:
+def stochastic_margin_at(recursion: Recursion, curvature: float, variance: float) -> float:
     """Return the factor M by which rates are too large: at rate / M the mean square just holds.
 
     h is drawn anew at each step, with mean `curvature` > 0 and `variance`. With direct = 0 and
