@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -174,6 +175,26 @@ def test_a_flat_plane_can_be_drawn_and_an_empty_one_not(tmp_path):
     nothing = Plane(AXIS, AXIS, np.full((11, 11), np.nan), 0.7, ("one", "two"), 121, {})
     with pytest.raises(UsageError, match="must have finite points to be drawn, got none"):
         landscape.plot_plane(nothing)
+
+
+def test_numbers_at_the_corner_of_a_surface_do_not_meet(tmp_path):
+    figure = landscape.plot_surface(some_plane())
+    saved(figure, tmp_path)
+    (ax,) = figure.axes
+    ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
+    boxes = [t.get_window_extent() for t in ticks if t.get_text()]
+    assert len(boxes) >= 4
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_a_cell_of_a_surface_has_the_colour_of_the_mean_of_its_corners():
+    losses = np.array([[1.0, 2.0], [2.0, 3.0]])
+    plane = Plane(np.array([0.0, 1.0]), np.array([0.0, 1.0]), losses, 1.0, ("one", "two"), 0, {})
+    surface = landscape.plot_surface(plane).axes[0].collections[-1]
+    shades = mpl.colormaps["cividis"](np.linspace(0, 1, 256))
+    (found,) = surface.get_facecolors()
+    nearest = np.abs(shades - found).sum(axis=1).argmin()
+    assert nearest == pytest.approx(128, abs=4)  # 2, halfway between 1 and 3
 
 
 def test_a_trajectory_is_drawn_on_its_own_plane_only():

@@ -1,4 +1,7 @@
-"""Figures of one dimension: slices, barriers, spectral densities."""
+"""Figures of one dimension: slices, barriers, spectral densities.
+
+Each `draw_` function fills a figure or a part of one, and returns the axis with the losses.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from geomwatch.landscape.results import Barrier, Density, Floats, Slice
 
 _DECADES, _MOST = 6, 9  # of a spectral density that are drawn, at least and at most
 _OF_LONE = 0.3  # the height of the peak of one eigenvalue, which is to be seen
+_MARKED = 0.05  # of the largest loss: a height from which on it is marked
 
 
 @styled
@@ -31,12 +35,13 @@ def plot_slice(*slices: Slice, labels: Sequence[str] | None = None, degree: int 
     """Draw slices with their parabola (or polynomial of `degree`), and below what it leaves.
 
     Returns a matplotlib Figure of one column's width. Points that are not finite are gaps.
+
+    Raises:
+        UsageError: there is no slice, or labels are not one for each.
+        ImportError: matplotlib is not installed; so with all figures.
     """
-    names = _names(slices, labels, slice_names(slices))
     figure = new_figure(COLUMN, 3.1)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
-    draw_slices(top, bottom, slices, names, degree)
-    bottom.set_xlabel(f"α, {slices[0].direction}" if len(slices) == 1 else "α")
+    draw_slices(figure, slices, labels, degree)
     return figure
 
 
@@ -44,13 +49,10 @@ def plot_slice(*slices: Slice, labels: Sequence[str] | None = None, degree: int 
 def plot_barrier(*barriers: Barrier, labels: Sequence[str] | None = None) -> Any:
     """Draw the loss between two states, with the line between its ends and the height above it.
 
-    Returns a matplotlib Figure of one column's width.
+    Returns a matplotlib Figure of one column's width. The arrow is the height of the first.
     """
-    names = _names(barriers, labels, [described(b) for b in barriers])
     figure = new_figure(COLUMN, 2.5)
-    ax = figure.subplots()
-    draw_barriers(ax, barriers, names)
-    ax.set_xlabel("α, from state A to state B")
+    draw_barriers(figure, barriers, labels)
     return figure
 
 
@@ -58,23 +60,23 @@ def plot_barrier(*barriers: Barrier, labels: Sequence[str] | None = None) -> Any
 def plot_density(*densities: Density, labels: Sequence[str] | None = None) -> Any:
     """Draw spectral densities on a logarithmic scale, with their 95 % bands.
 
-    Returns a matplotlib Figure of one column's width.
+    Returns a matplotlib Figure of one column's width. The whole curve lies within its band at a
+    nominal 95 %; where the band goes down to the axis, zero is within it.
     """
-    names = _names(densities, labels, density_names(densities))
     figure = new_figure(COLUMN, 2.5)
-    ax = figure.subplots()
-    draw_densities(ax, densities, names)
-    ax.set_xlabel("eigenvalue of the Hessian")
+    draw_densities(figure, densities, labels)
     return figure
 
 
 def draw_slices(
-    top: Any, bottom: Any, slices: Sequence[Slice], names: Sequence[str], degree: int = 2
-) -> None:
-    """Draw slices and fits into `top`, residuals into `bottom`."""
+    figure: Any, slices: Sequence[Slice], labels: Sequence[str] | None = None, degree: int = 2
+) -> Any:
+    """Draw slices and fits, and their residuals below."""
+    default = ["loss"] if len(slices) == 1 else [s.direction for s in slices]
+    names = _names(slices, labels, default)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.5, 1))
     for i, (found, name) in enumerate(zip(slices, names, strict=True)):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        losses = _gaps(found.losses)
+        losses, (colour, marker) = _gaps(found.losses), _look(i)
         dots = {"marker": marker, "color": colour, "lw": 0, "ms": 2.8}
         top.plot(found.alphas, losses, label=name, **dots)
         remark(top, found.provenance, found.nonfinite)
@@ -90,20 +92,23 @@ def draw_slices(
     top.set_ylabel("loss")
     bottom.axhline(0, color=GREY, lw=0.7)
     bottom.set_ylabel("residual")
+    bottom.set_xlabel(f"α, {slices[0].direction}" if len(slices) == 1 else "α")
+    return top
 
 
-def draw_barriers(ax: Any, barriers: Sequence[Barrier], names: Sequence[str]) -> None:
-    """Draw the losses on paths between two states into an axis."""
+def draw_barriers(
+    figure: Any, barriers: Sequence[Barrier], labels: Sequence[str] | None = None
+) -> Any:
+    """Draw the losses on paths between two states."""
+    names = _names(barriers, labels, [_described(b) for b in barriers])
+    ax = figure.subplots()
     for i, (found, name) in enumerate(zip(barriers, names, strict=True)):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        losses = _gaps(found.losses)
-        line = (found.loss_a, found.loss_b)
-        ax.plot(found.alphas, losses, marker=marker, color=colour, label=name, ms=2.5)
-        ax.plot((0, 1), line, ls=":", color=colour, lw=1)
+        colour, marker = _look(i)
+        ax.plot(found.alphas, _gaps(found.losses), marker=marker, color=colour, label=name, ms=2.5)
+        ax.plot((0, 1), (found.loss_a, found.loss_b), ls=":", color=colour, lw=1)
         remark(ax, found.provenance, found.nonfinite)
-    first = barriers[0]
-    if first.height is not None and first.height > 0.05 * np.nanmax(_gaps(first.losses)):
-        _mark_height(ax, first, _gaps(first.losses))  # once all are drawn: it makes room above
+    _mark_height(ax, barriers[0])  # once all are drawn: it makes room above
+    ax.set_xlabel("α, from state A to state B")
     ax.set_ylabel("loss")
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
@@ -111,15 +116,20 @@ def draw_barriers(ax: Any, barriers: Sequence[Barrier], names: Sequence[str]) ->
         above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
         tight = {"columnspacing": 0.8, "handletextpad": 0.4, "handlelength": 1.3, "fontsize": 6.3}
         ax.legend(ncols=len(names), **tight, **above)
+    return ax
 
 
-def draw_densities(ax: Any, densities: Sequence[Density], names: Sequence[str]) -> None:
-    """Draw spectral densities with their bands into an axis."""
+def draw_densities(
+    figure: Any, densities: Sequence[Density], labels: Sequence[str] | None = None
+) -> Any:
+    """Draw spectral densities with their bands."""
+    names = _names(densities, labels, [f"σ = {d.sigma:.2g}, 95 % band" for d in densities])
+    ax = figure.subplots()
     largest = max(float(found.density.max()) for found in densities)
     lone = min(1 / (found.dim * found.sigma * math.sqrt(2 * math.pi)) for found in densities)
     floor = max(min(largest * 10.0**-_DECADES, _OF_LONE * lone), largest * 10.0**-_MOST)
     for i, (found, name) in enumerate(zip(densities, names, strict=True)):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, _ = _look(i)
         low, high = found.density - found.error, found.density + found.error
         band = {"color": colour, "alpha": 0.25, "lw": 0}
         ax.fill_between(found.grid, np.maximum(low, floor), np.maximum(high, floor), **band)
@@ -129,38 +139,35 @@ def draw_densities(ax: Any, densities: Sequence[Density], names: Sequence[str]) 
     ax.axvline(0, color=GREY, lw=0.7, zorder=0)
     ax.set_yscale("log")
     ax.set_ylim(floor, 3 * largest)
+    ax.set_xlabel("eigenvalue of the Hessian")
     ax.set_ylabel("density")
     ax.legend(loc="upper right", borderaxespad=0)
+    return ax
 
 
-def _mark_height(ax: Any, found: Barrier, losses: Floats) -> None:
+def _mark_height(ax: Any, found: Barrier) -> None:
     """Mark the height above the line between the ends with an arrow and its value."""
-    assert found.argmax_height is not None
-    x, top = found.argmax_height, float(losses[round(found.argmax_height * (len(losses) - 1))])
+    losses, height, x = _gaps(found.losses), found.height, found.argmax_height
+    if height is None or x is None or height <= _MARKED * np.nanmax(losses):
+        return
+    top = float(losses[round(x * (len(losses) - 1))])
     arrow = {"arrowstyle": "<->", "color": INK, "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", (x, top), (x, top - float(found.height or 0)), arrowprops=arrow)
-    label = f"height {found.height:.3g}"
+    ax.annotate("", (x, top), (x, top - height), arrowprops=arrow)
+    label = f"height {height:.3g}"
     ax.annotate(label, (x, top), (0, 4), textcoords="offset points", fontsize=7, ha="center")
     low, high = ax.get_ylim()
     ax.set_ylim(low, max(high, low + 1.12 * (top - low)))
 
 
-def slice_names(slices: Sequence[Slice]) -> list[str]:
-    """The directions, or plainly the loss if there is one."""
-    return ["loss"] if len(slices) == 1 else [s.direction for s in slices]
-
-
-def density_names(densities: Sequence[Density]) -> list[str]:
-    """The width of the smoothing of each."""
-    return [f"σ = {found.sigma:.2g}, 95 % band" for found in densities]
-
-
-def described(found: Barrier) -> str:
+def _described(found: Barrier) -> str:
     """Say in a word or two which path it is."""
-    words = {"linear": "straight", "bezier": "Bezier"}[found.path]
-    if not found.aligned:
-        return words
-    return "aligned" if found.path == "linear" else f"{words}, aligned"
+    if found.path == "linear":
+        return "aligned" if found.aligned else "straight"
+    return "Bezier, aligned" if found.aligned else "Bezier"
+
+
+def _look(index: int) -> tuple[str, str]:
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
 def _gaps(values: Floats) -> Floats:
@@ -172,8 +179,6 @@ def _names(
 ) -> Sequence[str]:
     if not results:
         raise UsageError("a figure needs at least one result, got none.")
-    if labels is None:
-        return default
-    if len(labels) != len(results):
+    if labels is not None and len(labels) != len(results):
         raise UsageError(f"labels must be one for each result, got {len(labels)}, {len(results)}.")
-    return labels
+    return default if labels is None else labels
