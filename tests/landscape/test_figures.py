@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 
@@ -177,14 +176,11 @@ def test_a_flat_plane_can_be_drawn_and_an_empty_one_not(tmp_path):
         landscape.plot_plane(nothing)
 
 
-def test_numbers_at_the_corner_of_a_surface_do_not_meet(tmp_path):
-    figure = landscape.plot_surface(some_plane())
-    saved(figure, tmp_path)
-    (ax,) = figure.axes
-    ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
-    boxes = [t.get_window_extent() for t in ticks if t.get_text()]
-    assert len(boxes) >= 4
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+def test_numbers_of_a_surface_stay_away_from_the_corner_where_its_axes_meet():
+    (ax,) = landscape.plot_surface(some_plane()).axes
+    for ticks in (ax.get_xticks(), ax.get_yticks()):
+        assert len(ticks) >= 2
+        assert max(abs(ticks)) <= 0.8  # of an axis from -1 to 1
 
 
 def test_a_cell_of_a_surface_has_the_colour_of_the_mean_of_its_corners():
