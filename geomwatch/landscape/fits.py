@@ -33,6 +33,12 @@ def polynomial_fit(result: Slice, *, degree: int = 2) -> Fit:
 
     Raises:
         UsageError: there are not more finite points than coefficients.
+
+    Example:
+        >>> alphas = np.linspace(-1, 1, 5)
+        >>> line = Slice(alphas, 2 + alphas + 3 * alphas**2, 2.0, "mine", 0, {})
+        >>> polynomial_fit(line).coefficients.round(6).tolist()
+        [2.0, 1.0, 3.0]
     """
     check_count("degree", degree, 1)
     finite = np.isfinite(result.losses)

@@ -25,18 +25,31 @@ _KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Result)}
 def save(result: Result, path: str | Path) -> Path:
     """Write a result to <path>.npz and <path>.json; return the latter.
 
-    The npz holds the arrays, the JSON what they are and where they come from. Each is written
-    whole or not at all, and the JSON knows the npz by its SHA-256.
+    The npz holds the arrays, the JSON what they are and where they come from; a float that is not
+    finite is {"float": "nan"} there. Each is written whole or not at all, and the JSON knows the
+    npz by its SHA-256.
+
+    Raises:
+        UsageError: (a TypeError too) it is no result.
+
+    Example:
+        >>> import numpy as np
+        >>> import tempfile
+        >>> from geomwatch.landscape.results import Slice
+        >>> line = Slice(np.array([0.0, 1.0]), np.array([2.0, 3.0]), 2.0, "mine", 0, {})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = save(line, f"{folder}/line")
+        ...     written.name, load(written).losses
+        ('line.json', array([2., 3.]))
     """
     if type(result) not in _KINDS.values():
         raise UsageTypeError(
             f"result must be one of {', '.join(_KINDS)}, got {type(result).__name__}."
         )
-    arrays: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        (arrays if isinstance(value, np.ndarray) else facts)[field.name] = value
+    parts = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    arrays: dict[str, Any] = {
+        name: value for name, value in parts.items() if isinstance(value, np.ndarray)
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     packed = buffer.getvalue()
@@ -45,7 +58,7 @@ def save(result: Result, path: str | Path) -> Path:
         "kind": type(result).__name__,
         "arrays": {name: list(a.shape) for name, a in arrays.items()},
         "sha256": hashlib.sha256(packed).hexdigest(),
-        **facts,
+        **{name: value for name, value in parts.items() if name not in arrays},
     }
     text = json.dumps(_plain(header), indent=1, ensure_ascii=False, allow_nan=False)
     npz, described = _files(path)
@@ -101,7 +114,6 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Plain JSON; a float that is not finite becomes {"float": "nan"}, which JSON allows."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(float(value))}
     if isinstance(value, np.generic):
@@ -114,10 +126,9 @@ def _plain(value: Any) -> Any:
 
 
 def _unplain(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"float"}:
-        return float(value["float"])
     if isinstance(value, dict):
-        return {k: _unplain(v) for k, v in value.items()}
+        plain = {k: _unplain(v) for k, v in value.items()}
+        return float(value["float"]) if value.keys() == {"float"} else plain
     if isinstance(value, list):
         return tuple(_unplain(v) for v in value)
     return value

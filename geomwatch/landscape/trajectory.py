@@ -28,7 +28,22 @@ def pca_directions(
     The first two right singular vectors of the differences theta_i - w, w the model's weights,
     which are usually those of the run's end (Li et al. 2018). `facts` has the share of the squared
     distances that each one explains. The first state lies at positive coordinates. Holds one
-    parameter of all states at a time.
+    parameter of all states at a time, in float64 on the CPU; no evaluations.
+
+    Args:
+        states: state_dicts of the run, copied at the time.
+        params: shell-style patterns of the parameters that count.
+
+    Raises:
+        UsageError: a state does not fit, or they all lie on one line through the weights.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> at = model.weight.detach()
+        >>> steps = [torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+        >>> first, second = pca_directions(model, [{"weight": at + step} for step in steps])
+        >>> first.label, second.label
+        ('principal component 1 (90%)', 'principal component 2 (10%)')
     """
     layout = Layout.of(model, params)
     _check(model, states, least=2)
@@ -58,12 +73,22 @@ def pca_directions(
 
 
 def trajectory(
-    model: nn.Module, states: Sequence[State], directions: Sequence[Direction]
+    model: nn.Module, states: Sequence[State], directions: Sequence[Direction | Tensor]
 ) -> Trajectory:
     """Project states on the plane of two directions through the model's present weights.
 
     Orthogonally, also where the directions are not orthogonal to one another: coordinates (a, b)
-    minimise ||theta - w - a v_1 - b v_2||, `off_plane` is what is left of it.
+    minimise ||theta - w - a v_1 - b v_2||, `off_plane` is what is left of it. No evaluations.
+
+    Raises:
+        UsageError: a state or the directions do not fit.
+
+    Example:
+        >>> model = nn.Linear(3, 1, bias=False)
+        >>> state = {"weight": model.weight + torch.tensor([[3.0, -1.0, 2.0]])}
+        >>> path = trajectory(model, [state], list(torch.eye(3)[:2]))
+        >>> path.coordinates.round(3).tolist(), path.off_plane.round(3).tolist()
+        ([[3.0, -1.0]], [2.0])
     """
     first, second = two_directions(model, directions)
     layout = layout_of(model, first.names)
@@ -96,7 +121,14 @@ def trajectory(
 def grid_around(
     path: Trajectory, *, points: int = 25, margin: float = 0.25
 ) -> tuple[Floats, Floats]:
-    """Return alphas and betas of a plane that holds a trajectory and its centre, with a margin."""
+    """Return alphas and betas of a plane that holds a trajectory and its centre, with a margin.
+
+    Args:
+        margin: on each side, in units of the trajectory's extent along that axis.
+
+    Raises:
+        UsageError: there are fewer than two points on an axis.
+    """
     check_count("points", points, 2)
     low = np.minimum(path.coordinates.min(axis=0), 0.0)
     high = np.maximum(path.coordinates.max(axis=0), 0.0)

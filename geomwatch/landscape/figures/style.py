@@ -18,10 +18,8 @@ GREY, INK, WARNING = "#8A8A8A", "#222222", "#D55E00"
 MAP = "cividis"  # even in grey, and the same to those who don't see red or green
 COLUMN, PAGE = 3.4, 7.0  # inches: one column of a paper, and two
 
-_RC = {
+_RC = {  # where matplotlib's own defaults are others
     "font.size": 8,
-    "font.family": "sans-serif",
-    "mathtext.fontset": "dejavusans",
     "axes.titlesize": 8.5,
     "axes.labelsize": 8,
     "axes.labelcolor": INK,
@@ -29,12 +27,9 @@ _RC = {
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
+    **{f"{axis}tick.labelsize": 7 for axis in "xy"},
+    **{f"{axis}tick.color": INK for axis in "xy"},
+    **{f"{axis}tick.major.width": 0.7 for axis in "xy"},
     "legend.fontsize": 7,
     "legend.frameon": False,
     "legend.handlelength": 1.8,

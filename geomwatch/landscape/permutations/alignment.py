@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,8 +18,10 @@ from geomwatch.landscape.permutations.units import Units, permutable_units
 from geomwatch.landscape.states import State, check_states
 
 Order: TypeAlias = npt.NDArray[np.int64]  # the unit of B that comes to each place
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_GAIN = 1e-9
+Orders: TypeAlias = dict[str, Order]  # of each group
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # moved, but not matched
+_GAIN = 1e-9  # of all products: what rounding alone can gain
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +29,7 @@ class Alignment:
     """State B with its units where those of A are; the same function as before."""
 
     state: Mapping[str, Any]
-    permutations: Mapping[str, Order]
+    permutations: Mapping[str, Order]  # of each group: the unit of B that comes to each place
     units: Units
     cosine_before: float  # of the weights that can be permuted, A with B
     cosine_after: float
@@ -53,22 +55,32 @@ def align(
 
     Args:
         units: for a model whose forward can't be traced, {name: [(key of the state, axis), ...]}.
+        seed: of the order in which groups are gone through.
 
     Raises:
         UsageError: the states or units do not fit, or the model is of a kind that is not known.
         ImportError: SciPy is not installed.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> a = net.state_dict()
+        >>> b = {k: t if k == "2.bias" else t.flip(int(k == "2.weight")) for k, t in a.items()}
+        >>> found = align(net, a, b)  # b is a, its hidden units the other way round
+        >>> found.permutations["units 1"].tolist(), round(found.cosine_after, 6)
+        ([7, 6, 5, 4, 3, 2, 1, 0], 1.0)
     """
     check_states(model, state_a=state_a, state_b=state_b)
     matching = _Matching(state_a, state_b, permutable_units(model) if units is None else units)
     rng = np.random.default_rng(seed)
-    starts = (matching.identity(), matching.layer_by_layer())
+    starts = (matching.identity, matching.layer_by_layer())
     ends = [matching.climb(start, rng, max_sweeps) for start in starts]
     orders, sweeps = max(ends, key=lambda end: matching.similarity(end[0]))
     return Alignment(
         state=matching.apply(orders),
         permutations=orders,
         units=matching.units,
-        cosine_before=matching.similarity(matching.identity()),
+        cosine_before=matching.similarity(matching.identity),
         cosine_after=matching.similarity(orders),
         sweeps=sweeps,
     )
@@ -94,29 +106,27 @@ class _Matching:
                 self._groups.setdefault(key, {})[axis] = group
         self._assign = _assignment()
 
-    def identity(self) -> dict[str, Order]:
+    @property
+    def identity(self) -> Orders:
         return {group: np.arange(size) for group, size in self._sizes.items()}
 
-    def layer_by_layer(self) -> dict[str, Order]:
+    def layer_by_layer(self) -> Orders:
         """Match each group by those weights alone whose other axes are settled."""
-        settled: dict[str, Order] = {}
+        settled: Orders = {}
         for group, slots in self.units.items():
             others = [
                 (key, axis)
                 for key, axis in slots
                 if all(g in settled for x, g in self._groups[key].items() if x != axis)
             ]
-            orders = self.identity() | settled
-            settled[group] = self._best(group, others or slots, orders)
+            products = self._products(group, others or slots, self.identity | settled)
+            settled[group] = self._assign(products)
         return settled
 
-    def climb(
-        self, start: Mapping[str, Order], rng: np.random.Generator, most: int
-    ) -> tuple[dict[str, Order], int]:
+    def climb(self, start: Orders, rng: np.random.Generator, most: int) -> tuple[Orders, int]:
+        """Match one group after another until none changes; return that and how many rounds."""
         orders = dict(start)
-        sweeps = 0
-        for _ in range(most):
-            sweeps += 1
+        for sweep in range(1, most + 1):
             changed = False
             for group in rng.permutation(list(orders)):
                 products = self._products(group, self.units[group], orders)
@@ -126,55 +136,37 @@ class _Matching:
                 if gain > _GAIN * np.abs(products).sum():
                     orders[group], changed = best, True
             if not changed:
-                break
-        return orders, sweeps
+                return orders, sweep
+        return orders, max(most, 0)
 
-    def similarity(self, orders: Mapping[str, Order]) -> float:
+    def similarity(self, orders: Orders) -> float:
         """Return the cosine of A and the permuted B, over the weights that can be permuted."""
         inner = lengths_a = lengths_b = 0.0
-        for key in self._weights():
-            a, b = _matrix(self._a[key]), self._permuted(key, orders)
-            inner += float((a * b).sum())
-            lengths_a += float((a * a).sum())
-            lengths_b += float((b * b).sum())
+        for key in self._groups:
+            if not key.endswith(_STATISTICS):
+                a, b = _matrix(self._a[key]), _matrix(self._moved(key, orders))
+                inner += float((a * b).sum())
+                lengths_a += float((a * a).sum())
+                lengths_b += float((b * b).sum())
         return inner / max(math.sqrt(lengths_a * lengths_b), sys.float_info.min)
 
-    def apply(self, orders: Mapping[str, Order]) -> dict[str, Any]:
-        return {
-            key: self._moved(value, key, orders) if key in self._groups else value
-            for key, value in self._b.items()
-        }
+    def apply(self, orders: Orders) -> dict[str, Any]:
+        return {**self._b, **{key: self._moved(key, orders) for key in self._groups}}
 
-    def _best(
-        self, group: str, slots: Sequence[tuple[str, int]], orders: Mapping[str, Order]
-    ) -> Order:
-        return self._assign(self._products(group, slots, orders))
-
-    def _products(
-        self, group: str, slots: Sequence[tuple[str, int]], orders: Mapping[str, Order]
-    ) -> Any:
+    def _products(self, group: str, slots: Sequence[tuple[str, int]], orders: Orders) -> Any:
         """Return <unit i of A, unit j of B>, with B's other axes as they are permuted now."""
         size = self._sizes[group]
         total = torch.zeros(size, size, dtype=torch.float64)
-        wanted = set(self._weights())
         for key, axis in slots:
-            if key in wanted:
-                a = _matrix(self._a[key]).movedim(axis, 0).reshape(size, -1)
-                b = self._permuted(key, orders, without=axis).movedim(axis, 0).reshape(size, -1)
-                total += a @ b.T
+            if not key.endswith(_STATISTICS):
+                b = self._moved(key, orders, without=axis)
+                pair = [_matrix(t).movedim(axis, 0).reshape(size, -1) for t in (self._a[key], b)]
+                total += pair[0] @ pair[1].T
         return total.numpy()
 
-    def _weights(self) -> Iterator[str]:
-        return (k for k in self._groups if not k.endswith(_STATISTICS))
-
-    def _permuted(
-        self, key: str, orders: Mapping[str, Order], *, without: int | None = None
-    ) -> Tensor:
-        return _matrix(self._moved(self._b[key], key, orders, without=without))
-
-    def _moved(
-        self, tensor: Tensor, key: str, orders: Mapping[str, Order], *, without: int | None = None
-    ) -> Tensor:
+    def _moved(self, key: str, orders: Orders, *, without: int | None = None) -> Tensor:
+        """Return a tensor of B with its axes permuted, all or all but one."""
+        tensor: Tensor = self._b[key]
         for axis, group in self._groups[key].items():
             if axis != without:
                 block = tensor.shape[axis] // self._sizes[group]

@@ -9,18 +9,7 @@ from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.isolation.isolation import isolated
-from geomwatch.landscape.permutations.operations import (
-    CONVOLUTIONS,
-    EACH_FOR_ITSELF,
-    ELEMENTWISE,
-    FLATTENING,
-    MEANS,
-    PER_CHANNEL,
-    RESHAPES,
-    SIZES,
-    SUMS,
-    TRANSPOSED,
-)
+from geomwatch.landscape.permutations import operations as ops
 
 Units: TypeAlias = Mapping[str, Sequence[tuple[str, int]]]  # name -> (key of the state, axis)
 
@@ -37,17 +26,26 @@ class _Flow(NamedTuple):
     group: int
     shape: str  # "maps" (N, C, ...), "flat" (N, C * places), "rows" (..., C), "any"
 
+    def flattened(self) -> _Flow:
+        return self._replace(shape="flat") if self.shape == "maps" else self
+
 
 def permutable_units(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """Return the groups of hidden units, with all axes of the state that a permutation moves.
 
-    Found in a symbolic trace of the model's forward (torch.fx): what leaves a layer is permuted
-    together with what enters the next; a residual sum joins two groups; inputs and outputs keep
-    their order. An axis may be a whole multiple of the group, as behind a flattening.
+    Found in a symbolic trace of the model's forward (torch.fx), without evaluating it: what leaves
+    a layer is permuted together with what enters the next; a residual sum joins two groups; inputs
+    and outputs keep their order. An axis may be a whole multiple of the group, as behind a
+    flattening.
 
     Raises:
         UsageError: the forward can't be traced, or has an operation that does not treat each
             channel alike.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> permutable_units(net)
+        {'units 1': [('0.weight', 0), ('0.bias', 0), ('2.weight', 1)]}
     """
     try:
         with isolated(model, tuple(model.parameters()), mode="eval"):
@@ -94,41 +92,45 @@ class _Trace:
             return self._through_module(node.target, self._modules[node.target], flows[0])
         if node.op == "get_attr":
             raise self._refused(node, "a bare parameter or buffer")
-        if not flows or node.target in SIZES:
+        if not flows or node.target in ops.SIZES:
             return None
-        if node.target in SUMS:
+        if node.target in ops.SUMS:
             return self._sum(node, flows)
         if all(self._root(flow.group) == _FIXED for flow in flows):
             return _Flow(_FIXED, "any")
         return self._through_function(node, flows[0])
 
     def _through_function(self, node: Any, flow: _Flow) -> _Flow:
-        if node.target in ELEMENTWISE:
+        if node.target in ops.ELEMENTWISE:
             return flow
-        flattens = node.target in FLATTENING or (
-            node.target in RESHAPES and _to_rows(node.args[1:])
+        flattens = node.target in ops.FLATTENING or (
+            node.target in ops.RESHAPES and _to_rows(node.args[1:])
         )
-        averages = node.target in MEANS and flow.shape == "maps" and 1 not in _dims(node)
+        averages = node.target in ops.MEANS and flow.shape == "maps" and 1 not in _dims(node)
         if flattens or averages:
-            return flow._replace(shape="flat") if flow.shape == "maps" else flow
-        if node.target in MEANS and flow.shape == "rows" and _dims(node) == (1,):
+            return flow.flattened()
+        if node.target in ops.MEANS and flow.shape == "rows" and _dims(node) == (1,):
             return flow
         raise self._refused(node, "an operation")
 
     def _through_module(self, name: str, module: nn.Module, flow: _Flow) -> _Flow:
         if isinstance(module, nn.Linear) and flow.shape in ("flat", "rows", "any"):
             return self._layer(name, module, flow, (1, 0), "rows")
-        if isinstance(module, CONVOLUTIONS) and flow.shape in ("maps", "any"):
+        if isinstance(module, ops.CONVOLUTIONS) and flow.shape in ("maps", "any"):
             return self._convolution(name, module, flow)
-        if isinstance(module, TRANSPOSED) and module.groups == 1 and flow.shape in ("maps", "any"):
+        if (
+            isinstance(module, ops.TRANSPOSED)
+            and module.groups == 1
+            and flow.shape in ("maps", "any")
+        ):
             return self._layer(name, module, flow, (0, 1), "maps")
-        if isinstance(module, EACH_FOR_ITSELF):
+        if isinstance(module, ops.EACH_FOR_ITSELF):
             return flow
-        if isinstance(module, PER_CHANNEL) and self._keeps_channels(module, flow):
+        if isinstance(module, ops.PER_CHANNEL) and self._keeps_channels(module, flow):
             self._bind_vectors(module, flow)
             return flow
         if isinstance(module, nn.Flatten):
-            return flow._replace(shape="flat") if flow.shape == "maps" else flow
+            return flow.flattened()
         if self._root(flow.group) == _FIXED and not list(module.parameters()):
             return _Flow(_FIXED, "any")
         raise UsageError(
