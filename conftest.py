@@ -25,6 +25,12 @@ def _seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _clock_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no budget run out: how loaded the machine is decides nothing in a test."""
+    monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: 0.0)
+
+
+@pytest.fixture(autouse=True)
 def _log_and_trackers() -> Iterator[None]:
     """Undo what a host's logging set-up or the tracker of another test has left in the process."""
     log = logging.getLogger("geomwatch")

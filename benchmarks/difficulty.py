@@ -102,16 +102,16 @@ def execute(run: Run) -> dict[str, Any]:
         loop.model,
         task.loss_fn,
         loop.optimizer,
+        how=geomwatch.Measurement(quantities=QUANTITIES),
         every=tenth // 3,
-        quantities=QUANTITIES,
         **options,
     )
     whole = geomwatch.Monitor(
         loop.model,
         task.loss_fn,
         loop.optimizer,
+        how=geomwatch.Measurement(quantities=("lambda_max", "difficulty")),
         every=tenth,
-        quantities=("lambda_max", "difficulty"),
         **options,
     )
     early: dict[str, Any] = {}

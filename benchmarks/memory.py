@@ -96,9 +96,8 @@ def probe_peaks(size: Size, micro_batch: int | None) -> list[int]:
         training.model,
         geomwatch.model_loss,
         training.optimizer,
+        how=geomwatch.Measurement(micro_batch=micro_batch),
         every=1,
-        schedule="fixed",
-        micro_batch=micro_batch,
     )
     found = []
     for _ in range(PROBES):

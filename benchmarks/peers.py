@@ -121,8 +121,7 @@ class Geomwatch:
             problem.model,
             problem.loss_fn,
             problem.batches[0],
-            quantities=[name],
-            seed=seed,
+            how=geomwatch.Measurement(quantities=[name], seed=seed),
             **options,
         )
         if record[name].value is None:

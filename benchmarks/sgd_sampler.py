@@ -138,7 +138,11 @@ def measured_temperature(loss: TwoBasins, scale: float, lr: float) -> tuple[floa
     for _ in range(200):
         batch = xi[torch.randint(0, ITEMS, (BATCH,), generator=rng)]
         record = geomwatch.measure(
-            model, lambda m, x: m(x), batch, optimizer=optimizer, quantities=["temperature"]
+            model,
+            lambda m, x: m(x),
+            batch,
+            how=geomwatch.Measurement(quantities=["temperature"]),
+            optimizer=optimizer,
         )
         found.append(record["temperature"].value)
     return statistics.fmean(found), statistics.stdev(found) / math.sqrt(len(found))

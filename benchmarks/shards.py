@@ -57,7 +57,11 @@ def measure(hvp: str) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())
     batch = torch.randn(ITEMS, WIDTH), torch.randint(0, 10, (ITEMS,))
     monitor = geomwatch.Monitor(
-        model, loss_fn, optimizer, every=1, schedule="fixed", quantities=QUANTITIES, hvp=hvp
+        model,
+        loss_fn,
+        optimizer,
+        how=geomwatch.Measurement(quantities=QUANTITIES, hvp=hvp),
+        every=1,
     )
 
     def step() -> None:

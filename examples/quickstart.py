@@ -166,7 +166,7 @@ def probe_cost(name: str, build: Callable[[], nn.Module]) -> None:
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     batch = pick(*digits())
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, schedule="fixed")
+    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1)
     logging.getLogger("geomwatch").setLevel(logging.WARNING)
     times: dict[str, list[float]] = {"step": [], "build": [], "hvp": [], "probe": []}
     for _ in range(30):

@@ -8,6 +8,7 @@ from geomwatch.losses import model_loss, supervised
 from geomwatch.measure import measure
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
+from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Adjustment, Alert, Estimate, Record
 from geomwatch.sinks import JsonLines
 
@@ -18,6 +19,7 @@ __all__ = [
     "Estimate",
     "Group",
     "JsonLines",
+    "Measurement",
     "Monitor",
     "Record",
     "UsageError",

@@ -10,10 +10,10 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,14 @@ from torch import Tensor, nn
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss, check_optimizer
 from geomwatch.curvature.double_backward import gradients
-from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import LossFn
+from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
-from geomwatch.errors import UsageError
 from geomwatch.estimators.noise_floor import read_out
+from geomwatch.monitoring.budget import DEFAULT_BUDGET, check_pace
+from geomwatch.parallel.ranks import Ranks
+from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.records import VERSION
 from geomwatch.stability.problem import stability_of, unwrap
 from geomwatch.stability.scale_invariance import ScaleInvariance
@@ -33,8 +37,6 @@ from geomwatch.vectors.layout import Layout, generator
 
 _HVPS = 7  # of a recurring probe: five for Lanczos, one for the trace, one along the gradient
 _VECTORS = 16  # Krylov vectors of a monitor's first probe, which keeps the most
-
-_Make: TypeAlias = Callable[..., Objective]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -65,52 +67,57 @@ def doctor(
     loss_fn: LossFn,
     batch: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
-    mode: str = "train",
-    also: Sequence[object] = (),
-    budget: float = 0.05,
+    optimizer: Any = None,
+    how: Measurement | None = None,
+    budget: float = DEFAULT_BUDGET,
+    **gone: Any,
 ) -> Diagnosis:
     """Tell how geomwatch will measure this model, what stands in its way, and what it costs.
 
-    A probe is timed as it recurs, with the gradient's graph and 7 HVPs: if it takes c training
-    steps (forward and backward, without the optimizer), `every` is c / budget rounded up to 10,
-    20, 50, 100, ... The model, its gradients and the global random generators are left as they
-    were. Costs about 15 steps and 14 HVPs. A loss or an option that is refused is a UsageError.
+    `how` is what the Monitor will be given. A probe is timed as it recurs, with the gradient's
+    graph and 7 HVPs: if it takes c training steps (forward and backward, without the optimizer),
+    `every` is c / budget rounded up to 10, 20, 50, 100, ... The model, its gradients and all random
+    generators are left as they were. Costs about 15 steps and 14 HVPs. A loss or an option that is
+    refused is a UsageError.
     """
-    if not 0 < budget < 1:
-        raise UsageError(f"budget must be a share between 0 and 1, got {budget!r}.")
+    refuse_options("doctor(model, loss_fn, batch", gone)
+    how = check_how(how)
+    check_pace(None, budget)
     if optimizer is not None:
         check_optimizer(optimizer)
-    options: dict[str, Any] = {"layout": Layout.of(model), "mode": mode, "also": also}
-    objective = partial(Objective, model, loss_fn, [batch], **options)
-    found, rows = _look(objective, model, optimizer)
-    hvp, facts = choose_backend(model, loss_fn, batch, "auto", options)
-    how: dict[str, Any] = {}
+    subject = Subject(model, loss_fn, Layout.of(model, how.params), how, Ranks())
+    found, rows = _look(subject, batch, optimizer)
+    subject, facts = choose_backend(subject, batch)
+    provenance: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     failure = ""
     try:
-        _time_step(objective, lambda: loss_fn(model, batches.fresh_copy(batch)), seconds)
-        _time_probe(objective, hvp, how, seconds)
+        _time_step(subject, batch, seconds)
+        _time_probe(subject, batch, provenance, seconds)
     except Exception as reason:  # no memory for it, say
         failure = f"not measured, {type(reason).__name__}: {reason}"
     step = seconds.pop("step", None)
     costs = {name: s / step for name, s in seconds.items()} if step else {}
     every = _round_up(costs["probe"] / budget) if costs else None
-    wrong, error = hvp == "finite_difference", facts.get("validation_error")
-    rows["HVPs by"] = f"{how['backend']}, in {how['dtype']}" if how else failure
-    rows["fallback"] = "see validation" if wrong else how.get("fallback", "none")
+    wrong, error = subject.how.hvp == "finite_difference", facts.get("validation_error")
+    fallback = "see validation" if wrong else provenance.get("fallback", "none")
+    rows["HVPs by"] = (
+        f"{provenance['backend']}, in {provenance['dtype']}" if provenance else failure
+    )
+    rows["fallback"] = fallback
     rows["validation"] = str(facts.get("validation") or f"passed; relative error {error:.1g}")
     rows["training step"] = f"{step:.3g} s, forward and backward" if step else failure
     for name in ("graph", "hvp", "probe"):
         rows[f"cost of {name}"] = f"{costs[name]:.1f} training steps" if costs else failure
     rows["suggested every"] = f"{every} steps, for a budget of {budget:.3g}" if every else failure
-    backend, validated = how.get("backend"), facts["validated"] is True
+    backend, validated = provenance.get("backend"), facts["validated"] is True
     return Diagnosis(rows, backend, validated, step, costs, every, **found)
 
 
-def _look(make: _Make, model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def _look(subject: Subject, batch: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Evaluate the loss and its gradient at the weights; the loss's own errors pass through."""
-    with make(hvp="finite_difference") as objective:
+    model = subject.model
+    with subject.set(hvp="finite_difference", operator="hessian").on([batch]) as objective:
         mode, layout = str(objective.provenance["mode"]), objective.layout
         flags = [(type(m).__name__, m.training) for m in model.modules()]
         before = _random_state(layout.device)
@@ -161,23 +168,26 @@ def _random_state(device: torch.device) -> tuple[object, ...]:
     return torch.get_rng_state().tolist(), cuda, others
 
 
-def _time_step(make: _Make, evaluate: Callable[[], Tensor], seconds: dict[str, float]) -> None:
+def _time_step(subject: Subject, batch: Any, seconds: dict[str, float]) -> None:
     def step() -> None:
-        gradients(check_loss(evaluate()), objective.layout, create_graph=False)
+        loss = check_loss(subject.loss_fn(subject.model, batches.fresh_copy(batch)))
+        gradients(loss, objective.layout, create_graph=False)
 
-    with make(precision="training") as objective:
+    with subject.set(precision="training").on([batch]) as objective:
         step()  # the first one allocates, and chooses kernels
         seconds["step"] = statistics.median(_seconds(objective, step) for _ in range(3))
 
 
-def _time_probe(make: _Make, hvp: str, how: dict[str, Any], seconds: dict[str, float]) -> None:
+def _time_probe(
+    subject: Subject, batch: Any, provenance: dict[str, Any], seconds: dict[str, float]
+) -> None:
     for _ in range(2):  # the second one counts
         start = time.perf_counter()
-        with make(hvp=hvp) as objective:
+        with subject.on([batch]) as objective:
             product = partial(objective.hvp, objective.layout.rademacher(generator(0)))
             graph = _seconds(objective, objective.gradient)
             products = [_seconds(objective, product) for _ in range(_HVPS)]
-            how.update(objective.provenance)
+            provenance.update(objective.provenance)
         whole = time.perf_counter() - start
     seconds |= {"graph": graph, "hvp": statistics.median(products), "probe": whole}
 

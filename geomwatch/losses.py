@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.settings import LossFn
 
 
 def supervised(criterion: Callable[[Any, Any], Tensor]) -> LossFn:

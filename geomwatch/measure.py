@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from geomwatch.curvature.checks import check_count, check_optimizer
-from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.settings import LossFn
+from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.parallel.ranks import Ranks, unwrapped
+from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.probe import Budget, Probe
-from geomwatch.quantities.table import evaluate, evaluate_layers, resolve, ritz_indices
+from geomwatch.quantities.table import evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Record
-from geomwatch.stability.problem import learning_rates, stability_of
+from geomwatch.stability.problem import Stability, learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator
 
@@ -27,76 +28,63 @@ def measure(
     loss_fn: LossFn,
     batch: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
-    quantities: str | Sequence[str] = "default",
-    mode: str = "train",
-    operator: str = "hessian",
-    params: str | Sequence[str] | None = None,
-    also: Sequence[object] = (),
-    micro_batch: int | None = None,
-    per_layer: bool = False,
-    hvp: str = "auto",
-    precision: str = "float32",
+    optimizer: Any = None,
+    how: Measurement | None = None,
     samples: int = 8,
     max_hvps: int = 20,
-    seed: int = 0,
+    **gone: Any,
 ) -> Record:
     """Measure the geometry of the loss at the model's present weights, once.
 
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
     next step is measured too. The model, its gradients and the global random generators (torch's,
-    NumPy's, Python's) are left as they were. `operator` is "hessian" or "ggn", the generalised
-    Gauss-Newton matrix; `hvp` chooses how HVPs are computed: "auto", "double_backward" or
-    "finite_difference"; `precision` is "float32" (without autocast) or "training".
-    `micro_batch` bounds the memory to that of so many items; each HVP is then dearer by a gradient.
+    NumPy's, Python's) are left as they were. `how` says what is measured and how: a Measurement.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
-    sharpness along the gradient, and a check of double backward on four items. With `per_layer`
-    up to 10 more for each module, for its own `lambda_max/<module>` and `trace/<module>`.
+    sharpness along the gradient, and a check of double backward on four items.
 
     Raises:
         UsageError: (a ValueError, or a TypeError too) loss_fn gives no scalar tensor, the batch is
-            on another device, a quantity is unknown, or no parameter requires grad.
+            on another device, a quantity needs an optimizer, or no parameter requires grad.
+
+    Example:
+        >>> import torch
+        >>> from geomwatch import Measurement, measure
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> def loss_fn(model, batch):
+        ...     return 3 * model(batch).pow(2).mean()
+        >>> how = Measurement(quantities="lambda_max")
+        >>> round(measure(model, loss_fn, torch.ones(4, 1), how=how)["lambda_max"].value, 3)
+        6.0
     """
+    refuse_options("measure(model, loss_fn, batch", gone)
+    how = check_how(how)
     check_count("samples", samples, 1)
     check_count("max_hvps", max_hvps, 1)
     if optimizer is not None:
         check_optimizer(optimizer)
-    names = resolve(quantities, has_optimizer=optimizer is not None)
+    names = how.names(has_optimizer=optimizer is not None)
     ranks, model = Ranks.of(model), unwrapped(model)
-    choice = choose_shards(model, Layout.of(model, params), ranks, hvp=hvp, operator=operator)
-    layout = choice.layout
     start = time.perf_counter()
-    options: dict[str, Any] = {
-        "layout": layout,
-        "mode": mode,
-        "operator": operator,
-        "also": also,
-        "precision": precision,
-        "micro_batch": micro_batch,
-        "ranks": ranks,
-    }
-    backend, facts = choose_backend(model, loss_fn, batch, choice.hvp, options)
-    with Objective(model, loss_fn, [batch], hvp=backend, **options) as objective:
+    subject, sharding = choose_shards(
+        Subject(model, loss_fn, Layout.of(model, how.params), how, ranks)
+    )
+    subject, facts = choose_backend(subject, batch)
+    with subject.on([batch]) as objective:
         if "obstacle" in facts:
             objective.forgo_hvps(str(facts["obstacle"]))
-        stability = None
-        if optimizer is not None:
-            gradient = objective.gradient()
-            invariant = ScaleInvariance().update(layout, gradient)
-            stability = stability_of(optimizer, layout, gradient=gradient, exclude=invariant)
         probe = Probe(
             objective,
-            stability=stability,
+            stability=_stability(optimizer, objective),
             budget=Budget(lanczos=max_hvps, samples=samples),
-            rng=generator(seed),
+            rng=generator(how.seed),
             until=ritz_indices(names),
             groups=getattr(optimizer, "param_groups", ()),
         )
         estimates = evaluate(probe, names)
-        if per_layer:
+        if how.per_layer:
             estimates |= evaluate_layers(probe)
-        how = objective.provenance | facts | choice.facts | {"hvps": objective.hvps}
+        provenance = objective.provenance | facts | sharding | {"hvps": objective.hvps}
         loss = objective.loss()
     return Record(
         step=0,
@@ -104,5 +92,13 @@ def measure(
         lr=learning_rates(optimizer) if optimizer is not None else (),
         seconds=time.perf_counter() - start,
         estimates=estimates,
-        provenance=how,
+        provenance=provenance,
     )
+
+
+def _stability(optimizer: Any, objective: Objective) -> Stability | None:
+    if optimizer is None:
+        return None
+    layout, gradient = objective.layout, objective.gradient()
+    invariant = ScaleInvariance().update(layout, gradient)
+    return stability_of(optimizer, layout, gradient=gradient, exclude=invariant)

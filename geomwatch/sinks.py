@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from geomwatch.errors import UsageTypeError
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import SCHEMA, Adjustment, Alert, Estimate, Record, format_estimate
 
@@ -61,6 +62,23 @@ class Log:
         elif line["kind"] == "adjustment":
             level = logging.WARNING if line["effect"] == "advice" else logging.INFO
             logger.log(level, "%sstep %d: %s", name, line["step"], _turn(line))
+
+
+def as_sinks(given: Sequence[Sink | str | Path] | Sink | str | Path) -> tuple[Sink, ...]:
+    """Return sinks: a path is a JsonLines file, one sink or path will do.
+
+    Raises:
+        UsageTypeError: something is neither callable nor a path.
+    """
+    several = given if isinstance(given, list | tuple) else (given,)
+    for sink in several:
+        if isinstance(sink, type) or not (callable(sink) or isinstance(sink, str | Path)):
+            shown = f"{sink.__name__}()" if isinstance(sink, type) else '"run.jsonl"'
+            raise UsageTypeError(
+                f"sinks must be callables that take a line, or paths of files, got {sink!r}. "
+                f"Write sinks={shown}."
+            )
+    return tuple(JsonLines(s) if isinstance(s, str | Path) else s for s in several)
 
 
 def run_line(facts: Mapping[str, Any]) -> Line:

@@ -65,7 +65,9 @@ def test_the_model_is_left_bit_identical(mode):
     cross_entropy(model, digits(32)).backward()
     before = everything(model)
     optimizer = torch.optim.Adam(model.parameters())
-    doctor(model, cross_entropy, digits(32), optimizer=optimizer, mode=mode)
+    doctor(
+        model, cross_entropy, digits(32), how=geomwatch.Measurement(mode=mode), optimizer=optimizer
+    )
     assert everything(model) == before
     assert not optimizer.state
 
@@ -161,7 +163,7 @@ def test_costs_are_in_training_steps_and_set_the_interval(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Objective, "hvp", hvp)
-    found = doctor(mlp(64, 10), loss_fn, digits(32))
+    found = doctor(mlp(64, 10), loss_fn, digits(32), budget=0.05)
     assert found.step_seconds == 1.0
     assert found.costs == {"graph": 1.0, "hvp": 2.0, "probe": 1 + 7 * 2}
     assert found.every == 500  # 15 / 0.05 = 300

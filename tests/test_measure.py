@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from faces import faced
 from problems import Quadratic, cross_entropy, dense_hessian, digits, mlp, quadratic_loss, wishart
 from scipy import stats
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.curvature.agreement import Validation
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 from geomwatch.estimators.hutchinson import hutchinson, mean_with_stderr
 from geomwatch.quantities.probe import Probe
 from geomwatch.stability.problem import stability_of
@@ -43,7 +45,9 @@ def toy_batch(count: int = 9, width: int = 5) -> tuple[Tensor, Tensor]:
 def test_the_spectrum_of_a_quadratic_is_that_of_its_matrix():
     matrix = wishart(12, seed=1) - 0.05 * torch.eye(12, dtype=torch.float64)
     exact = torch.linalg.eigvalsh(matrix).flip(0)
-    record = geomwatch.measure(Quadratic(matrix), quadratic_loss, ONE, quantities="all")
+    record = geomwatch.measure(
+        Quadratic(matrix), quadratic_loss, ONE, how=geomwatch.Measurement(quantities="all")
+    )
     for name, expected in [
         ("lambda_max", exact[0]),
         ("lambda_2", exact[1]),
@@ -70,7 +74,11 @@ def test_first_and_second_derivatives_along_the_gradient_have_closed_forms():
 
 def test_the_trace_of_a_diagonal_hessian_is_exact_for_any_sample():
     record = geomwatch.measure(
-        diagonal(4.0, 1.0, 0.5), quadratic_loss, ONE, samples=3, quantities="all"
+        diagonal(4.0, 1.0, 0.5),
+        quadratic_loss,
+        ONE,
+        how=geomwatch.Measurement(quantities="all"),
+        samples=3,
     )
     assert record["trace"].value == pytest.approx(5.5, rel=1e-12)
     assert record["trace_per_param"].value == pytest.approx(5.5 / 3, rel=1e-12)
@@ -142,7 +150,9 @@ def test_a_record_says_what_it_has_cost_and_how_it_was_made(monkeypatch):
 
     model = Quadratic(wishart(40, seed=3))
     names = ["loss", "grad_norm", "lambda_max", "batch_sharpness", "trace", "trace_per_param"]
-    record = geomwatch.measure(model, loss_fn, ONE, quantities=names, max_hvps=10, samples=5)
+    record = geomwatch.measure(
+        model, loss_fn, ONE, how=geomwatch.Measurement(quantities=names), max_hvps=10, samples=5
+    )
     assert record["lambda_max"].hvps <= 10
     assert record.provenance["hvps"] == record["lambda_max"].hvps + 5 + 1
     assert record.provenance["dtype"] == "float64"
@@ -154,7 +164,9 @@ def test_one_seed_gives_one_result():
     model = Quadratic(wishart(40, seed=3))
 
     def traces(seed: int) -> float:
-        return geomwatch.measure(model, quadratic_loss, ONE, seed=seed)["trace"].value
+        return geomwatch.measure(model, quadratic_loss, ONE, how=geomwatch.Measurement(seed=seed))[
+            "trace"
+        ].value
 
     assert traces(1) == traces(1) != traces(2)
 
@@ -163,7 +175,9 @@ def test_a_chosen_block_of_parameters_has_its_own_spectrum():
     model, batch = mlp(5, 4, 3, activation=nn.Tanh).double(), toy_batch()
     batch = batch[0].double(), batch[1]
     block = dense_hessian(model, batch)[:24, :24]
-    record = geomwatch.measure(model, cross_entropy, batch, params="0.*", max_hvps=24)
+    record = geomwatch.measure(
+        model, cross_entropy, batch, how=geomwatch.Measurement(params="0.*"), max_hvps=24
+    )
     exact = float(torch.linalg.eigvalsh(block)[-1])
     assert record["lambda_max"].value == pytest.approx(exact, rel=1e-6)
     assert record["trace_per_param"].value == pytest.approx(record["trace"].value / 24)
@@ -175,7 +189,12 @@ def test_the_first_quantities_of_a_real_net_are_those_of_its_dense_hessian():
     model.float()
     names = ["lambda_max", "lambda_min", "trace", "trace_squared"]
     record = geomwatch.measure(
-        model, cross_entropy, batch, quantities=names, max_hvps=60, samples=40
+        model,
+        cross_entropy,
+        batch,
+        how=geomwatch.Measurement(quantities=names),
+        max_hvps=60,
+        samples=40,
     )
     eigenvalues = torch.linalg.eigvalsh(exact)
     assert record["lambda_max"].value == pytest.approx(float(eigenvalues[-1]), rel=1e-3)
@@ -251,7 +270,11 @@ def test_a_loss_that_is_not_finite_gives_a_reason_for_every_quantity(bad):
     model = diagonal(4.0, 1.0)
     optimizer = SGD(model.parameters(), lr=0.1)
     record = geomwatch.measure(
-        model, quadratic_loss, ONE * bad, optimizer=optimizer, quantities="all"
+        model,
+        quadratic_loss,
+        ONE * bad,
+        how=geomwatch.Measurement(quantities="all"),
+        optimizer=optimizer,
     )
     assert {"lambda_max", "trace", "stability_margin", "loss"} <= set(record)
     for name in record:
@@ -296,7 +319,9 @@ def ctc(model: nn.Module, batch: Tensor) -> Tensor:
     ],
 )
 def test_a_quantity_that_fails_says_why_and_leaves_the_others_alone(loss_fn, reason):
-    record = geomwatch.measure(diagonal(1.0, 2.0), loss_fn, ONE, hvp="double_backward")
+    record = geomwatch.measure(
+        diagonal(1.0, 2.0), loss_fn, ONE, how=geomwatch.Measurement(hvp="double_backward")
+    )
     for name in ("lambda_max", "trace", "effective_rank"):
         assert record[name].value is None
         assert record[name].status == "failed"
@@ -306,7 +331,9 @@ def test_a_quantity_that_fails_says_why_and_leaves_the_others_alone(loss_fn, rea
 
 
 def test_a_quantity_of_a_larger_model_is_withheld_from_a_small_one():
-    record = geomwatch.measure(diagonal(4.0), quadratic_loss, ONE, quantities="all")
+    record = geomwatch.measure(
+        diagonal(4.0), quadratic_loss, ONE, how=geomwatch.Measurement(quantities="all")
+    )
     assert record["lambda_max"].value == pytest.approx(4)
     for name in ("lambda_2", "lambda_3", "spectral_gap"):
         assert record[name].value is None
@@ -335,7 +362,7 @@ def measure(model: Any = None, loss_fn: Any = cross_entropy, batch: Any = None, 
         mlp(5, 3) if model is None else model,
         loss_fn,
         toy_batch() if batch is None else batch,
-        **options,
+        **faced(options),
     )
 
 
@@ -343,7 +370,7 @@ def monitor(model: Any = None, loss_fn: Any = cross_entropy, batch: Any = None, 
     """A monitor at its first step."""
     model = mlp(5, 3) if model is None else model
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else [torch.ones(1)]
-    watch = geomwatch.Monitor(model, loss_fn, SGD(parameters, lr=0.1), **options)
+    watch = geomwatch.Monitor(model, loss_fn, SGD(parameters, lr=0.1), **faced(options))
     for p in parameters:
         p.grad = torch.ones_like(p)
     return watch.step(toy_batch() if batch is None else batch)
@@ -359,16 +386,23 @@ def nothing_to_train() -> nn.Module:
 
 BOTH = [measure, monitor]
 MISTAKES: list[tuple[list[Callable[..., Any]], dict[str, Any], type[Exception], str]] = [
-    ([monitor], {"every": 0}, ValueError, r"every must be an integer >= 1, got 0\. .*100 is"),
+    ([monitor], {"every": 0}, ValueError, r"every must be an integer >= 1, got 0\. .*leave it out"),
     ([monitor], {"every": 1.5}, ValueError, r"every must be an integer >= 1, got 1\.5\. "),
     ([monitor], {"every": True}, ValueError, r"every must be an integer >= 1, got True\. "),
+    ([monitor], {"budget": -1}, ValueError, r"share of training .*such as 0\.05 .*got -1"),
+    ([monitor], {"budget": 5}, ValueError, r"got 5\. Did you mean 0\.05\?"),
     (
         [monitor],
         {"schedule": "often"},
         ValueError,
-        r"schedule must be \"adaptive\" or \"fixed\", got 'often'",
+        r"Write:\n    Monitor\(model, loss_fn, optimizer, budget=0\.02\)",
     ),
-    ([monitor], {"max_overhead": -1}, ValueError, r"positive share such as 0\.05 .*got -1"),
+    (
+        [monitor],
+        {"max_overhead": 0.05},
+        ValueError,
+        r"got max_overhead=0\.05\. Write:\n    Monitor\(model, loss_fn, optimizer, budget=0\.05\)",
+    ),
     (
         BOTH,
         {"loss_fn": lambda m, b: m(b[0])[:, 0]},
@@ -403,7 +437,7 @@ MISTAKES: list[tuple[list[Callable[..., Any]], dict[str, Any], type[Exception], 
         BOTH,
         {"quantities": ["lambda_max", "sharpnes"]},
         ValueError,
-        r"list of known names, got 'sharpnes'\. Known: loss, .*lambda_max",
+        r"list of known names, got 'sharpnes'\..* Known: loss, .*lambda_max",
     ),
     (
         [measure],
@@ -513,7 +547,7 @@ def test_in_eval_mode_the_statistics_are_fixed_and_nothing_is_invariant():
     model, batch = Normalized(), toy_batch(width=6)
     model(batch[0])
     assert invariant_names(model.eval().double(), (batch[0].double(), batch[1])) >= INVARIANT
-    with Objective(model, cross_entropy, [batch_of(batch)], mode="eval") as objective:
+    with Objective(model, cross_entropy, [batch_of(batch)], how=Settings(mode="eval")) as objective:
         assert not ScaleInvariance().update(objective.layout, objective.gradient())
 
 

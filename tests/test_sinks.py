@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faces import faced
 from problems import cross_entropy, digits, mlp
 
 from geomwatch import Adjustment, Alert, Estimate, JsonLines, Monitor, Record
@@ -59,7 +60,7 @@ def watched_run(path: Path, *, lr: float = 0.05, steps: int = 4, **options: Any)
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     with Monitor(
-        model, cross_entropy, optimizer, sinks=[JsonLines(path)], **{"every": 50, **options}
+        model, cross_entropy, optimizer, sinks=[JsonLines(path)], **faced(options)
     ) as monitor:
         for _ in range(steps):
             optimizer.zero_grad()
@@ -95,12 +96,12 @@ def test_a_run_is_a_line_of_provenance_then_records_and_alerts(tmp_path):
 
 
 def test_the_run_line_says_what_ran(tmp_path):
-    watched_run(tmp_path / "run.jsonl", every=30, schedule="fixed", seed=5)
+    watched_run(tmp_path / "run.jsonl", every=30, seed=5)
     line = lines_of(tmp_path / "run.jsonl")[0]
     assert line["torch"] == torch.__version__
     assert line["optimizer"] == "SGD momentum 0.9"
     assert line["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
-    assert (line["every"], line["schedule"], line["seed"]) == (30, "fixed", 5)
+    assert (line["every"], line["budget"], line["seed"]) == (30, None, 5)
     assert "lambda_max" in line["quantities"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 import geomwatch
-from geomwatch import landscape
+from geomwatch import Measurement, landscape
 from geomwatch.curvature.objective import Objective
 from geomwatch.estimators.noise_floor import read_out
 from geomwatch.estimators.normalized_sharpness import normalized_sharpness
@@ -56,11 +56,11 @@ def measure(store: Store, case: Case, seed: int, stage: str, settings: Settings)
         "seed": seed,
     }
     names = _QUANTITIES if case.variant else _QUANTITIES + _LOCAL
-    record = geomwatch.measure(model, loss_fn, batch, quantities=names, **budget)
+    record = geomwatch.measure(model, loss_fn, batch, how=Measurement(quantities=names), **budget)
     found = {name: facts(e) for name, e in record.estimates.items()}
     few = budget | {"max_hvps": 3}  # it has no negative eigenvalues to look for
     gauss_newton = geomwatch.measure(
-        model, loss_fn, batch, operator="ggn", quantities=_GAUSS_NEWTON, **few
+        model, loss_fn, batch, how=Measurement(operator="ggn", quantities=_GAUSS_NEWTON), **few
     )
     found |= {f"ggn_{name}": facts(e) for name, e in gauss_newton.estimates.items()}
     found |= _along_random_directions(model, batch, settings, "train", "filter")
@@ -104,11 +104,11 @@ def _in_eval_mode(
         model,
         loss_fn,
         batch,
-        quantities=["loss", "lambda_max", "lambda_2", "trace"],
-        mode="eval",
+        how=Measurement(
+            quantities=["loss", "lambda_max", "lambda_2", "trace"], mode="eval", seed=seed
+        ),
         max_hvps=settings.lanczos // 2,
         samples=max(3, settings.samples // 2),
-        seed=seed,
     )
     return {f"eval_{name}": facts(e) for name, e in record.estimates.items()}
 

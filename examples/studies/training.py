@@ -52,9 +52,8 @@ def _watched(
         model,
         loss_fn,
         optimizer,
+        how=geomwatch.Measurement(quantities=quantities),
         every=settings.early,
-        schedule="fixed",
-        quantities=quantities,
         rules=[],
     )
     batches = case.data(settings).batches(seed, settings.batch)

@@ -18,24 +18,12 @@ _ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator mak
 _OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
-_CHOICES = {
-    "mode": ("train", "eval"),
-    "operator": ("hessian", "ggn"),
-    "hvp": ("auto", "double_backward", "finite_difference"),
-    "precision": ("float32", "training"),
-}
-
-
-def check_options(loss_fn: object, **options: object) -> None:
-    """Refuse what can't be a loss_fn, and options that are none of the known ones."""
+def check_loss_fn(loss_fn: object) -> None:
+    """Refuse what can't be a loss_fn."""
     if not callable(loss_fn):
         raise UsageTypeError(
             f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
         )
-    for name, value in options.items():
-        if value not in _CHOICES[name]:
-            known = " or ".join(f'"{choice}"' for choice in _CHOICES[name])
-            raise UsageError(f"{name} must be {known}, got {value!r}.")
 
 
 def check_optimizer(optimizer: object) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
-from geomwatch.curvature.checks import check_count, check_options
+from geomwatch.curvature.checks import check_loss_fn
 from geomwatch.curvature.locate import module_of
 from geomwatch.curvature.padding import padding_mask
 from geomwatch.curvature.products import Products
-from geomwatch.curvature.replay import LossFn as LossFn
 from geomwatch.curvature.replay import Replay
+from geomwatch.curvature.settings import LossFn as LossFn
+from geomwatch.curvature.settings import Settings
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.twice_differentiable import not_compiled
 from geomwatch.parallel.ranks import Ranks
@@ -50,7 +51,8 @@ class Objective:
     which have no second derivative.
 
     Everything is computed at `dtype`, by default that of the parameters, but at least float32, and
-    without autocast; `precision="training"` leaves both as they are in training.
+    without autocast; `precision="training"` leaves both as they are in training. `how` has the
+    other choices (see `Settings`).
     """
 
     def __init__(
@@ -58,30 +60,24 @@ class Objective:
         model: nn.Module,
         loss_fn: LossFn,
         window: Sequence[Any],
+        how: Settings | None = None,
         *,
         layout: Layout | None = None,
-        mode: str = "train",
-        also: nn.Module | Sequence[object] = (),
-        operator: str = "hessian",
-        hvp: str = "auto",
-        precision: str = "float32",
-        micro_batch: int | None = None,
-        dtype: torch.dtype | None = None,
         ranks: Ranks | None = None,
+        dtype: torch.dtype | None = None,
         products: bool = True,
     ) -> None:
-        check_options(loss_fn, mode=mode, operator=operator, hvp=hvp, precision=precision)
+        check_loss_fn(loss_fn)
         self.layout = layout or Layout.of(model)
+        self._how = how = how or Settings()
         self.hvps = 0
         self.items = sum(batches.items(batch) for batch in window)
-        if micro_batch is not None:
-            check_count("micro_batch", micro_batch, 1)
-            window = [p for batch in window for p in batches.chunks(batch, micro_batch)]
+        if how.micro_batch is not None:
+            window = [p for batch in window for p in batches.chunks(batch, how.micro_batch)]
         if (ranks is None or ranks.size == 1) and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         kind = _replay_on(self.layout)
-        self._replay = kind(model, loss_fn, window, layout=self.layout, also=also, ranks=ranks)
-        self._mode, self._precision = mode, precision
+        self._replay = kind(model, loss_fn, window, layout=self.layout, also=how.also, ranks=ranks)
         self._compiles = contextlib.nullcontext if products else not_compiled
         if not products:
             self._replay.second_order = False
@@ -89,11 +85,9 @@ class Objective:
         # without one first.
         self._differentiates_itself = self._replay.ranks.size > 1
         # autograd.grad does not reach the shards
-        self._kind = {
-            "operator": operator,
-            "hvp": "finite_difference" if self.layout.is_cut else hvp,
-        }
-        self._dtype = dtype or (self.layout.dtype if precision == "float32" else None)
+        hvp = "finite_difference" if self.layout.is_cut else how.hvp
+        self._kind = {"operator": how.operator, "hvp": hvp}
+        self._dtype = dtype or (self.layout.dtype if how.precision == "float32" else None)
         self._stack = contextlib.ExitStack()
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._reset()
@@ -105,8 +99,8 @@ class Objective:
     def __enter__(self) -> Objective:
         self._reset()
         self._stack.enter_context(self._compiles())
-        autocast = self._precision == "training"
-        opened = self._replay.opened(self._mode, autocast=autocast, dtype=self._dtype)
+        autocast = self._how.precision == "training"
+        opened = self._replay.opened(self._how.mode, autocast=autocast, dtype=self._dtype)
         modules = self._stack.enter_context(opened).modules
         self._still = padding_mask(modules, self._replay.leaves)
         if self._replay.obstacle:
@@ -123,8 +117,8 @@ class Objective:
             "operator": self._kind["operator"],
             "backend": self._products.backend,
             "dtype": str(self._replay.leaves.params[0].dtype).removeprefix("torch."),
-            "precision": self._precision,
-            "mode": self._mode,
+            "precision": self._how.precision,
+            "mode": self._how.mode,
             "items": self.items,
         }
         if self._replay.ranks.size > 1:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from geomwatch.curvature.subject import Subject
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.fsdp import is_sharded
 from geomwatch.vectors.layout import Layout
@@ -18,19 +19,10 @@ _VECTORS = 28  # of D entries each, at the peak of a monitor's first probe (docs
 _SHARE = 0.5  # of the free memory: training has its own peaks
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The layout of vectors, which says where they are held, and how HVPs are computed."""
-
-    layout: Layout
-    hvp: str
-    facts: dict[str, str] = field(default_factory=dict)  # for the record
-
-
-def choose_shards(
-    model: nn.Module, layout: Layout, ranks: Ranks, *, hvp: str, operator: str
-) -> Choice:
+def choose_shards(subject: Subject) -> tuple[Subject, dict[str, str]]:
     """Choose between a replica and local shards; the same on all ranks. One collective.
+
+    Returns the subject with the layout that says where its vectors are held, and what to record.
 
     A replica can be differentiated twice, but takes two copies of the whole model on each rank (one
     to put it back from) and whole vectors. It is chosen where these take no more than half of the
@@ -38,22 +30,23 @@ def choose_shards(
     the number of ranks, and have differences of gradients only: `hvp="finite_difference"` asks for
     them, `hvp="double_backward"` and `operator="ggn"` for a replica.
     """
+    layout, hvp = subject.layout, subject.how.hvp
     if not is_sharded(layout.params):
-        return Choice(layout, hvp)
-    needs = _bytes_of_replica(model, layout)
-    free = _free_bytes(layout.device, ranks)
-    fits = ranks.all(free is None or needs <= _SHARE * free)
+        return subject, {}
+    needs = _bytes_of_replica(subject.model, layout)
+    free = _free_bytes(layout.device, subject.ranks)
+    fits = subject.ranks.all(free is None or needs <= _SHARE * free)
     room = f"{_in_gb(needs)} for it and whole vectors, of {_in_gb(free)} free"
-    why = _why_replica(model, layout, hvp, operator)
+    why = _why_replica(subject.model, layout, hvp, subject.how.operator)
     if not why and hvp == "auto" and fits:
         why = f"there is room: {room}"
     if why:
-        return Choice(layout, hvp, {"sharding": f"measured on a replica: {why}"})
+        return subject, {"sharding": f"measured on a replica: {why}"}
     from geomwatch.vectors.shard_layout import ShardLayout  # imports DTensor, which takes a while
 
     why = f"a replica has no room: {room}" if hvp == "auto" else f"hvp={hvp!r}"
-    facts = {"sharding": f"measured on local shards: {why}"}
-    return Choice(ShardLayout(layout.names, layout.params), "finite_difference", facts)
+    cut = replace(subject, layout=ShardLayout(layout.names, layout.params))
+    return cut.set(hvp="finite_difference"), {"sharding": f"measured on local shards: {why}"}
 
 
 def _why_replica(model: nn.Module, layout: Layout, hvp: str, operator: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss, explain_device
 from geomwatch.curvature.double_backward import gradients
+from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast
@@ -20,8 +21,6 @@ from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised, sync_norm_shared
 from geomwatch.vectors.fsdp import is_sharded, reshard, unsharded
 from geomwatch.vectors.layout import Layout
-
-LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 
 
 class Replay:
@@ -43,14 +42,13 @@ class Replay:
         window: Sequence[Any],
         *,
         layout: Layout,
-        also: nn.Module | Sequence[object] = (),
+        also: Sequence[object] = (),
         ranks: Ranks | None = None,
     ) -> None:
         self.window = list(window)
         self.leaves = self.layout = layout
         self._model, self._loss_fn = model, loss_fn
-        used = [also] if isinstance(also, nn.Module) else also
-        self._others = [*used, *captured_by(loss_fn)]
+        self._others = [*also, *captured_by(loss_fn)]
         weigh = getattr(loss_fn, "weight", None)  # of a torch loss, class weights or None
         self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
         self.ranks = ranks or Ranks()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.agreement import Validation, validate
-from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.curvature.padding import padding_mask
+from geomwatch.curvature.subject import Subject
 from geomwatch.errors import NoCurvatureError, UsageError
 from geomwatch.parallel.collectives import refuse_collectives
-from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.fsdp import is_sharded
-from geomwatch.vectors.layout import Layout, generator
+from geomwatch.vectors.layout import generator
 
 _ITEMS = 4
 _PIECES_AGREE = 1e-4
@@ -24,26 +21,26 @@ _ASYMMETRY = 1e-2  # of differences in float32, which are good to 0.2 %
 
 
 def choose_backend(
-    model: nn.Module, loss_fn: LossFn, batch: Any, hvp: str, options: Mapping[str, Any]
-) -> tuple[str, dict[str, str | int | float | bool]]:
-    """Check `micro_batch`, validate double backward; return the backend and what was found.
+    subject: Subject, batch: Any
+) -> tuple[Subject, dict[str, str | int | float | bool]]:
+    """Check `micro_batch`, validate double backward; return what to measure by, and the findings.
 
-    "auto" becomes "finite_difference" where double backward is wrong.
+    `hvp` "auto" becomes "finite_difference" where double backward is wrong.
     """
-    ranks = options.get("ranks") or Ranks()
+    ranks, hvp = subject.ranks, subject.how.hvp
     with ranks.together():
-        _check_loss_is_the_ranks_own(model, loss_fn, batch, options)
+        _check_loss_is_the_ranks_own(subject, batch)
     with ranks.together():
-        check_micro_batches(model, loss_fn, batch, options)
+        check_micro_batches(subject, batch)
     if hvp == "finite_difference":
-        return hvp, {
+        return subject, {
             "validated": False,
             "validation": "differences of gradients check themselves",
-            **_asymmetry_of_shards(model, loss_fn, batch, options),
+            **_asymmetry_of_shards(subject, batch),
         }
-    if is_sharded(list(model.parameters())):
-        return hvp, {"validated": False, "validation": "not run on sharded parameters"}
-    found = _validated(model, loss_fn, batch, {**options, "ranks": None})
+    if is_sharded(list(subject.model.parameters())):
+        return subject, {"validated": False, "validation": "not run on sharded parameters"}
+    found = _validated(subject.alone(), batch)
     facts: dict[str, str | int | float | bool] = {"validated": found.passed is True}
     if found.error is not None:
         facts["validation_error"] = found.error
@@ -52,29 +49,25 @@ def choose_backend(
     if found.passed is False:
         facts["validation_failed"] = True
     wrong = ranks.any(found.passed is False) and hvp == "auto"
-    return "finite_difference" if wrong else hvp, facts
+    return (subject.set(hvp="finite_difference") if wrong else subject), facts
 
 
-def _check_loss_is_the_ranks_own(
-    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
-) -> None:
+def _check_loss_is_the_ranks_own(subject: Subject, batch: Any) -> None:
     """Evaluate the loss once to see whether it needs other ranks; FSDP's layers may.
 
     Raises:
         UsageError: it does.
     """
-    ranks = options.get("ranks") or Ranks()
-    alone = ranks.size == 1 or is_sharded(list(model.parameters()))
+    ranks = subject.ranks
+    alone = ranks.size == 1 or is_sharded(list(subject.model.parameters()))
     if alone or not ranks.all(batch is not None):
         return
-    own = {**options, "ranks": None, "micro_batch": None}
-    with Objective(model, loss_fn, [batch], **own) as objective, refuse_collectives():
+    own = subject.alone().set(micro_batch=None)
+    with own.on([batch]) as objective, refuse_collectives():
         objective.loss_at(objective.layout.zeros())
 
 
-def _asymmetry_of_shards(
-    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
-) -> dict[str, str]:
+def _asymmetry_of_shards(subject: Subject, batch: Any) -> dict[str, str]:
     """Say that differences of gradients on local shards have no spectrum, if they have none.
 
     They are products with J, the gradient's Jacobian. Where part of the loss is held constant for
@@ -82,12 +75,11 @@ def _asymmetry_of_shards(
     Hessian of what is left, can't be had here. 1 - v'J(Jv) / ||Jv||^2 is 0 where J = J', and on
     average ||J - J'||^2 / 2 ||J||^2. Two HVPs on a few items of each rank.
     """
-    layout = options["layout"]
+    layout = subject.layout
     if not layout.is_cut:
         return {}
     few = [] if batch is None else [batches.head(batch, _ITEMS)]
-    tested = {**options, "hvp": "finite_difference", "micro_batch": None}
-    with Objective(model, loss_fn, few, **tested) as objective:
+    with subject.set(micro_batch=None).on(few) as objective:
         v = layout.normal(generator(0))
         v = v / v.norm()
         try:
@@ -105,48 +97,43 @@ def _asymmetry_of_shards(
     }
 
 
-def _validated(
-    model: nn.Module, loss_fn: LossFn, batch: Any, options: dict[str, Any]
-) -> Validation:
+def _validated(subject: Subject, batch: Any) -> Validation:
     """Validate double backward on a few items, on this rank."""
     items = batches.items(batch) if batch is not None else 0
     if items == 0:
         return Validation(None, reason="this rank has no items to run it on")
     # in float64 an item takes the memory of two
-    most = max(1, (options.get("micro_batch") or 2 * _ITEMS) // 2)
-    few = batches.head(batch, min(_ITEMS, most, items))
-    tested = {**options, "operator": "hessian", "hvp": "double_backward", "dtype": torch.float64}
-    kept = padding_mask(list(model.modules()), options.get("layout") or Layout.of(model))
-    found = validate(lambda: Objective(model, loss_fn, [few], **tested), kept)
+    most = max(1, (subject.how.micro_batch or 2 * _ITEMS) // 2)
+    few = [batches.head(batch, min(_ITEMS, most, items))]
+    tested = subject.set(operator="hessian", hvp="double_backward")
+    kept = padding_mask(list(subject.model.modules()), subject.layout)
+    found = validate(lambda: tested.on(few, dtype=torch.float64), kept)
     if found.error is None:  # of a model made for one precision: in that one, if it is smooth
-        inherent = validate(lambda: Objective(model, loss_fn, [few], **{**tested, "dtype": None}))
+        inherent = validate(lambda: tested.on(few))
         found = found if inherent.passed is None else inherent
     return found
 
 
-def check_micro_batches(
-    model: nn.Module, loss_fn: LossFn, batch: Any, options: Mapping[str, Any]
-) -> None:
+def check_micro_batches(subject: Subject, batch: Any) -> None:
     """Compare the loss of the whole batch with the weighted mean over its pieces, once.
 
     Raises:
         UsageError: they differ by more than 1e-4: a loss over the whole batch, or BatchNorm.
     """
-    size = options.get("micro_batch")
-    ranks = options.get("ranks") or Ranks()
+    size, ranks = subject.how.micro_batch, subject.ranks
     cuts = size is not None and batch is not None and size < batches.items(batch)
     if not ranks.any(cuts):
         return
-    with Objective(model, loss_fn, [batch], **{**options, "micro_batch": None}) as whole:
+    with subject.set(micro_batch=None).on([batch]) as whole:
         normalizes = whole.normalizes_batches
     if ranks.any(normalizes):
         raise UsageError(
             f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
             "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."
         )
-    difference = _difference_of_pieces(model, loss_fn, batch, dict(options))
+    difference = _difference_of_pieces(subject, batch)
     if difference > _PIECES_AGREE:  # dropout draws other masks for the pieces: without it, then?
-        difference = _difference_of_pieces(model, loss_fn, batch, {**options, "mode": "eval"})
+        difference = _difference_of_pieces(subject.set(mode="eval"), batch)
     if difference > _PIECES_AGREE:
         raise UsageError(
             f"micro_batch must leave the loss as it is, got {size}, with which it differs by "
@@ -154,11 +141,9 @@ def check_micro_batches(
         )
 
 
-def _difference_of_pieces(
-    model: nn.Module, loss_fn: LossFn, batch: Any, options: dict[str, Any]
-) -> float:
+def _difference_of_pieces(subject: Subject, batch: Any) -> float:
     losses = []
-    for size in (None, options["micro_batch"]):
-        with Objective(model, loss_fn, [batch], **{**options, "micro_batch": size}) as objective:
+    for tested in (subject.set(micro_batch=None), subject):
+        with tested.on([batch]) as objective:
             losses.append(objective.loss_at(objective.layout.values().zero_()))
     return abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-12)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from geomwatch.integrations._accelerate.ties import Ties
 from geomwatch.integrations.extras import missing
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.monitoring.monitor import Monitor
+from geomwatch.quantities.measurement import check_how
 from geomwatch.records import Record
 from geomwatch.stability.problem import unwrap
 
@@ -84,9 +85,8 @@ class AcceleratedMonitor(Monitor):
         log: Callable[[Record], None] | None,
         **options: Unpack[Options],
     ) -> None:
-        also = options.get("also", ())
-        used = [also] if isinstance(also, nn.Module) else also
-        options["also"] = [*used, *captured_by(loss_fn)]
+        how = check_how(options.get("how"))
+        options["how"] = replace(how, also=(*how.also, *captured_by(loss_fn)))
         self._each = EachAlike(loss_fn)
         trained = model if accelerator.num_processes > 1 else bare(accelerator, model)
         super().__init__(trained, self._each, unwrap(optimizer), **options)
@@ -156,7 +156,7 @@ class AcceleratedMonitor(Monitor):
         if self._ties is not None:
             self._ties.remove(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another monitor of the same run stopped.
 
         Raises:
@@ -174,7 +174,7 @@ class AcceleratedMonitor(Monitor):
     ) -> None:
         """Take note of a call of `accelerator.clip_grad_norm_` and of the norm it returned."""
         clipped = {id(p) for p in parameters if p.grad is not None}
-        own = [p for p in self._params if p.grad is not None]
+        own = [p for p in self.params if p.grad is not None]
         if clipped.isdisjoint(map(id, own)):  # another model's
             return
         # Clipped in parts, or by another norm, it is read off the gradients as they are then.
@@ -218,7 +218,7 @@ class AcceleratedMonitor(Monitor):
             prefix = f"{self._prefix}{self.name}/" if self.name else self._prefix
             self._accelerator.log(record.scalars(prefix), step=record.step)
         except Exception as error:  # a tracker that is down must not stop a training run
-            self._guard.tell(
+            self._watch.prober.tell(
                 f"a record could not be logged: {type(error).__name__}: {error}. Training goes on."
             )
 

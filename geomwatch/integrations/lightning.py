@@ -131,7 +131,7 @@ class GeomwatchCallback:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         if not is_disabled():
-            tell_of_a_short_run(trainer, self._options.get("every", 100))
+            tell_of_a_short_run(trainer, self._options.get("every") or 100)
             self._begin(trainer, pl_module)
 
     def on_train_batch_start(

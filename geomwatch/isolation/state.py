@@ -58,24 +58,25 @@ class Resumable:
         Raises:
             UsageError: an entry is missing, unknown or of another type; nothing is changed then.
         """
-        for assign in list(planned(self, state, type(self).__name__)):
+        for assign in list(_planned_memory(self, state, type(self).__name__)):
             assign()
 
     def resumed(self) -> None:
         """Called when a memory was taken over, for what follows from it."""
 
 
-def planned(part: Any, state: Any, place: str) -> Iterator[_Assign]:
-    """Check a state against a part that has a memory; yield what would load it.
-
-    Raises:
-        UsageError: it does not fit; the message names the entry.
-    """
+def _planned(part: Any, state: Any, place: str) -> Iterator[_Assign]:
+    """Check a state against a part; yield what would load it."""
     if not _has_memory(part):
         return
-    if not isinstance(part, Resumable):  # a user's own rule or controller
+    if getattr(type(part), "load_state_dict", None) is not Resumable.load_state_dict:
+        # of a user's own rule or controller
         yield functools.partial(part.load_state_dict, state)
         return
+    yield from _planned_memory(part, state, place)
+
+
+def _planned_memory(part: Resumable, state: Any, place: str) -> Iterator[_Assign]:
     hints = _memory_of(part)
     _same_names(state, {name.lstrip("_") for name in hints}, place)
     for name, hint in hints.items():
@@ -88,7 +89,7 @@ def _assigned(
     part: Any, name: str, entry: Any, hint: Any, present: Any, place: str
 ) -> Iterator[_Assign]:
     if _has_memory(present):
-        yield from planned(present, entry, place)
+        yield from _planned(present, entry, place)
     elif isinstance(present, torch.Generator):
         if not isinstance(entry, torch.Tensor) or entry.dtype != torch.uint8:
             raise _unfit(place, "the state of a random generator", entry)
@@ -107,12 +108,12 @@ def _assigned_each(present: Any, entry: Any, place: str) -> Iterator[_Assign]:
     if isinstance(present, dict):
         _same_names(entry, set(present), place)
         for key, inner in present.items():
-            yield from planned(inner, entry[key], f"{place}.{key}")
+            yield from _planned(inner, entry[key], f"{place}.{key}")
         return
     if not isinstance(entry, list | tuple) or len(entry) != len(present):
         raise _unfit(place, f"a list of {len(present)}", entry)
     for i, (inner, inner_state) in enumerate(zip(present, entry, strict=True)):
-        yield from planned(inner, inner_state, f"{place}[{i}]")
+        yield from _planned(inner, inner_state, f"{place}[{i}]")
 
 
 def _has_members(value: Any, hint: Any) -> bool:

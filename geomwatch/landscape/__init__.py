@@ -3,9 +3,9 @@
 Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and aligning SciPy,
 `pip install 'geomwatch[landscape]'`.
 
-May import curvature, rules, estimators, isolation, vectors, records and errors. A newcomer would
-change something here to look at finished models in another way: a function that fills a result of
-`results`, and one in `figures` that draws it.
+May import curvature, rules, estimators, isolation, vectors, parallel, records and errors. A
+newcomer would change something here to look at finished models in another way: a function that
+fills a result of `results`, and one in `figures` that draws it.
 """
 
 from geomwatch.landscape.barrier import barrier

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import Operator, lanczos
@@ -21,6 +22,7 @@ from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import provenance, steadiness
 from geomwatch.landscape.results import Density, Facts, Floats
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas
@@ -80,11 +82,12 @@ def density(
     check_sigma(sigma)
     window = list(Batches(batches))
     layout = Layout.of(model, params)
-    options: dict[str, Any] = {"layout": layout, "mode": mode, "also": also, "precision": precision}
-    backend, validation = choose_backend(model, loss_fn, Batches(window).first(), hvp, options)
+    settings = Settings(mode=mode, also=also, hvp=hvp, precision=precision)  # type: ignore[arg-type]
+    subject = Subject(model, loss_fn, layout, settings, Ranks())
+    subject, validation = choose_backend(subject, Batches(window).first())
     rng = generator(seed)
     report = reporter(progress, "density")
-    with Objective(model, loss_fn, window, hvp=backend, **options) as objective:
+    with subject.on(window) as objective:
         if not objective.is_finite():
             raise UsageError("the loss and its gradient must be finite to have a Hessian.")
         runs, known = _first(objective.hvp, layout.rademacher(rng), steps, outliers, sigma)

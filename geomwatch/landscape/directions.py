@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.estimators.directions import filter_normalised
@@ -18,6 +20,7 @@ from geomwatch.estimators.lanczos import lanczos
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import steadiness
 from geomwatch.landscape.states import check_states
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout, generator
 
 _SCALES = ("filter", "layer", "unit")
@@ -80,9 +83,8 @@ def gradient_direction(
     """Return g / ||g||, g the gradient of the mean loss over `batches`. One gradient of each."""
     layout = Layout.of(model, params)
     window = list(Batches(batches))
-    with Objective(
-        model, loss_fn, window, layout=layout, mode=mode, also=also, precision=precision
-    ) as objective:
+    settings = Settings(mode=mode, also=also, precision=precision)  # type: ignore[arg-type]
+    with Objective(model, loss_fn, window, settings, layout=layout) as objective:
         gradient, how = objective.gradient(), objective.provenance | _steady(objective)
     norm = float(gradient.norm())
     if not 0 < norm < float("inf"):
@@ -137,9 +139,10 @@ def hessian_directions(
     check_count("max_hvps", max_hvps, k)
     window = list(Batches(batches))
     layout = Layout.of(model, params)
-    options: dict[str, Any] = {"layout": layout, "mode": mode, "also": also, "precision": precision}
-    backend, validation = choose_backend(model, loss_fn, Batches(window).first(), hvp, options)
-    with Objective(model, loss_fn, window, hvp=backend, **options) as objective:
+    settings = Settings(mode=mode, also=also, hvp=hvp, precision=precision)  # type: ignore[arg-type]
+    subject = Subject(model, loss_fn, layout, settings, Ranks())
+    subject, validation = choose_backend(subject, Batches(window).first())
+    with subject.on(window) as objective:
         start = layout.normal(generator(seed))
         found = lanczos(
             objective.hvp, start, max_hvps=max_hvps, top=k, tol=tol, until=tuple(range(k))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
-from geomwatch.curvature.checks import check_options, explain_device
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.checks import check_loss_fn, explain_device
+from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast
@@ -181,7 +181,8 @@ def evaluating(
     `layout` are the trainable parameters that will be moved; without it all of them are, and the
     frozen ones too.
     """
-    check_options(loss_fn, mode=how.mode, precision=how.precision)
+    check_loss_fn(loss_fn)
+    Settings(mode=how.mode, precision=how.precision)  # type: ignore[arg-type]  # checks them
     given = Batches(data)
     also = [how.also] if isinstance(how.also, nn.Module) else how.also
     others = [*also, *captured_by(loss_fn), *given.generators]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 from geomwatch.controllers.conductor import Conductor
-from geomwatch.errors import UsageError
-from geomwatch.isolation.state import Resumable
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules import Observation, Rule, default_rules
@@ -17,20 +16,22 @@ from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger
 T = TypeVar("T")
 
 
-class Judge:
+class Dispatch(Resumable):
     """Observation -> alerts, adjustments -> log, sinks, callback; these three on rank zero only.
 
     An adjustment is logged before it is applied.
     """
 
+    _rules: Kept[list[Any]]
+
     def __init__(
         self,
-        rules: Sequence[Rule] | None,
+        rules: Sequence[Rule] | Rule | None,
         sinks: Sequence[Sink],
         on_alert: Callable[[Alert], None] | None,
         control: Conductor,
     ) -> None:
-        self._rules = list(default_rules() if rules is None else rules)
+        self._rules = _listed(rules)
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
         self._control = control
@@ -81,24 +82,10 @@ class Judge:
             if closer is not None:
                 self._safely(closer)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return the rules' memories."""
-        return [rule.state_dict() if _remembers(rule) else {} for rule in self._rules]
-
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take over the memories of the same rules.
-
-        Raises:
-            UsageError: they are not as many.
-        """
-        if len(states) != len(self._rules):
-            raise UsageError(
-                f"state must hold {len(self._rules)} rules, got {len(states)}. "
-                "Build the monitor with the rules it was saved with."
-            )
-        for rule, state in zip(self._rules, states, strict=True):
-            if _remembers(rule):
-                rule.load_state_dict(state)
+    @property
+    def rule_names(self) -> list[str]:
+        """The rules by name, in their order."""
+        return [getattr(rule, "name", type(rule).__name__) for rule in self._rules]
 
     def _safely(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """Call a part; a full disk or a bug in a callback must not stop a training run."""
@@ -118,6 +105,7 @@ class Judge:
             return None
 
 
-def _remembers(rule: Rule) -> TypeGuard[Resumable]:
-    """Tell whether a rule has a memory; a user's own may have none."""
-    return hasattr(rule, "state_dict")
+def _listed(rules: Sequence[Rule] | Rule | None) -> list[Rule]:
+    if rules is None:
+        return list(default_rules())
+    return list(rules) if isinstance(rules, Sequence) else [rules]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import TypedDict
 
-from geomwatch.controllers import Controller
+from geomwatch.controllers.protocol import Controller
+from geomwatch.monitoring.face import is_disabled as is_disabled
+from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Alert
 from geomwatch.rules import Rule
 from geomwatch.sinks import Sink
@@ -15,27 +17,10 @@ from geomwatch.sinks import Sink
 class Options(TypedDict, total=False):
     """What `Monitor` takes beside model, loss_fn and optimizer; its docstring explains each."""
 
-    every: int
-    schedule: str
-    max_overhead: float | None
-    quantities: str | Sequence[str]
-    probe_batch: Any
-    mode: str
-    operator: str
-    micro_batch: int | None
-    per_layer: bool
-    hvp: str
-    precision: str
-    params: str | Sequence[str] | None
-    also: Sequence[object]
-    rules: Sequence[Rule] | None
-    controllers: Sequence[Controller]
-    dry_run: bool
+    how: Measurement | None
+    every: int | None
+    budget: float | None
+    rules: Sequence[Rule] | Rule | None
+    controllers: Sequence[Controller] | Controller
+    sinks: Sequence[Sink | str | Path] | Sink | str | Path
     on_alert: Callable[[Alert], None] | None
-    sinks: Sequence[Sink]
-    seed: int
-
-
-def is_disabled() -> bool:
-    """Tell whether GEOMWATCH_DISABLE=1 in the environment turns everything off."""
-    return os.environ.get("GEOMWATCH_DISABLE", "") not in ("", "0")

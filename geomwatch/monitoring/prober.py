@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.locate import operation_in
-from geomwatch.curvature.objective import LossFn, Objective
+from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.estimators.along_step import Point, Sentinel
-from geomwatch.monitoring.memory import Held, RunningTrace
-from geomwatch.monitoring.replay_fidelity import OwnStep, gradient_of_step
-from geomwatch.parallel.ranks import Ranks
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.memory import Held
+from geomwatch.monitoring.replay_fidelity import ReplayFidelity, gradient_of_step
+from geomwatch.quantities.measurement import Measurement
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.probe import Probe, WarmStart
+from geomwatch.quantities.running_trace import RunningTrace
 from geomwatch.quantities.table import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Estimate, Record
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
-from geomwatch.vectors.layout import Layout, generator
+from geomwatch.vectors.layout import generator
 
 _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
@@ -47,65 +51,32 @@ class Probed:
     items: int  # of all ranks
 
 
-class Prober:
-    """Measures at a training step; keeps warm starts, the running trace and held values.
+class Prober(Resumable):
+    """Measures at a training step; keeps warm starts, the running trace and held values."""
 
-    With `every` it may leave out quantities at some probes (see `plan`).
-    """
+    plan: Kept[Plan]
+    _rng: Kept[torch.Generator]
+    _invariance: Kept[ScaleInvariance]
+    _invariant: Kept[frozenset[str]]
+    _sentinel: Kept[Sentinel]
+    _fidelity: Kept[ReplayFidelity]
+    _trace: Kept[RunningTrace]
+    _held: Kept[Held]
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        optimizer: Any,
-        names: Sequence[str],
-        *,
-        layout: Layout,
-        mode: str,
-        operator: str,
-        also: Sequence[object],
-        micro_batch: int | None,
-        per_layer: bool,
-        hvp: str,
-        precision: str,
-        every: int | None,
-        warms_up: bool,
-        frugal: bool,
-        seed: int,
-        ranks: Ranks,
-        needed: Collection[str] = (),
+        self, subject: Subject, optimizer: Any, names: Sequence[str], plan: Plan, how: Measurement
     ) -> None:
-        self.ranks = ranks
-        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
-        self._hvp = hvp
+        self.ranks, self.optimizer, self.plan = subject.ranks, optimizer, plan
+        self._subject, self._names = subject, tuple(names)
         self._validation: dict[str, str | int | float | bool] | None = None
         self._sharding: dict[str, str] | None = None
-        self._names = tuple(names)
-        self._layout = layout
-        self._options: dict[str, Any] = {
-            "layout": layout,
-            "mode": mode,
-            "operator": operator,
-            "also": also,
-            "precision": precision,
-            "micro_batch": micro_batch,
-            "ranks": ranks,
-        }
-        self.plan = Plan(
-            names,
-            every=every,
-            warms_up=warms_up,
-            frugal=frugal,
-            per_layer=per_layer,
-            needed=needed,
-        )
-        self._per_layer = per_layer
-        self._rng = generator(seed)
+        self._per_layer = how.per_layer
+        self._rng = generator(how.seed)
         self._warm = WarmStart()
         self._invariance = ScaleInvariance()
         self._invariant: frozenset[str] = frozenset()
         self._sentinel = Sentinel()
-        self._own = OwnStep()
+        self._fidelity = ReplayFidelity()
         self._trace = RunningTrace()
         self._held = Held()
         self.same_data = False  # each step sees the same data
@@ -121,7 +92,7 @@ class Prober:
         *,
         same_data: Sequence[Any],
         noise: bool = False,
-        loss: float | None = None,
+        loss: Tensor | float | None = None,
         grad_scale: float = 1.0,
     ) -> Probed:
         """Measure on `window`; `same_data` are the batches the step itself has seen.
@@ -132,12 +103,12 @@ class Prober:
         start = time.perf_counter()
         self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
-        gradient = gradient_of_step(self._layout, grad_scale)
+        gradient = gradient_of_step(self._subject.layout, grad_scale)
         with self._objective(window) as objective:
             steady = gradient is None or math.isfinite(float(gradient.norm()))
             finite = objective.is_finite()
             if gradient is not None and steady and finite:
-                self._own.refuse_scaled(gradient, objective.gradient())
+                self._fidelity.refuse_scaled(gradient, objective.gradient())
             probe = self._shared(objective, gradient)
             names = self._choose(probe, step, noise=noise)
             fresh = evaluate(probe, names)
@@ -148,11 +119,12 @@ class Prober:
             if not steady:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
-            self._own.compare(objective, gradient if window is same_data else None, loss)
+            own = gradient if window is same_data else None
+            self._fidelity.compare(objective, own, _number(loss))
             along = self._along_gradient(probe, gradient)
             how = objective.provenance | (self._validation or {}) | {"hvps": objective.hvps}
             how |= self._sharding or {}
-            loss, items = objective.loss(), self._items(objective)
+            value, items = objective.loss(), self._items(objective)
             self.surprises += [
                 f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
                 "loss_fn= that leaves it alone, or name its owner in also=(...)."
@@ -162,8 +134,8 @@ class Prober:
         self.plan.probes += 1
         record = Record(
             step=step,
-            loss=loss,
-            lr=learning_rates(self._optimizer),
+            loss=value,
+            lr=learning_rates(self.optimizer),
             seconds=time.perf_counter() - start,
             estimates=self._ordered(self._held.merge(step, fresh)),
             provenance=how | {"same_data": self.same_data},
@@ -177,40 +149,37 @@ class Prober:
         step: int,
         *,
         same_data: Sequence[Any],
-        loss: float | None = None,
+        loss: Tensor | float | None = None,
         grad_scale: float = 1.0,
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
         self._choose_shards()
         self._compare_data(step, same_data)
-        gradient = gradient_of_step(self._layout, grad_scale)
-        with Objective(
-            self._model, self._loss_fn, window, products=False, **self._options
-        ) as objective:
+        gradient = gradient_of_step(self._subject.layout, grad_scale)
+        with self._subject.on(window, products=False) as objective:
             used = objective.gradient() if gradient is None else gradient
-            if self._own.has_gradient and self._invariance.is_young:
-                self._invariant = self._invariance.update(self._layout, used)
+            if self._fidelity.has_gradient and self._invariance.is_young:
+                self._invariant = self._invariance.update(self._subject.layout, used)
             stability = stability_of(
-                self._optimizer, self._layout, gradient=used, exclude=self._invariant
+                self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
             )
-            known = loss if self._own.has_loss and len(window) == 1 else None
-            is_own = self._own.has_gradient or gradient is None
+            known = _number(loss) if self._fidelity.has_loss and len(window) == 1 else None
+            is_own = self._fidelity.has_gradient or gradient is None
             return self._sentinel.measure(objective.loss_at, Point(stability, used, is_own, known))
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
-        present = self._options["micro_batch"]
-        if present is not None:
+        if self._subject.how.micro_batch is not None:
             return None
         most = max((batches.items(batch) for batch in window), default=1)
         smaller = max(1, most // 4)
-        self._options["micro_batch"] = smaller
+        self._subject = self._subject.set(micro_batch=smaller)
         self._validation = None  # it is to be checked that the loss is a mean over items
         return smaller
 
     def uncut_batches(self) -> None:
         """Take back `cut_batches`."""
-        self._options["micro_batch"] = self._validation = None
+        self._subject, self._validation = self._subject.set(micro_batch=None), None
 
     def lambda_max(self) -> float | None:
         """Return the last known lambda_max of the Hessian."""
@@ -219,40 +188,34 @@ class Prober:
     def _choose_shards(self) -> None:
         """Settle, once, where vectors are held; warm starts are held there too."""
         if self._sharding is None:
-            operator = self._options["operator"]
-            choice = choose_shards(
-                self._model, self._layout, self.ranks, hvp=self._hvp, operator=operator
-            )
-            self._layout = self._options["layout"] = choice.layout
-            self._hvp, self._sharding = choice.hvp, choice.facts
+            self._subject, self._sharding = choose_shards(self._subject)
 
     def _objective(self, window: Sequence[Any]) -> Objective:
-        options = self._options
         if self._validation is None:
-            self._hvp, self._validation = choose_backend(
-                self._model, self._loss_fn, window[0] if window else None, self._hvp, options
-            )
-            if self._hvp == "finite_difference" and "validation_error" in self._validation:
+            first = window[0] if window else None
+            self._subject, self._validation = choose_backend(self._subject, first)
+            by_differences = self._subject.how.hvp == "finite_difference"
+            if by_differences and "validation_error" in self._validation:
                 self.surprises.append(
                     f"{self._validation['validation']}. Curvature is measured by differences of "
                     "gradients instead, at twice the cost or more."
                 )
-        return Objective(self._model, self._loss_fn, window, hvp=self._hvp, **options)
+        return self._subject.on(window)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
         obstacle = self._obstacle or str((self._validation or {}).get("obstacle", ""))
         if obstacle:
             objective.forgo_hvps(obstacle)
         used = objective.gradient() if gradient is None else gradient
-        self._invariant = self._invariance.update(self._layout, objective.gradient())
+        self._invariant = self._invariance.update(self._subject.layout, objective.gradient())
         return Probe(
             objective,
             stability=stability_of(
-                self._optimizer, self._layout, gradient=used, exclude=self._invariant
+                self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
             ),
             warm=self._warm,
             rng=self._rng,
-            groups=getattr(self._optimizer, "param_groups", ()),
+            groups=getattr(self.optimizer, "param_groups", ()),
             running=self._trace,
             last_lambda=self.lambda_max(),
         )
@@ -267,7 +230,7 @@ class Prober:
             return Estimate(stability.limit_ratio * exact, 0.0, "none")
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
-        is_own = self._own.has_gradient or gradient is None
+        is_own = self._fidelity.has_gradient or gradient is None
         return self._sentinel.measure(
             objective.loss_at, Point(stability, used, is_own, objective.loss())
         )
@@ -300,7 +263,7 @@ class Prober:
         """Name the modules that hold the top Ritz vector: squares of its entries, for free."""
         if "stability_margin" not in fresh or fresh["stability_margin"].value is None:
             return ()
-        mass = self._layout.mass_by_module(probe.margin_spectrum.vectors[0])
+        mass = self._subject.layout.mass_by_module(probe.margin_spectrum.vectors[0])
         named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]
         return tuple(f"{m} ({share:.0%})" for m, share in named[:_LAYERS_NAMED])
 
@@ -326,27 +289,6 @@ class Prober:
         own = {name: estimates[name] for name in self._names if name in estimates}
         return own | estimates
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what spans probes, except the warm starts (as large as the model)."""
-        return {
-            "plan": self.plan.state_dict(),
-            "rng": self._rng.get_state(),
-            "invariance": self._invariance.state_dict(),
-            "trace": self._trace.state_dict(),
-            "held": self._held.state_dict(),
-            "sentinel": self._sentinel.state_dict(),
-            "own": self._own.state_dict(),
-            "invariant": sorted(self._invariant),
-        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what spans probes; the next probe starts cold."""
-        self.plan.load_state_dict(state["plan"])
-        self._rng.set_state(state["rng"])
-        self._invariance.load_state_dict(state["invariance"])
-        self._trace.load_state_dict(state["trace"])
-        self._held.load_state_dict(state["held"])
-        self._sentinel.load_state_dict(state["sentinel"])
-        self._own.load_state_dict(state["own"])
-        self._invariant = frozenset(state["invariant"])
-        self._warm = WarmStart()
+def _number(loss: Tensor | float | None) -> float | None:
+    return float(loss.detach()) if isinstance(loss, Tensor) else loss

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from geomwatch.errors import UsageError
+from geomwatch.isolation.snapshot import Snapshot
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import whole
 
 
-class StepCounter:
+class StepCounter(Resumable):
     """Counts the steps an optimizer really takes, through its own post-step hook."""
+
+    steps: Kept[int]
 
     def __init__(self, optimizer: Any, params: Sequence[Tensor]) -> None:
         self.steps = 0
@@ -64,16 +69,19 @@ class StepCounter:
             self._handle.remove()
 
 
-class StepScalars:
+class StepScalars(Resumable):
     """Loss and gradient norm of each step, copied asynchronously and read one step later.
 
     On a GPU reading a scalar at once would stall the host until the device has caught up; a step
     later the copy has long arrived.
     """
 
+    pending: Kept[tuple[int, float | None, float] | None]  # as numbers, while it is saved
+
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()  # over which the loss is averaged
         self._pending: tuple[int, Callable[[], float | None], _Scalar] | None = None
+        self.pending = None
 
     def put(self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float) -> None:
         """Start the copy; `steps` is the number of steps the optimizer has taken."""
@@ -93,16 +101,17 @@ class StepScalars:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is pending, as numbers."""
-        if self._pending is None:
-            return {}
-        before, loss, grad_norm = self._pending
-        return {"steps": before, "loss": loss(), "grad_norm": grad_norm.read()}
+        self.pending = None
+        if self._pending is not None:
+            before, loss, grad_norm = self._pending
+            self.pending = before, loss(), grad_norm.read()
+        return super().state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was pending."""
+    def resumed(self) -> None:
+        """Wait for what was pending."""
         self._pending = None
-        if state:
-            self.put(state["steps"], state["loss"], state["grad_norm"])
+        if self.pending is not None:
+            self.put(*self.pending)
 
 
 class _Scalar:
@@ -159,3 +168,25 @@ def gradient_norm(params: Sequence[Tensor]) -> Tensor:
 def _values(gradient: Tensor) -> Tensor:
     """Return the entries of a gradient, which an embedding may keep sparse."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def fixed_window(source: Any) -> list[Any]:
+    """Return the batches to average over: all of a DataLoader's, or the one batch; none for None.
+
+    A loader is read once, and the random generators it draws from are put back.
+
+    Raises:
+        UsageError: the loader has no batches.
+    """
+    if source is None:
+        return []
+    if not isinstance(source, DataLoader):
+        return [source]
+    before = Snapshot([])
+    try:
+        window = list(source)
+    finally:
+        before.restore()
+    if not window:
+        raise UsageError("batch must hold data, got a DataLoader without batches.")
+    return window

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomwatch.curvature.objective import Objective
 from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.vectors.layout import Layout
 
 _SAME_GRADIENT = 1e-4  # relative
 _SAME_LOSS = 1e-6
 
 
-class OwnStep:
+class ReplayFidelity(Resumable):
     """Remembers whether steps use the very gradient and loss that replays of their batches have.
 
     They do not under dropout (another mask), after clipping, with autocast or a fixed probe batch.
     """
+
+    has_gradient: Kept[bool]
+    has_loss: Kept[bool]
 
     def __init__(self) -> None:
         self.has_gradient = False  # of the replay, to rounding
@@ -61,14 +64,6 @@ class OwnStep:
                 "the loss's own. Call scaler.unscale_(optimizer) first, then clip, then "
                 "monitor.step(); or pass grad_scale=scaler.get_scale()."
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was found of the last step compared."""
-        return {"has_gradient": self.has_gradient, "has_loss": self.has_loss}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was found."""
-        self.has_gradient, self.has_loss = state["has_gradient"], state["has_loss"]
 
 
 def gradient_of_step(layout: Layout, scale: float) -> Tensor | None:

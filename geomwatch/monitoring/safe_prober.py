@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,28 +9,27 @@ import torch
 
 from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.budget import Account
 from geomwatch.monitoring.prober import Probed, Prober
 from geomwatch.observation.margins import Margin
 from geomwatch.parallel.ranks import RankError
+from geomwatch.quantities.plan import Plan
+from geomwatch.records import Estimate
 from geomwatch.sinks import logger
 
 _PATIENCE = 3  # failed probes in a row before probing is paused
-_GRADIENTS, _PRODUCT, _GLANCE = 2.0, 2.2, 0.5  # steps' worth of a probe, of an HVP, of a sentinel
 
 
-class Guard(Resumable):
+class SafeProber(Resumable):
     """Runs probes, survives them, and keeps the last margin for the steps in between."""
 
-    work: Kept[float]
     margin: Kept[Margin]
     gradient_margin: Kept[Margin]
+    _prober: Kept[Prober]
 
-    def __init__(self, prober: Prober) -> None:
-        self.prober = prober
+    def __init__(self, prober: Prober, account: Account) -> None:
+        self._prober, self._account = prober, account
         self.paused = False
-        self.seconds = 0.0  # spent in probes and sentinels so far
-        self.glance_seconds = 0.0  # in sentinels
-        self.work = 0.0  # steps' worth of sentinels and recurring probes so far
         self.last: Probed | None = None
         self.margin = self.gradient_margin = Margin()
         self._failures = 0
@@ -43,19 +41,16 @@ class Guard(Resumable):
         Raises:
             UsageError: the very first probe shows that something was passed that can't work.
         """
-        start = time.perf_counter()
         try:
             probed = self._probe_within_memory(window, step, **known)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
-            if self.prober.plan.probes == 0:
-                self.prober.ranks.refuse_after(error)
+            if self._prober.plan.probes == 0:
+                self._prober.ranks.refuse_after(error)
             self._report(step, error)
             return None
-        finally:
-            self.seconds += time.perf_counter() - start
         self._failures = 0
         self.last = probed
-        self.work += self._work_of(probed)
+        self._account.work += self._work_of(probed)
         self.margin = Margin(probed.margin, probed.record.lr)
         self.gradient_margin = Margin(probed.gradient_margin, probed.record.lr)
         self._tell_surprises()
@@ -66,26 +61,45 @@ class Guard(Resumable):
 
         What keeps it from being measured is for the next probe to report.
         """
-        start = time.perf_counter()
+        self._account.work += self._account.units.sentinel
         try:
-            with self.prober.ranks.together():
-                found = self.prober.glance(window, step, **known)
+            with self._prober.ranks.together():
+                found = self._prober.glance(window, step, **known)
         except Exception as error:
             logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
             return False
-        finally:
-            spent = time.perf_counter() - start
-            self.work += _GLANCE
-            self.seconds += spent
-            self.glance_seconds += spent
         self.gradient_margin = Margin(found, lr)
         return found.value is not None
 
     def _work_of(self, probed: Probed) -> float:
         """Return the steps' worth of a probe; what is dear has a period of its own (see `plan`)."""
-        if self.prober.plan.is_whole and self.prober.plan.probes > 1:
+        if self.plan.is_whole and self.plan.probes > 1:
             return 0.0
-        return _GRADIENTS + _PRODUCT * int(probed.record.provenance["hvps"])
+        units = self._account.units
+        return units.gradients + units.product * int(probed.record.provenance["hvps"])
+
+    @property
+    def plan(self) -> Plan:
+        """What probes measure."""
+        return self._prober.plan
+
+    @property
+    def same_data(self) -> bool:
+        """Whether the last steps looked at saw the same data."""
+        return self._prober.same_data
+
+    def lambda_max(self) -> float | None:
+        """Return the last known lambda_max of the Hessian."""
+        return self._prober.lambda_max()
+
+    def margin_at(self, rates: Sequence[float], scale: float) -> float | None:
+        """Return the last stability margin at `scale` times these rates."""
+        return _scaled(self.margin.at(rates), scale)
+
+    def margin_along(self, rates: Sequence[float], scale: float) -> float | None:
+        """Return the last gradient margin there, counted as the stability margin is."""
+        margin = _scaled(self.gradient_margin.at(rates), scale)
+        return margin if margin is None or self.last is None else margin / self.last.limit_ratio
 
     def resume(self) -> None:
         """Probe again after a pause."""
@@ -99,14 +113,14 @@ class Guard(Resumable):
             logger.warning("%s", message)
 
     def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
-        ranks = self.prober.ranks
+        ranks = self._prober.ranks
         try:
             with ranks.together():
-                return self.prober.probe(window, step, **known)
+                return self._prober.probe(window, step, **known)
         except Exception as error:  # all but a lack of memory is passed on
             if not ranks.any(isinstance(error, torch.OutOfMemoryError)):
                 raise
-            smaller = self.prober.cut_batches(window)
+            smaller = self._prober.cut_batches(window)
             if smaller is None:
                 raise
             shortage = error.with_traceback(None)
@@ -115,9 +129,9 @@ class Guard(Resumable):
             torch.cuda.empty_cache()
         try:
             with ranks.together():
-                probed = self.prober.probe(window, step, **known)
+                probed = self._prober.probe(window, step, **known)
         except UsageError as refused:  # this loss is no mean over items
-            self.prober.uncut_batches()
+            self._prober.uncut_batches()
             raise shortage from refused
         self.tell(
             f"a probe ran out of memory and was repeated {smaller} items at a time, as further "
@@ -150,6 +164,10 @@ class Guard(Resumable):
             )
 
     def _tell_surprises(self) -> None:
-        for surprise in self.prober.surprises:
+        for surprise in self._prober.surprises:
             self.tell(surprise)
-        self.prober.surprises.clear()
+        self._prober.surprises.clear()
+
+
+def _scaled(margin: Estimate | None, scale: float) -> float | None:
+    return None if margin is None or margin.value is None else scale * margin.value

@@ -1,124 +1,135 @@
-"""When a probe is due: from steps, learning rates and measured margins, never from the clock."""
+"""When a run is looked at: from steps, learning rates, measured margins and the budget."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.budget import Account
+from geomwatch.parallel.ranks import Ranks
 
-_DENSE_START = (0, 1, 2, 3, 5, 8)
-_CLOSE, _WIDE = 10, 20  # steps between sentinels: the first
-_YOUNG = 100  # steps, and while a margin is above _CALM; then
-_GROWTH = 1.6  # of the interval, after the dense start and after an approach that came to nothing
-_CALM = 0.25  # margins below this need no attention: half the lowest warning level
-_RISE, _RISKY_RISE = 1.5, 1.15  # of the learning rate, across which no held margin is trusted
+Look: TypeAlias = Literal["nothing", "sentinel", "probe"]
 
 
-class FixedSchedule:
-    """A probe every `every` steps, from step 0: exactly ceil(steps / every) of them."""
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How densely a run is looked at, in optimizer steps, where no `every` is given.
 
-    def __init__(self, every: int) -> None:
+    Chosen on half of the runs of docs/benchmarks/forecast.md (decisions 010, 014), where no other
+    source is named.
+    """
+
+    start: tuple[int, ...] = (0, 1, 2, 3, 5, 8)  # looked at: a start that is too fast fails here
+    calm: int = 100  # between two probes of a calm run; intervals grow up to it
+    first: float = 15.0  # the first interval after the start
+    growth: float = 1.6  # of the interval, probe by probe
+    densest: float = 1 / 20  # of `calm`: the shortest interval, near the limit
+    attention: float = 0.25  # margins above this are worth a closer look: a quarter of the limit
+    rising: float = 1.1  # times the last margin: it rises
+    steepness: float = 3.4  # intervals shrink as (attention / margin)^3.4: 1/20 at 0.6
+    sentinels: int = 20  # between two sentinels,
+    close_sentinels: int = 10  # where the run is young or its margin above `attention`
+    young: int = 100  # steps
+    rise: float = 1.5  # of the rate since the last probe, across which no margin is trusted,
+    risky_rise: float = 1.15  # and where the margin is above `attention`
+    jump: float = 2.0  # times the rate of the step before: urgent, whatever the budget
+    beyond: float = 1.0  # a margin that is not let out of sight in the first steps: the limit
+
+
+class Schedule(Resumable):
+    """Says before each step whether to probe, to send a sentinel, or to do nothing.
+
+    With `every`, a probe is due at each multiple of it, without, at the steps of `cadence`: dense
+    at the start and while the margin approaches its limit, else at intervals that grow to `calm`.
+    Either way one is due at once after the rate has risen by half. It is made as soon as the
+    account affords it, but for what is urgent: the first probe, one at a jump of the rate, those of
+    a start that is beyond the limit. Between probes sentinels look along the step; they, and the
+    probes that they call for, are the least that watches: probes are made from what they leave of
+    the budget.
+    """
+
+    _next: Kept[int]
+    _interval: Kept[float]
+    _margin: Kept[float | None]
+    _next_sentinel: Kept[int]
+    _rates: Kept[tuple[float, ...]]
+    last_probe: Kept[int]
+    jumped: Kept[bool]
+
+    def __init__(
+        self, every: int | None, account: Account, ranks: Ranks, cadence: Cadence | None = None
+    ) -> None:
+        self.cadence = cadence or Cadence()
         self.every = every
-
-    def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
-        """Tell whether to probe before this step."""
-        return step % self.every == 0
-
-    def probed(self, step: int, *, margin: float | None) -> None:
-        """Take note of a probe and the margin it measured."""
-
-    def glance_due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
-        """Tell whether a sentinel is due where no probe is: never at a fixed interval."""
-        return False
-
-    def glanced(self, step: int, *, margin: float | None) -> None:
-        """Take note of a sentinel and the margin it measured."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the step says it all."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
-
-
-class AdaptiveSchedule(FixedSchedule):
-    """Dense when it matters: at the start, while the rate rises, while the margin approaches 1.
-
-    Probes at steps 0, 1, 2, 3, 5, 8, then at intervals that grow by 1.6 from 15 up to `every`, and
-    sentinels in between: every 10 steps up to step 100 and while the margin is above 0.25, else
-    every 20. A rise of the learning rate by more than half since the last probe, by 15 % while
-    the margin is above 0.25, makes a probe due at once. A margin above 0.25 that has risen by 10 %
-    since the last probe shortens the interval, to every / 10 at the first warning level of 0.5 and
-    every / 20 from 0.6; a margin that holds still lets it grow back.
-    """
-
-    def __init__(self, every: int) -> None:
-        super().__init__(every)
-        self._next = 0
-        self._interval = 1.0
+        self._account, self._ranks = account, ranks
+        self._next, self._interval = 0, 1.0
         self._margin: float | None = None
-        self._glance = 0  # the step of the next sentinel
+        self._next_sentinel = 0
+        self._rates: tuple[float, ...] = ()  # of the last step
+        self.last_probe = -1  # its step
+        self.jumped = False  # the rate, at the last step that was asked about
 
-    def glance_due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
-        """Tell whether a sentinel is due where no probe is; `lr_ratio` is that since the last."""
-        return step >= self._glance or lr_ratio > _RISKY_RISE
+    def look(
+        self,
+        index: int,
+        rates: Sequence[float],
+        *,
+        margin: float | None,
+        growth: float,
+        growth_along: float,
+    ) -> Look:
+        """Say what to do before a step.
 
-    def glanced(self, step: int, *, margin: float | None) -> None:
-        """Choose the next step of a sentinel."""
-        start = next((s for s in _DENSE_START if s > step), None)
-        close = step < _YOUNG or (margin is not None and margin > _CALM)
-        self._glance = start or step + (_CLOSE if close else _WIDE)
-
-    def due(self, step: int, *, lr_ratio: float, margin: float | None) -> bool:
-        """Tell whether to probe; `lr_ratio` is the lr now over that of the last probe."""
-        risky = margin is not None and margin > _CALM
-        return step >= self._next or lr_ratio > (_RISKY_RISE if risky else _RISE)
-
-    def probed(self, step: int, *, margin: float | None) -> None:
-        """Take note of a probe and choose the next step."""
-        rising = margin is not None and (self._margin is None or margin > 1.1 * self._margin)
-        self._margin = margin
-        self.glanced(step, margin=margin)
-        start = next((s for s in _DENSE_START if s > step), None)
-        if start is not None:
-            self._next = min(start, step + self.every)
-            return
-        interval = max(self._interval * _GROWTH, 15.0)
-        if rising and margin is not None and margin > _CALM:
-            # (0.25 / margin)^3.4 is 1/20 at 0.6
-            interval = min(interval, self.every * (_CALM / margin) ** 3.4)
-        self._interval = min(max(interval, self.every / 20, 1.0), self.every)
-        self._next = step + max(1, round(self._interval))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the next step, the interval and the last margin."""
-        return {
-            "next": self._next,
-            "interval": self._interval,
-            "margin": self._margin,
-            "glance": self._glance,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over where another schedule stopped."""
-        self._next, self._interval = state["next"], state["interval"]
-        self._margin, self._glance = state["margin"], state["glance"]
-
-
-def make_schedule(kind: str, every: int) -> FixedSchedule:
-    """Return the schedule of that name.
-
-    Raises:
-        UsageError: `every` is not a positive integer, or the name is unknown.
-    """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise UsageError(
-            f"every must be an integer >= 1, got {every!r}. It is the number of optimizer steps "
-            "between two probes of a calm run; 100 is a good start."
+        Args:
+            index: optimizer steps taken.
+            rates: the user's learning rates.
+            margin: the stability margin as the step will be taken; None if it is not known.
+            growth: of the rates since it was measured,
+            growth_along: and since the margin along the gradient was.
+        """
+        c, before = self.cadence, self._rates
+        self._rates = tuple(rates)
+        self.jumped = any(
+            now >= c.jump * then > 0 for now, then in zip(rates, before, strict=False)
         )
-    if kind == "adaptive":
-        return AdaptiveSchedule(every)
-    if kind == "fixed":
-        return FixedSchedule(every)
-    raise UsageError(f'schedule must be "adaptive" or "fixed", got {kind!r}.')
+        if index <= self.last_probe:  # a skipped step is the same step
+            return "nothing"
+        is_close = margin is not None and margin > c.attention
+        if index >= self._next or growth > (c.risky_rise if is_close else c.rise):
+            beyond = margin is not None and margin > c.beyond
+            urgent = self.last_probe < 0 or self.jumped or (index <= c.start[-1] and beyond)
+            worth = self._account.units.probe
+            if self._ranks.all(urgent or self._account.affords(worth)):
+                return "probe"
+        wanted = index >= self._next_sentinel or growth_along > c.risky_rise
+        return "sentinel" if wanted else "nothing"
+
+    def looked(self, index: int, margin: float | None) -> None:
+        """Take note of a sentinel and the margin it has found, in units of the probe's."""
+        c = self.cadence
+        start = next((s for s in c.start if s > index), None)
+        is_close = index < c.young or (margin is not None and margin > c.attention)
+        self._next_sentinel = start or index + (c.close_sentinels if is_close else c.sentinels)
+
+    def probed(self, index: int, margin: float | None) -> None:
+        """Take note of a probe and the margin it has found, and choose the step of the next."""
+        self.last_probe = index
+        self.looked(index, margin)
+        self._next = index + self._gap(index, margin)
+        self._margin = margin
+
+    def _gap(self, index: int, margin: float | None) -> int:
+        c = self.cadence
+        if self.every is not None:
+            return self.every - index % self.every
+        start = next((s for s in c.start if s > index), None)
+        if start is not None:
+            return start - index
+        rising = margin is not None and (self._margin is None or margin > c.rising * self._margin)
+        interval = max(self._interval * c.growth, c.first)
+        if rising and margin is not None and margin > c.attention:
+            interval = min(interval, c.calm * (c.attention / margin) ** c.steepness)
+        self._interval = min(max(interval, c.calm * c.densest, 1.0), c.calm)
+        return max(1, round(self._interval))

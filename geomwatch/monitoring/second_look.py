@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.batch_noise import NoisePart
 from geomwatch.observation.levels import gradient_level
 from geomwatch.observation.regime import FROM, HOLDS, LASTS, noise_of
@@ -18,7 +18,7 @@ _SUSPECT = 0.3  # stability margin of one
 _NOISY, _STILL_NOISY = 0.4, 0.5  # of the level of batch noise, by the last look
 
 
-class SecondLook:
+class SecondLook(Resumable):
     """Asks for the stochastic margin before the rules, or a cap, have to speak without it.
 
     The gradient margin is held against what batches of this size survive where they
@@ -31,6 +31,11 @@ class SecondLook:
     that share, a stability margin above 0.3 or two fifths of what batch noise is warned of, and
     from step 8 on if it is still half of that.
     """
+
+    _next: Kept[float]
+    _rate: Kept[float]
+    _early: Kept[int]
+    _noise: Kept[float]
 
     def __init__(self, *, controlled: bool) -> None:
         self._share = _SHARE_CONTROLLED if controlled else _SHARE
@@ -78,22 +83,3 @@ class SecondLook:
             self._early = _AGAIN if step < _AGAIN else FROM
         if step >= FROM and math.isfinite(self._next):
             self._next, self._rate = step * LASTS, rate
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step and the rate up to which there is none; None for no end."""
-        return {
-            "next": _or_none(self._next),
-            "rate": _or_none(self._rate),
-            "early": self._early,
-            "noise": self._noise,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self._next = math.inf if state["next"] is None else state["next"]
-        self._rate = math.inf if state["rate"] is None else state["rate"]
-        self._early, self._noise = state["early"], state["noise"]
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

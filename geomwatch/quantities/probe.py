@@ -18,7 +18,7 @@ from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
-from geomwatch.monitoring.memory import RunningTrace
+from geomwatch.quantities.running_trace import RunningTrace
 from geomwatch.records import Estimate
 from geomwatch.stability.problem import Stability
 from geomwatch.vectors.layout import generator

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 
-from geomwatch.errors import NoCurvatureError, UsageError, UsageTypeError, WithheldError
+from geomwatch.errors import (
+    NoCurvatureError,
+    UsageError,
+    UsageTypeError,
+    WithheldError,
+    did_you_mean,
+)
 from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
 from geomwatch.estimators.hutchinson import mean_with_stderr
@@ -25,28 +32,40 @@ from geomwatch.estimators.stochastic_margin import stochastic_margin
 from geomwatch.quantities.probe import Probe
 from geomwatch.records import Estimate
 
-LIGHT = ("loss", "grad_norm", "stability_margin", "lambda_max")  # what dense probes measure
-SLOW = (  # dear, or slow to move
-    "stochastic_margin",
-    "spectral_gap",
-    "effective_rank",
-    "gradient_noise_scale",
-    "roughness",
-    "roughness_residual",
-    "normalized_sharpness",
-)
-WITHOUT_HVPS = ("loss", "grad_norm", "batch_sharpness", "critical_lr", "difficulty")
-DEFAULT = (
-    "loss",
-    "grad_norm",
-    "lambda_max",
-    "stability_margin",
-    "batch_sharpness",
-    "trace",
-    "trace_per_param",
-    "difficulty",
-    *SLOW,
-)
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A row of the table: how a quantity is had from a Probe, and when a monitor measures it.
+
+    `pace` is "dense" (at every probe), "usual" (at every probe of a calm run), "slow" (dear, or
+    slow to move: now and then) or "asked" (only for who names it, or "all").
+    """
+
+    of: Callable[[Probe], Estimate]
+    pace: Literal["dense", "usual", "slow", "asked"] = "usual"
+    needs_optimizer: bool = False
+    needs_products: bool = True
+    ritz: int | None = None  # the Ritz value that has to converge, largest first
+
+
+def check_names(quantities: object) -> None:
+    """Refuse what names no quantities.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    if quantities in ("default", "all"):
+        return
+    if not isinstance(quantities, str | Sequence):
+        raise UsageTypeError(
+            f'quantities must be "default", "all" or a list of names, got {quantities!r}.'
+        )
+    for name in (quantities,) if isinstance(quantities, str) else quantities:
+        if name not in QUANTITIES:
+            raise UsageError(
+                f'quantities must be "default", "all" or a list of known names, got {name!r}.'
+                f"{did_you_mean(name, QUANTITIES)} Known: {', '.join(QUANTITIES)}."
+            )
 
 
 def resolve(quantities: str | Sequence[str], *, has_optimizer: bool) -> tuple[str, ...]:
@@ -55,28 +74,21 @@ def resolve(quantities: str | Sequence[str], *, has_optimizer: bool) -> tuple[st
     Raises:
         UsageError: a name is unknown, or needs an optimizer that was not passed.
     """
+    check_names(quantities)
     if quantities in ("default", "all"):
-        names: Collection[str] = DEFAULT if quantities == "default" else QUANTITIES
-        return tuple(n for n in names if has_optimizer or n not in _NEED_OPTIMIZER)
-    if not isinstance(quantities, str | Sequence):
-        raise UsageTypeError(
-            f'quantities must be "default", "all" or a list of names, got {quantities!r}.'
-        )
+        names = DEFAULT if quantities == "default" else tuple(QUANTITIES)
+        return tuple(n for n in names if has_optimizer or not QUANTITIES[n].needs_optimizer)
     names = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     for name in names:
-        if name not in QUANTITIES:
-            raise UsageError(
-                f'quantities must be "default", "all" or a list of known names, got {name!r}. '
-                f"Known: {', '.join(QUANTITIES)}."
-            )
-        if name in _NEED_OPTIMIZER and not has_optimizer:
+        if QUANTITIES[name].needs_optimizer and not has_optimizer:
             raise UsageError(f"quantity {name!r} needs optimizer=, got None. Pass the optimizer.")
-    return tuple(names)
+    return names
 
 
 def ritz_indices(names: Collection[str]) -> tuple[int, ...]:
     """Return which Ritz values, largest first, quantities need to be converged."""
-    return tuple({0} | {index for name, index in _RITZ.items() if name in names})
+    indices = (QUANTITIES[name].ritz for name in names)
+    return tuple({0} | {index for index in indices if index is not None})
 
 
 def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
@@ -84,8 +96,7 @@ def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
     if not probe.objective.is_finite():
         reason = "the loss or its gradient is not finite at this point"
         return {name: Estimate(None, status="failed", reason=reason) for name in names}
-    # In the order of the table: what uses the graph of the gradient comes before what drops it.
-    found = {n: attempt(partial(q, probe)) for n, q in QUANTITIES.items() if n in names}
+    found = {n: attempt(partial(q.of, probe)) for n, q in QUANTITIES.items() if n in names}
     return {name: found[name] for name in names}
 
 
@@ -276,30 +287,30 @@ def _difficulty(probe: Probe) -> Estimate:
     return Estimate(None, status="withheld", reason=reason)
 
 
-_RITZ = {"lambda_2": 1, "lambda_3": 2, "lambda_min": -1, "spectral_gap": 1}
-
-QUANTITIES: dict[str, Callable[[Probe], Estimate]] = {
-    "loss": _loss,
-    "grad_norm": _grad_norm,
-    "stability_margin": _stability_margin,
-    "lambda_max": _ritz(0),
-    "lambda_2": _ritz(1),
-    "lambda_3": _ritz(2),
-    "lambda_min": _ritz(-1),
-    "spectral_gap": _spectral_gap,
-    "batch_sharpness": _batch_sharpness,
-    "trace": _trace,
-    "trace_per_param": _trace_per_param,
-    "trace_squared": _trace_squared,
-    "effective_rank": _effective_rank,
-    "stochastic_margin": _stochastic_margin,
-    "gradient_noise_scale": _gradient_noise_scale,
-    "temperature": _temperature,
-    "roughness": _roughness,
-    "roughness_residual": _roughness_residual,
-    "normalized_sharpness": _normalized_sharpness,
-    "normalized_sharpness_linf": _normalized_sharpness_linf,
-    "critical_lr": _critical_lr,
-    "difficulty": _difficulty,
+QUANTITIES: dict[str, Quantity] = {
+    # In the order of evaluation: what uses the graph of the gradient comes before what drops it.
+    "loss": Quantity(_loss, "dense", needs_products=False),
+    "grad_norm": Quantity(_grad_norm, "dense", needs_products=False),
+    "stability_margin": Quantity(_stability_margin, "dense", needs_optimizer=True),
+    "lambda_max": Quantity(_ritz(0), "dense", ritz=0),
+    "lambda_2": Quantity(_ritz(1), "asked", ritz=1),
+    "lambda_3": Quantity(_ritz(2), "asked", ritz=2),
+    "lambda_min": Quantity(_ritz(-1), "asked", ritz=-1),
+    "spectral_gap": Quantity(_spectral_gap, "slow", ritz=1),
+    "batch_sharpness": Quantity(_batch_sharpness, needs_products=False),
+    "trace": Quantity(_trace),
+    "trace_per_param": Quantity(_trace_per_param),
+    "trace_squared": Quantity(_trace_squared, "asked"),
+    "effective_rank": Quantity(_effective_rank, "slow"),
+    "stochastic_margin": Quantity(_stochastic_margin, "slow", needs_optimizer=True),
+    "gradient_noise_scale": Quantity(_gradient_noise_scale, "slow"),
+    "temperature": Quantity(_temperature, "asked", needs_optimizer=True),
+    "roughness": Quantity(_roughness, "slow"),
+    "roughness_residual": Quantity(_roughness_residual, "slow"),
+    "normalized_sharpness": Quantity(_normalized_sharpness, "slow"),
+    "normalized_sharpness_linf": Quantity(_normalized_sharpness_linf, "asked"),
+    "critical_lr": Quantity(_critical_lr, "asked", needs_products=False),
+    "difficulty": Quantity(_difficulty, needs_optimizer=True, needs_products=False),
 }
-_NEED_OPTIMIZER = frozenset({"stability_margin", "stochastic_margin", "temperature", "difficulty"})
+DEFAULT = tuple(name for name, q in QUANTITIES.items() if q.pace != "asked")
+WITHOUT_HVPS = tuple(name for name, q in QUANTITIES.items() if not q.needs_products)

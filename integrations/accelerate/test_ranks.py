@@ -102,7 +102,7 @@ def watched_and_bare(rank: int) -> Any:
     seen, said = [], ranks.listen()
     for watching in (False, True):
         loop = Loop(dropout=0.2)
-        monitor = loop.watch(every=2, schedule="fixed") if watching else None
+        monitor = loop.watch(every=2) if watching else None
         loop.train(monitor)
         state = [loop.model.state_dict(), loop.optimizer.state_dict(), rng_states()]
         seen.append(copy.deepcopy(state))

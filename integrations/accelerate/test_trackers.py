@@ -13,7 +13,7 @@ from problems import cross_entropy, digits, mlp
 from torch.optim import SGD
 from trackers import Scalars, mlflow_scalars, tensorboard_scalars, wandb_scalars
 
-from geomwatch import Record
+from geomwatch import Measurement, Record
 from geomwatch.integrations.accelerate import watch
 
 STEPS = [0, 3, 6]
@@ -29,9 +29,8 @@ def train(accelerator, prefix: str = "geom/") -> list[Record]:
         model,
         cross_entropy,
         optimizer,
+        how=Measurement(per_layer=True),
         every=3,
-        schedule="fixed",
-        per_layer=True,
         prefix=prefix,
     )
     inputs, targets = digits(256)

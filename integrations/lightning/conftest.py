@@ -188,9 +188,7 @@ def assert_bit_identical(fit, host, tmp_path) -> Callable[..., GeomwatchCallback
 
     def check(make: Callable[[], Any], **options: Any) -> GeomwatchCallback:
         seen = []
-        callback = GeomwatchCallback(
-            every=3, schedule="fixed", loss_fn=options.pop("loss_fn", None)
-        )
+        callback = GeomwatchCallback(every=3, loss_fn=options.pop("loss_fn", None))
         others = options.pop("others", list)  # callbacks beside it
         for name, callbacks in (("off", others()), ("on", [callback, *others()])):
             torch.manual_seed(3)

@@ -18,7 +18,11 @@ BOTH = pytest.mark.parametrize("host", ["lightning.pytorch", "pytorch_lightning"
 
 
 def scripted(knob: str, moves: dict[int, float], **options: Any) -> GeomwatchCallback:
-    return GeomwatchCallback(controllers=[Scripted(knob, moves)], quantities=["loss"], **options)
+    return GeomwatchCallback(
+        how=geomwatch.Measurement(quantities=["loss"]),
+        controllers=[Scripted(knob, moves)],
+        **options,
+    )
 
 
 @BOTH
@@ -98,9 +102,7 @@ def test_accumulation_changes_only_where_a_window_ends(Noted, fit):
 
 def test_windows_that_widen_are_measured_whole(Noted, fit):
     module = Noted()
-    callback = GeomwatchCallback(
-        controllers=[Scripted("batch_scale", {0: 2.0})], every=1, schedule="fixed"
-    )
+    callback = GeomwatchCallback(controllers=[Scripted("batch_scale", {0: 2.0})], every=1)
     fit(module, [callback])
     losses = [loss for _, _, loss in module.steps]
     assert [r.loss for r in callback.monitor.history] == pytest.approx(losses, rel=1e-5)

@@ -73,7 +73,7 @@ def test_evaluating_after_training_is_nothing_to_speak_of(Net, make_trainer, loa
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_callback_added_after_training_began_joins_in_and_says_so(Net, fit, caplog, accumulate):
-    callback = GeomwatchCallback(every=2, schedule="fixed")
+    callback = GeomwatchCallback(every=2)
 
     class Late(Net):
         def on_train_batch_end(self, outputs, batch, batch_idx):

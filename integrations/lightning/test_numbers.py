@@ -49,7 +49,12 @@ def test_lambda_max_is_that_of_measure_on_the_window(Noted, fit, load, accumulat
     # the last micro-batch is shorter
     fit(module, [callback], loader=load(250, 32), accumulate_grad_batches=accumulate)
     exact = [
-        geomwatch.measure(net, mean_of_means, window, quantities=["lambda_max"], params="4.bias")
+        geomwatch.measure(
+            net,
+            mean_of_means,
+            window,
+            how=geomwatch.Measurement(quantities=["lambda_max"], params="4.bias"),
+        )
         for net, window, _ in module.steps
     ]
     found = [record["lambda_max"].value for record in callback.monitor.history]
@@ -59,10 +64,12 @@ def test_lambda_max_is_that_of_measure_on_the_window(Noted, fit, load, accumulat
 
 def test_lambda_max_of_all_weights_is_right_to_its_error(Noted, fit):
     module = Noted()
-    callback = GeomwatchCallback(every=1, schedule="fixed", quantities=["lambda_max"])
+    callback = GeomwatchCallback(how=geomwatch.Measurement(quantities=["lambda_max"]), every=1)
     fit(module, [callback], accumulate_grad_batches=2)
     for record, (net, window, _) in zip(callback.monitor.history, module.steps, strict=True):
-        exact = geomwatch.measure(net, mean_of_means, window, quantities=["lambda_max"])
+        exact = geomwatch.measure(
+            net, mean_of_means, window, how=geomwatch.Measurement(quantities=["lambda_max"])
+        )
         found = record["lambda_max"]
         assert abs(found.value - exact["lambda_max"].value) <= found.error + 1e-4
 
@@ -96,7 +103,7 @@ def test_under_autocast_it_is_that_loss_to_the_rounding_of_bfloat16(Noted, fit):
     found = [record.loss for record in callback.monitor.history]
     assert found == pytest.approx(trained, rel=1e-2)
     assert found != trained
-    again = GeomwatchCallback(**LOSS_ONLY, precision="training")
+    again = GeomwatchCallback(how=geomwatch.Measurement(precision="training"), **LOSS_ONLY)
     module = Noted()
     fit(module, [again], precision="bf16-mixed")
     trained = [loss for *_, loss in module.steps]
@@ -153,7 +160,7 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(Noted, fit):
     module = Noted()
     probe_batch = digits(20)
     start = copy.deepcopy(module.layers)
-    callback = GeomwatchCallback(**LOSS_ONLY, probe_batch=probe_batch)
+    callback = GeomwatchCallback(how=geomwatch.Measurement(batch=probe_batch), **LOSS_ONLY)
     fit(module, [callback], precision="64-true")  # the batch is cast as those of the loader
     record = callback.monitor.history[0]
     assert record.provenance["items"] == 20

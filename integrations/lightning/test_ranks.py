@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import geomwatch
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 from geomwatch.integrations.lightning import GeomwatchCallback
 
 ranks.preload("pytorch_lightning", "torchmetrics")
@@ -96,7 +96,7 @@ def numbers(callback: GeomwatchCallback) -> list[dict[str, float | None]]:
 
 def watched_and_bare(rank: int, folder: Path) -> Any:
     seen, said = [], ranks.listen()
-    callback = GeomwatchCallback(every=2, schedule="fixed")
+    callback = GeomwatchCallback(every=2)
     for name, callbacks in (("off", []), ("on", [callback])):
         module = Net(plain=False)
         log = CSVLogger(folder, name=name, version="")
@@ -180,11 +180,13 @@ def test_ranks_count_alike_as_they_do_in_training_whatever_their_batch(tmp_path)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     expected = geomwatch.measure(
-        model, MeanOfRanks(), digits(96), optimizer=optimizer, quantities=CURVATURE
+        model, MeanOfRanks(), digits(96), how=Measurement(quantities=CURVATURE), optimizer=optimizer
     )
     for name in CURVATURE:
         assert first[0][name] == pytest.approx(expected[name].value, rel=1e-4), name
-    by_items = geomwatch.measure(model, by_layers, digits(96), quantities=["loss"])["loss"].value
+    by_items = geomwatch.measure(
+        model, by_layers, digits(96), how=Measurement(quantities=["loss"])
+    )["loss"].value
     assert by_items != pytest.approx(first[0]["loss"], rel=1e-3)
 
 

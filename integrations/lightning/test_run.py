@@ -34,7 +34,7 @@ class Alarm(geomwatch.rules.NonFinite):
 def test_a_fixed_schedule_gives_one_record_each_so_many_optimizer_steps(
     Net, fit, every, steps, records
 ):
-    callback = GeomwatchCallback(every=every, schedule="fixed")
+    callback = GeomwatchCallback(every=every)
     fit(Net(), [callback], max_epochs=-1, max_steps=steps, accumulate_grad_batches=2)
     assert [r.step for r in callback.monitor.history] == [i * every for i in range(records)]
     assert records == math.ceil(steps / every)
@@ -181,7 +181,7 @@ def test_a_probe_that_fails_costs_no_training(Net, fit, caplog):
             return super().training_step(batch, batch_idx)
 
     module = Failing()
-    callback = GeomwatchCallback(every=1, schedule="fixed")
+    callback = GeomwatchCallback(every=1)
     assert fit(module, [callback]).global_step == 8
     assert [record.step for record in callback.monitor.history] == [0, 1, 2]
     assert "a probe failed with RuntimeError: no second time" in caplog.text

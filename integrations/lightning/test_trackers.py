@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trackers import Scalars, mlflow_scalars, tensorboard_scalars, wandb_scalars
 
-from geomwatch import Record
+from geomwatch import Measurement, Record
 from geomwatch.integrations.lightning import GeomwatchCallback
 
 BOTH = pytest.mark.parametrize("host", ["lightning.pytorch", "pytorch_lightning"], indirect=True)
@@ -21,7 +21,7 @@ def watched(Net, fit):
     """Fit 16 steps with a logger; return what ought to have arrived."""
 
     def run(logger: Any, *callbacks: Any) -> Scalars:
-        callback = GeomwatchCallback(every=3, schedule="fixed", per_layer=True)
+        callback = GeomwatchCallback(how=Measurement(per_layer=True), every=3)
         trained = {"logger": logger, "max_epochs": 2, "log_every_n_steps": 5}
         fit(Net(), [callback, *callbacks], **trained)
         assert [record.step for record in callback.monitor.history] == [0, 3, 6, 9, 12, 15]
@@ -96,7 +96,7 @@ def test_mlflow_gets_each_probe_once_at_its_step(watched, host, mlflow_store):
 
 def test_several_loggers_get_the_same(Net, fit, host, tmp_path):
     loggers = [host.loggers.CSVLogger(tmp_path, name=name) for name in "ab"]
-    callback = GeomwatchCallback(every=3, schedule="fixed", prefix="curvature.")
+    callback = GeomwatchCallback(every=3, prefix="curvature.")
     fit(Net(), [callback], logger=loggers)
     first, second = (csv_scalars(Path(logger.log_dir) / "metrics.csv") for logger in loggers)
     assert first == second
@@ -110,7 +110,7 @@ def test_a_tracker_that_fails_costs_no_training(Net, fit, host, tmp_path, caplog
             if "geom/loss" in metrics:
                 raise ConnectionError("no network")
 
-    callback = GeomwatchCallback(every=4, schedule="fixed")
+    callback = GeomwatchCallback(every=4)
     trainer = fit(Net(), [callback], logger=Unreachable(tmp_path))
     assert trainer.global_step == 8
     told = "the record of step 4 did not reach Unreachable: ConnectionError: no network"

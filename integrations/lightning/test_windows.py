@@ -106,7 +106,7 @@ def test_weights_that_are_unfrozen_on_the_way_are_measured_too(Noted, fit):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
     lines: list[dict[str, Any]] = []
-    callback = GeomwatchCallback(every=4, schedule="fixed", sinks=[lines.append])
+    callback = GeomwatchCallback(every=4, sinks=[lines.append])
     fit(Thawing(), [callback], max_epochs=2)
     assert [x["parameters"] for x in lines if x["kind"] == "run"] == [75, 75 + 64 * 24 + 24]
     assert [record.step for record in callback.monitor.history] == [0, 4, 8, 12]

@@ -58,9 +58,7 @@ def test_windows_of_accumulation_widen_and_are_measured_whole():
     model, optimizer = build()
     accumulation = Accumulation(2)
     controllers = [Through({1: 2.0}, accumulation)]
-    monitor = Monitor(
-        model, cross_entropy, optimizer, controllers=controllers, every=1, schedule="fixed"
-    )
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers, every=1)
     loader = DataLoader(DATA, batch_size=16)
     for window in itertools.islice(accumulation.windows(loader), 4):
         for batch in window:

@@ -18,7 +18,11 @@ from geomwatch.integrations.transformers import GeomwatchCallback
 
 
 def scripted(knob: str, moves: dict[int, float], **options: Any) -> GeomwatchCallback:
-    return GeomwatchCallback(controllers=[Scripted(knob, moves)], quantities=["loss"], **options)
+    return GeomwatchCallback(
+        how=geomwatch.Measurement(quantities=["loss"]),
+        controllers=[Scripted(knob, moves)],
+        **options,
+    )
 
 
 class Noting(transformers.TrainerCallback):

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 from trainers import causal, classifier, equal, labelled, lora, make, sentences, traces
 
+from geomwatch import Measurement
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 pytestmark = [
@@ -94,7 +95,7 @@ def test_nothing_differs_with_the_callback(tmp_path, name):
     without = train(tmp_path, name, None)
     expected = traces(without)
     quantities = ["loss", "lambda_max", "stability_margin", "roughness"]
-    callback = GeomwatchCallback(every=2, schedule="fixed", quantities=quantities)
+    callback = GeomwatchCallback(how=Measurement(quantities=quantities), every=2)
     watched = train(tmp_path, name, callback)
     found = traces(watched)
     assert [r.step for r in callback.monitor.history] == [0, 2, 4]
@@ -125,7 +126,7 @@ def test_a_net_with_batchnorm_keeps_its_buffers(tmp_path):
         for x, y in zip(images[:64], targets[:64], strict=True)
     ]
     runs = []
-    for callback in (None, GeomwatchCallback(every=2, schedule="fixed")):
+    for callback in (None, GeomwatchCallback(every=2)):
         torch.manual_seed(1)
         config = transformers.ResNetConfig(
             num_channels=1,
@@ -154,7 +155,7 @@ def test_a_net_with_batchnorm_keeps_its_buffers(tmp_path):
 
 def test_generation_in_evaluations_goes_on_as_before(tmp_path):
     runs = []
-    for callback in (None, GeomwatchCallback(every=2, schedule="fixed")):
+    for callback in (None, GeomwatchCallback(every=2)):
         torch.manual_seed(1)
         config = transformers.T5Config(
             vocab_size=128, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
@@ -184,7 +185,7 @@ def test_generation_in_evaluations_goes_on_as_before(tmp_path):
     ("steps", "every", "accumulate"), [(7, 3, 1), (8, 4, 2), (5, 1, 3), (6, 6, 2)]
 )
 def test_there_are_steps_over_every_records_at_optimizer_steps(tmp_path, steps, every, accumulate):
-    callback = GeomwatchCallback(every=every, schedule="fixed", quantities=["loss"])
+    callback = GeomwatchCallback(how=Measurement(quantities=["loss"]), every=every)
     make(tmp_path, callback, max_steps=steps, gradient_accumulation_steps=accumulate).train()
     assert len(callback.monitor.history) == math.ceil(steps / every)
     assert [r.step for r in callback.monitor.history] == list(range(0, steps, every))

@@ -149,7 +149,10 @@ class Measuring(transformers.Trainer):
             return torch.stack([model(**inputs).loss for inputs in window]).sum()
 
         record = geomwatch.measure(
-            self.model, loss_fn, self.window, quantities=["lambda_max"], params="classifier.*"
+            self.model,
+            loss_fn,
+            self.window,
+            how=geomwatch.Measurement(quantities=["lambda_max"], params="classifier.*"),
         )
         return record["lambda_max"].value
 
@@ -159,7 +162,7 @@ def test_lambda_max_is_that_of_measure_on_the_window(tmp_path, accumulate):
     torch.manual_seed(1)
     # few enough directions for Lanczos to be exact in a probe's budget
     callback = GeomwatchCallback(
-        every=1, schedule="fixed", quantities=["lambda_max"], params="classifier.*"
+        how=geomwatch.Measurement(quantities=["lambda_max"], params="classifier.*"), every=1
     )
     trainer = make(
         tmp_path,

@@ -30,10 +30,10 @@ def train(
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restore):
     names = ["loss", "lambda_max", "stability_margin", "batch_sharpness", "trace", "difficulty"]
-    whole = GeomwatchCallback(**WATCH, quantities=names)
+    whole = GeomwatchCallback(how=geomwatch.Measurement(quantities=names), **WATCH)
     slow = {"optim": "sgd", "learning_rate": 1e-2}  # so that a warm start is worth something
     expected = traces(train(tmp_path, whole, **slow))
-    resumed = GeomwatchCallback(**WATCH, quantities=names)
+    resumed = GeomwatchCallback(how=geomwatch.Measurement(quantities=names), **WATCH)
     trainer = train(
         tmp_path, resumed, resume=True, restore_callback_states_from_checkpoint=restore, **slow
     )
@@ -105,7 +105,7 @@ def test_other_rules_than_those_saved_are_refused(tmp_path):
 
 
 def test_a_second_training_starts_anew(tmp_path):
-    callback = GeomwatchCallback(every=4, schedule="fixed", quantities=["loss"])
+    callback = GeomwatchCallback(how=geomwatch.Measurement(quantities=["loss"]), every=4)
     trainer = make(tmp_path, callback)
     trainer.train()
     first = callback.monitor
@@ -125,7 +125,7 @@ class Interrupts(transformers.TrainerCallback):
 
 
 def test_it_starts_anew_after_a_training_that_was_broken_off(tmp_path):
-    callback = GeomwatchCallback(every=4, schedule="fixed", quantities=["loss"])
+    callback = GeomwatchCallback(how=geomwatch.Measurement(quantities=["loss"]), every=4)
     trainer = make(tmp_path, callback)
     trainer.add_callback(Interrupts())
     original = trainer.training_step

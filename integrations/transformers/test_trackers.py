@@ -11,14 +11,14 @@ import transformers
 from trackers import Scalars, mlflow_scalars, tensorboard_scalars, wandb_scalars
 from trainers import make, sentences
 
-from geomwatch import Record
+from geomwatch import Measurement, Record
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 STEPS = [0, 3, 6]
 
 
 def train(folder: Path, **options: Any) -> tuple[Any, list[Record]]:
-    callback = GeomwatchCallback(every=3, schedule="fixed", per_layer=True)
+    callback = GeomwatchCallback(how=Measurement(per_layer=True), every=3)
     trainer = make(folder, callback, **options)
     trainer.train()
     assert [record.step for record in callback.monitor.history] == STEPS
@@ -118,7 +118,7 @@ class LogsEarly(transformers.TrainerCallback):
 
 
 def test_a_log_that_somebody_else_has_asked_for_still_comes(tmp_path):
-    callback = GeomwatchCallback(every=3, schedule="fixed", quantities=["loss"])
+    callback = GeomwatchCallback(how=Measurement(quantities=["loss"]), every=3)
     trainer = make(tmp_path, callback, logging_steps=100)
     trainer.add_callback(LogsEarly())
     trainer.train()
@@ -132,7 +132,7 @@ class OutOfReach(transformers.TrainerCallback):
 
 
 def test_a_tracker_that_fails_does_not_stop_the_training(tmp_path, caplog):
-    callback = GeomwatchCallback(every=4, schedule="fixed", quantities=["loss"])
+    callback = GeomwatchCallback(how=Measurement(quantities=["loss"]), every=4)
     trainer = make(tmp_path, [OutOfReach(), callback])
     trainer.train()
     assert trainer.state.global_step == 8
@@ -140,7 +140,7 @@ def test_a_tracker_that_fails_does_not_stop_the_training(tmp_path, caplog):
 
 
 def test_the_prefix_can_be_chosen(tmp_path):
-    callback = GeomwatchCallback(every=8, quantities=["loss"], prefix="curvature.")
+    callback = GeomwatchCallback(how=Measurement(quantities=["loss"]), every=8, prefix="curvature.")
     trainer = make(tmp_path, callback, data=sentences(8))
     trainer.train()
     keys = {key for entry in trainer.state.log_history for key in entry}

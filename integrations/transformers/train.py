@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from geomwatch import JsonLines, Record
+from geomwatch import JsonLines, Measurement, Record
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 OUT = Path("runs/transformers")
@@ -71,9 +71,8 @@ def train(arguments: argparse.Namespace) -> list[Record]:
         folder, num_labels=2, num_hidden_layers=6 if full else 2
     )
     callback = GeomwatchCallback(
+        how=Measurement(quantities="default" if full else QUICK),
         every=arguments.every,
-        schedule="adaptive" if full else "fixed",
-        quantities="default" if full else QUICK,
         sinks=[JsonLines(arguments.out / "records.jsonl")],
     )
     count, length = (4000, 64) if full else (1600, 24)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faces import faced
 from problems import cross_entropy, digits, mlp
 from scripted import Scripted
 from states import everything, same, seed
@@ -128,7 +129,9 @@ def test_training_is_bit_identical_without_controllers_and_in_a_dry_run(kind, op
         model, optimizer = build(0.5, kind)
         monitor = None
         if watched:
-            monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers, **options)
+            monitor = Monitor(
+                model, cross_entropy, optimizer, controllers=controllers, **faced(options)
+            )
         losses = train(model, optimizer, monitor, 25)
         states.append((losses, everything(model, optimizer)))
     assert same(*states)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.curvature.finite_difference import FiniteDifference, NotSmoothError
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 from geomwatch.errors import NoCurvatureError
 from geomwatch.isolation.precision import recast
 
@@ -53,7 +54,7 @@ def test_where_differences_in_float32_cross_kinks_float64_takes_over():
     with Objective(model, cross_entropy, [batch]) as one:
         v = one.gradient()
         exact = one.hvp(v)
-    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
+    with Objective(model, cross_entropy, [batch], how=Settings(hvp="finite_difference")) as two:
         assert (two.hvp(v) - exact).norm() < 1e-5 * exact.norm()
         assert two.provenance["dtype"] == "float64"
         assert two.gradient().dtype == torch.float32
@@ -62,7 +63,7 @@ def test_where_differences_in_float32_cross_kinks_float64_takes_over():
 def test_a_monitor_warns_once_of_a_silently_wrong_backward(caplog):
     model, batch = Custom(RawContext.apply, False), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1, schedule="fixed")
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1)
     for _ in range(3):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
@@ -78,7 +79,11 @@ def test_double_backward_alone_would_have_been_wrong_on_it():
     batch = digits(64)
     exact = float(torch.linalg.eigvalsh(dense_hessian(Custom(torch.tanh, False), batch))[-1])
     record = geomwatch.measure(
-        Custom(RawContext.apply, False), cross_entropy, batch, hvp="double_backward", max_hvps=40
+        Custom(RawContext.apply, False),
+        cross_entropy,
+        batch,
+        how=geomwatch.Measurement(hvp="double_backward"),
+        max_hvps=40,
     )
     assert abs(record["lambda_max"].value / exact - 1) > 0.02
     assert record.provenance["validated"] is False
@@ -106,7 +111,9 @@ def test_ctc_loss_is_measured_by_differences():
     record = geomwatch.measure(model, loss_fn, batch, max_hvps=35)
     assert record.provenance["backend"] == "finite_difference"
     assert "_ctc_loss" in str(record.provenance["fallback"])
-    with Objective(model, loss_fn, [batch], hvp="finite_difference", dtype=torch.float64) as o:
+    with Objective(
+        model, loss_fn, [batch], how=Settings(hvp="finite_difference"), dtype=torch.float64
+    ) as o:
         columns = [o.hvp(e) for e in torch.eye(o.layout.dim)]
     exact = torch.linalg.eigvalsh(torch.stack(columns).double())
     assert record["lambda_max"].value == pytest.approx(float(exact[-1]), rel=1e-3)
@@ -118,7 +125,7 @@ def test_differences_in_float32_agree_with_double_backward_on_smooth_nets(activa
     with Objective(model, cross_entropy, [batch]) as one:
         directions = [one.gradient(), one.layout.normal(torch.Generator().manual_seed(1))]
         exact = [one.hvp(v) for v in directions]
-    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
+    with Objective(model, cross_entropy, [batch], how=Settings(hvp="finite_difference")) as two:
         for v, hv in zip(directions, exact, strict=True):
             assert (two.hvp(v) - hv).norm() < 3e-4 * hv.norm()
         assert two.provenance["dtype"] == "float32"
@@ -141,7 +148,7 @@ def test_bfloat16_parameters_go_on_to_float64_where_differences_cross_kinks():
     with Objective(model, cross_entropy, [batch]) as one:
         v = one.gradient()
         exact = one.hvp(v)
-    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as two:
+    with Objective(model, cross_entropy, [batch], how=Settings(hvp="finite_difference")) as two:
         assert (two.hvp(v) - exact).norm() < 1e-4 * exact.norm()
         assert two.provenance["dtype"] == "float64"
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -150,7 +157,7 @@ def test_bfloat16_parameters_go_on_to_float64_where_differences_cross_kinks():
 
 def test_a_part_does_not_recast_the_model_of_its_whole():
     model, batch = mlp(64, 64, 32, 10), digits(512)
-    with Objective(model, cross_entropy, [batch], hvp="finite_difference") as whole:
+    with Objective(model, cross_entropy, [batch], how=Settings(hvp="finite_difference")) as whole:
         v = whole.gradient()
         part = whole.part(4)
         assert part is not None
@@ -222,7 +229,7 @@ def in_autocast(model: nn.Module, batch: Any) -> Tensor:
 def test_an_autocast_that_the_loss_enters_is_overridden_unless_asked_for():
     model, batch = mlp(64, 16, 10), digits(64)
     plain, cast, training = (
-        geomwatch.measure(model, loss_fn, batch, precision=precision)
+        geomwatch.measure(model, loss_fn, batch, how=geomwatch.Measurement(precision=precision))
         for loss_fn, precision in [
             (cross_entropy, "float32"),
             (in_autocast, "float32"),
@@ -242,9 +249,13 @@ def test_an_autocast_that_the_loss_enters_is_overridden_unless_asked_for():
 
 def test_an_unknown_precision_is_refused():
     with pytest.raises(geomwatch.UsageError, match='precision must be "float32" or "training"'):
-        geomwatch.measure(mlp(64, 10), cross_entropy, digits(8), precision="half")
+        geomwatch.measure(
+            mlp(64, 10), cross_entropy, digits(8), how=geomwatch.Measurement(precision="half")
+        )
 
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(geomwatch.UsageError, match='hvp must be "auto" or "double_backward"'):
-        geomwatch.measure(mlp(64, 10), cross_entropy, digits(8), hvp="forward")
+        geomwatch.measure(
+            mlp(64, 10), cross_entropy, digits(8), how=geomwatch.Measurement(hvp="forward")
+        )

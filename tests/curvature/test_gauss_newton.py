@@ -9,8 +9,9 @@ from problems import Quadratic, cross_entropy, digits, mlp, quadratic_loss, wish
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 from geomwatch.vectors.layout import generator
 
 
@@ -39,7 +40,7 @@ def test_products_are_those_of_the_dense_matrix(activation: type[nn.Module], cut
     batch = digits(48, torch.float64)
     exact = dense_gauss_newton(model, batch)
     window = [(batch[0][:31], batch[1][:31]), (batch[0][31:], batch[1][31:])] if cut else [batch]
-    with Objective(model, cross_entropy, window, operator="ggn") as objective:
+    with Objective(model, cross_entropy, window, how=Settings(operator="ggn")) as objective:
         for seed in range(3):
             v = objective.layout.normal(generator(seed))
             torch.testing.assert_close(objective.hvp(v), exact @ v, rtol=1e-10, atol=1e-12)
@@ -53,8 +54,9 @@ def test_every_quantity_can_be_had_from_it_and_the_spectrum_is_positive() -> Non
         model,
         cross_entropy,
         batch,
-        operator="ggn",
-        quantities=["lambda_max", "lambda_min", "trace", "effective_rank"],
+        how=Measurement(
+            operator="ggn", quantities=["lambda_max", "lambda_min", "trace", "effective_rank"]
+        ),
         max_hvps=60,
         samples=64,
     )
@@ -70,11 +72,13 @@ def test_every_quantity_can_be_had_from_it_and_the_spectrum_is_positive() -> Non
 def test_the_hessian_that_is_indefinite_has_an_effective_rank_with_it_only() -> None:
     torch.manual_seed(3)
     model, batch = mlp(64, 8, 10), digits(48)
-    plain = geomwatch.measure(model, cross_entropy, batch, quantities=["effective_rank"])
+    plain = geomwatch.measure(
+        model, cross_entropy, batch, how=Measurement(quantities=["effective_rank"])
+    )
     assert plain["effective_rank"].value is None
     assert 'operator="ggn"' in plain["effective_rank"].reason
     other = geomwatch.measure(
-        model, cross_entropy, batch, quantities=["effective_rank"], operator="ggn"
+        model, cross_entropy, batch, how=Measurement(quantities=["effective_rank"], operator="ggn")
     )
     assert other["effective_rank"].value > 1
 
@@ -96,7 +100,7 @@ def test_an_output_object_is_used_by_its_logits() -> None:
     model, batch = Model(), digits(48, torch.float64)
     named = {"inputs": batch[0], "labels": batch[1]}
     exact = dense_gauss_newton(model.net, batch)
-    with Objective(model, geomwatch.model_loss, [named], operator="ggn") as objective:
+    with Objective(model, geomwatch.model_loss, [named], how=Settings(operator="ggn")) as objective:
         v = objective.layout.normal(generator(0))
         torch.testing.assert_close(objective.hvp(v), exact @ v, rtol=1e-10, atol=1e-12)
 
@@ -107,7 +111,10 @@ def test_a_loss_with_weight_decay_inside_is_refused() -> None:
         return cross_entropy(model, batch) + 0.1 * penalty
 
     record = geomwatch.measure(
-        mlp(64, 8, 10), decayed, digits(32), operator="ggn", quantities=["loss", "lambda_max"]
+        mlp(64, 8, 10),
+        decayed,
+        digits(32),
+        how=Measurement(operator="ggn", quantities=["loss", "lambda_max"]),
     )
     assert record["loss"].value is not None
     assert "through the model's outputs only" in record["lambda_max"].reason
@@ -116,7 +123,9 @@ def test_a_loss_with_weight_decay_inside_is_refused() -> None:
 def test_a_model_that_returns_its_loss_is_refused() -> None:
     model = Quadratic(wishart(4, seed=0))
     with (
-        Objective(model, quadratic_loss, [torch.ones(3)], operator="ggn") as objective,
+        Objective(
+            model, quadratic_loss, [torch.ones(3)], how=Settings(operator="ggn")
+        ) as objective,
         pytest.raises(UsageError, match="needs a loss of the model's outputs, got none"),
     ):
         objective.hvp(torch.ones(4, dtype=torch.float64))
@@ -125,7 +134,10 @@ def test_a_model_that_returns_its_loss_is_refused() -> None:
 def test_differences_of_gradients_are_no_way_to_it() -> None:
     with (
         Objective(
-            mlp(64, 8, 10), cross_entropy, [digits(32)], operator="ggn", hvp="finite_difference"
+            mlp(64, 8, 10),
+            cross_entropy,
+            [digits(32)],
+            how=Settings(operator="ggn", hvp="finite_difference"),
         ) as objective,
         pytest.raises(UsageError, match=r"needs double backward.*\(asked for\)"),
     ):
@@ -138,7 +150,7 @@ def test_a_monitor_leaves_no_trace_with_it() -> None:
         model = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         monitor = geomwatch.Monitor(
-            model, cross_entropy, optimizer, every=2, schedule="fixed", operator="ggn"
+            model, cross_entropy, optimizer, how=Measurement(operator="ggn"), every=2
         )
         for _ in range(5):
             optimizer.zero_grad()

@@ -34,7 +34,11 @@ def test_a_probe_leaves_no_cycles_that_hold_its_tensors(hvp: str) -> None:
     training = Training(QUICK)
     assert isinstance(training.optimizer, AdamW)
     monitor = geomwatch.Monitor(
-        training.model, geomwatch.model_loss, training.optimizer, every=1, hvp=hvp
+        training.model,
+        geomwatch.model_loss,
+        training.optimizer,
+        how=geomwatch.Measurement(hvp=hvp),
+        every=1,
     )
     training.backward()
     gc.collect()

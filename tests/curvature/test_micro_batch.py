@@ -22,9 +22,8 @@ def test_uneven_pieces_give_the_numbers_of_the_whole_batch(size):
             model,
             cross_entropy,
             batch,
+            how=geomwatch.Measurement(quantities=names, micro_batch=n),
             optimizer=optimizer,
-            quantities=names,
-            micro_batch=n,
             max_hvps=30,
         )
         for n in (None, size)
@@ -41,22 +40,28 @@ def test_a_piece_is_never_larger_than_asked_for():
         sizes.append(len(batch[0]))
         return cross_entropy(model, batch)
 
-    geomwatch.measure(mlp(64, 10), loss_fn, digits(64), micro_batch=16)
+    geomwatch.measure(mlp(64, 10), loss_fn, digits(64), how=geomwatch.Measurement(micro_batch=16))
     assert sorted(set(sizes)) == [4, 16, 64]  # the check of the whole loss, without a graph, is 64
     assert sizes.count(64) == 1
 
 
 def test_dropout_is_no_obstacle():
     model = nn.Sequential(mlp(64, 16, 10), nn.Dropout(0.2))
-    record = geomwatch.measure(model, cross_entropy, digits(64), micro_batch=16)
+    record = geomwatch.measure(
+        model, cross_entropy, digits(64), how=geomwatch.Measurement(micro_batch=16)
+    )
     assert record["lambda_max"].value is not None
 
 
 def test_a_batchnorm_in_train_mode_is_refused():
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     with pytest.raises(geomwatch.UsageError, match="must not cut the batches of a BatchNorm"):
-        geomwatch.measure(model, cross_entropy, digits(64), micro_batch=16)
-    record = geomwatch.measure(model, cross_entropy, digits(64), micro_batch=16, mode="eval")
+        geomwatch.measure(
+            model, cross_entropy, digits(64), how=geomwatch.Measurement(micro_batch=16)
+        )
+    record = geomwatch.measure(
+        model, cross_entropy, digits(64), how=geomwatch.Measurement(micro_batch=16, mode="eval")
+    )
     assert record["lambda_max"].value is not None
 
 
@@ -66,13 +71,17 @@ def test_a_loss_over_the_whole_batch_is_refused():
         return F.cross_entropy(embedded @ embedded.T, torch.arange(len(embedded)))
 
     with pytest.raises(geomwatch.UsageError, match="it is no mean over items"):
-        geomwatch.measure(mlp(64, 10), contrastive, digits(64), micro_batch=16)
+        geomwatch.measure(
+            mlp(64, 10), contrastive, digits(64), how=geomwatch.Measurement(micro_batch=16)
+        )
 
 
 def test_a_monitor_refuses_at_its_first_probe():
     model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, micro_batch=4)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, how=geomwatch.Measurement(micro_batch=4)
+    )
     batch = (digits(16)[0], digits(16)[1] % 8)
     cross_entropy(model, batch).backward()
     with pytest.raises(geomwatch.UsageError, match="BatchNorm in train mode, got 4"):
@@ -82,4 +91,6 @@ def test_a_monitor_refuses_at_its_first_probe():
 @pytest.mark.parametrize("size", [0, -1, 2.5])
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(geomwatch.UsageError, match="micro_batch must be an integer >= 1"):
-        geomwatch.measure(mlp(64, 10), cross_entropy, digits(8), micro_batch=size)
+        geomwatch.measure(
+            mlp(64, 10), cross_entropy, digits(8), how=geomwatch.Measurement(micro_batch=size)
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from faces import faced
 from problems import cross_entropy, dense_hessian, digits, mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -46,9 +47,7 @@ def awkward() -> nn.Sequential:
 
 def train(model: nn.Module, *, watch: bool, **options: Any) -> tuple[list[Tensor], Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=2, schedule="fixed", **options
-    )
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=2, **faced(options))
     for _ in range(5):
         optimizer.zero_grad()
         cross_entropy(model, digits(128)).backward()
@@ -96,7 +95,7 @@ def test_what_is_known_to_fail_is_not_tried_again() -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = geomwatch.Monitor(
-        model, loss_fn, optimizer, every=1, schedule="fixed", quantities=["lambda_max"]
+        model, loss_fn, optimizer, how=geomwatch.Measurement(quantities=["lambda_max"]), every=1
     )
     counts = []
     for _ in range(3):
@@ -128,7 +127,10 @@ def test_sharpness_by_losses_is_that_of_the_dense_hessian(activation: type[nn.Mo
             return Cube.apply(self.model(x).sign() * self.model(x).abs().pow(1 / 3))
 
     record = geomwatch.measure(
-        Opaque(), cross_entropy, batch, quantities=["batch_sharpness"], hvp="double_backward"
+        Opaque(),
+        cross_entropy,
+        batch,
+        how=geomwatch.Measurement(quantities=["batch_sharpness"], hvp="double_backward"),
     )
     found = record["batch_sharpness"]
     assert found.reason == "by differences of losses"
@@ -190,7 +192,7 @@ def short_of_memory(most_items: int) -> Any:
 
 def watch_once(loss_fn: Any, model: nn.Module, **options: Any) -> geomwatch.Monitor:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, schedule="fixed", **options)
+    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, **faced(options))
     for _ in range(4):
         optimizer.zero_grad()
         cross_entropy(model, digits(128)).backward()

@@ -115,7 +115,11 @@ def spectrum(model: nn.Module, loss_fn: Any, batch: Any, **options: Any) -> list
     torch.manual_seed(1)  # of the dropout masks
     dim = Layout.of(model).dim
     record = geomwatch.measure(
-        model, loss_fn, batch, quantities=SPECTRUM, max_hvps=dim + 2, hvp="double_backward"
+        model,
+        loss_fn,
+        batch,
+        how=geomwatch.Measurement(quantities=SPECTRUM, hvp="double_backward"),
+        max_hvps=dim + 2,
     )
     return [record[name].value for name in SPECTRUM]
 
@@ -192,7 +196,9 @@ def test_trace_and_effective_rank_of_a_diagonal_hessian_are_exact_in_any_order(b
     )
     model = Blocks(torch.diag(diagonal), torch.ones(count, dtype=torch.float64), sizes, order)
     names = ["trace", "trace_per_param", "trace_squared", "effective_rank", "lambda_max"]
-    record = geomwatch.measure(model, quadratic_loss, ONE, quantities=names, samples=4)
+    record = geomwatch.measure(
+        model, quadratic_loss, ONE, how=geomwatch.Measurement(quantities=names), samples=4
+    )
     trace, squares = float(diagonal.sum()), float(diagonal.square().sum())
     exact = [trace, trace / count, squares, trace**2 / squares, float(diagonal.max())]
     for name, value in zip(names, exact, strict=True):
@@ -226,7 +232,11 @@ def test_the_spectrum_of_a_quadratic_is_its_matrixs_in_any_order(blocks, seed):
 def test_the_trace_of_a_quadratic_is_within_its_known_variance(dim, seed, samples):
     matrix, start = quadratic(dim, seed)
     record = geomwatch.measure(
-        Quadratic(matrix, start), quadratic_loss, ONE, quantities=["trace"], samples=samples
+        Quadratic(matrix, start),
+        quadratic_loss,
+        ONE,
+        how=geomwatch.Measurement(quantities=["trace"]),
+        samples=samples,
     )
     off_diagonal = matrix - torch.diag(matrix.diagonal())
     stderr = math.sqrt(2 * float(off_diagonal.square().sum()) / samples)
@@ -248,8 +258,8 @@ def test_margin_and_critical_rate_of_a_quadratic_have_closed_forms(dim, seed, lr
         model,
         quadratic_loss,
         ONE,
+        how=geomwatch.Measurement(quantities=["stability_margin", "critical_lr"]),
         optimizer=optimizer,
-        quantities=["stability_margin", "critical_lr"],
         max_hvps=dim + 2,
     )
     largest = float(torch.linalg.eigvalsh(matrix)[-1])

@@ -9,6 +9,7 @@ from zoo import ZOO
 from zoo_case import Case, difference, double_backward, exact_hvp, learned, trainable
 
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 from geomwatch.vectors.layout import Layout, generator
 
 SEED = 5  # of the dropout masks
@@ -39,7 +40,7 @@ def test_an_hvp_is_that_of_the_twin_in_float64(case):
         torch.manual_seed(SEED)
         with (
             case.wholly(dtype),
-            Objective(model, case.loss_fn, [batch], hvp=case.backend) as objective,
+            Objective(model, case.loss_fn, [batch], how=Settings(hvp=case.backend)) as objective,
         ):
             found = objective.hvp(v.to(dtype))
             assert objective.provenance["backend"] == case.backend

@@ -21,7 +21,7 @@ def train(case: Case, *, watch: bool) -> tuple[dict[str, Any], list[geomwatch.Re
     """Train for some steps from fixed seeds; return all that remains, and the records."""
     model, batch = case.build()
     optimizer = case.optimizer(trainable(model))
-    monitor = geomwatch.Monitor(model, case.loss_fn, optimizer, every=1, schedule="fixed")
+    monitor = geomwatch.Monitor(model, case.loss_fn, optimizer, every=1)
     seed(1)
     losses = []
     for _ in range(STEPS):

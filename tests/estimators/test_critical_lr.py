@@ -95,7 +95,10 @@ def test_without_an_optimizer_it_is_two_over_the_curvature_along_the_gradient():
     matrix = wishart(30, seed=4)
     model = Quadratic(matrix, torch.randn(30, dtype=torch.float64))
     record = geomwatch.measure(
-        model, quadratic_loss, ONES, quantities=["critical_lr", "batch_sharpness"]
+        model,
+        quadratic_loss,
+        ONES,
+        how=geomwatch.Measurement(quantities=["critical_lr", "batch_sharpness"]),
     )
     g = matrix @ model.w.detach()
     exact = 2 * float(g @ g / (g @ matrix @ g))
@@ -114,7 +117,11 @@ def test_under_sgd_it_depends_neither_on_lr_nor_on_momentum(lr, options):
     model = Quadratic(-matrix if options.get("maximize") else matrix)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, **options)
     found = geomwatch.measure(
-        model, quadratic_loss, ONES, optimizer=optimizer, quantities=["critical_lr"]
+        model,
+        quadratic_loss,
+        ONES,
+        how=geomwatch.Measurement(quantities=["critical_lr"]),
+        optimizer=optimizer,
     )["critical_lr"]
     g = matrix @ model.w.detach()
     assert found.value == pytest.approx(2 * float(g @ g / (g @ matrix @ g)), abs=found.error)
@@ -130,7 +137,11 @@ def test_under_adam_it_is_along_the_preconditioned_gradient(lr):
         model(ONES).backward()
         optimizer.step()
     found = geomwatch.measure(
-        model, quadratic_loss, ONES, optimizer=optimizer, quantities=["critical_lr"]
+        model,
+        quadratic_loss,
+        ONES,
+        how=geomwatch.Measurement(quantities=["critical_lr"]),
+        optimizer=optimizer,
     )["critical_lr"]
     g = matrix @ model.w.detach()
     state = optimizer.state[model.w]
@@ -157,7 +168,11 @@ def test_with_two_groups_it_is_in_units_of_the_larger_rate():
     model = Halves()
     groups = [{"params": [model.a], "lr": 0.1}, {"params": [model.b], "lr": 0.025}]
     found = geomwatch.measure(
-        model, loss_fn, ONES, optimizer=torch.optim.SGD(groups), quantities=["critical_lr"]
+        model,
+        loss_fn,
+        ONES,
+        how=geomwatch.Measurement(quantities=["critical_lr"]),
+        optimizer=torch.optim.SGD(groups),
     )["critical_lr"]
     g = matrix @ ONES
     d = g * torch.tensor([1.0, 1.0, 0.25, 0.25])
@@ -168,7 +183,11 @@ def test_an_optimizer_without_a_formula_is_marked():
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.Rprop(model.parameters())
     found = geomwatch.measure(
-        model, cross_entropy, batch, optimizer=optimizer, quantities=["critical_lr"]
+        model,
+        cross_entropy,
+        batch,
+        how=geomwatch.Measurement(quantities=["critical_lr"]),
+        optimizer=optimizer,
     )["critical_lr"]
     assert found.value is not None
     assert found.status in ("unknown", "directional")
@@ -177,7 +196,9 @@ def test_an_optimizer_without_a_formula_is_marked():
 
 def test_gradient_descent_above_it_raises_the_loss_of_a_real_net_and_below_it_does_not():
     model, batch = mlp(64, 32, 10), digits(256)
-    found = geomwatch.measure(model, cross_entropy, batch, quantities=["critical_lr"])
+    found = geomwatch.measure(
+        model, cross_entropy, batch, how=geomwatch.Measurement(quantities=["critical_lr"])
+    )
     critical = found["critical_lr"]
     losses = []
     for lr in (critical.value + 2 * critical.error, critical.value - 2 * critical.error):

@@ -112,7 +112,11 @@ def test_a_trained_net_is_within_its_interval():
         optimizer.step()
     truth = exact(dense_hessian(model, batch))
     record = geomwatch.measure(
-        model, cross_entropy, batch, quantities=["effective_rank", "trace"], samples=30
+        model,
+        cross_entropy,
+        batch,
+        how=geomwatch.Measurement(quantities=["effective_rank", "trace"]),
+        samples=30,
     )
     found = record["effective_rank"]
     assert found.value == pytest.approx(truth, abs=4 * found.error)
@@ -124,7 +128,10 @@ def test_it_is_found_through_measure():
     matrix = wishart(40, seed=3)
     model = Quadratic(matrix)
     record = geomwatch.measure(
-        model, quadratic_loss, torch.ones(4, dtype=torch.float64), quantities=["effective_rank"]
+        model,
+        quadratic_loss,
+        torch.ones(4, dtype=torch.float64),
+        how=geomwatch.Measurement(quantities=["effective_rank"]),
     )
     found = record["effective_rank"]
     assert found.value == pytest.approx(exact(matrix), abs=4 * found.error)

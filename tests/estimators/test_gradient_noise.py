@@ -47,9 +47,10 @@ def test_noise_scale_and_temperature_are_those_of_the_items():
             model,
             cross_entropy,
             batch,
+            how=geomwatch.Measurement(
+                quantities=["gradient_noise_scale", "temperature"], seed=seed
+            ),
             optimizer=optimizer,
-            quantities=["gradient_noise_scale", "temperature"],
-            seed=seed,
         )
         scales.append(record["gradient_noise_scale"])
         temperatures.append(record["temperature"])
@@ -65,7 +66,10 @@ def test_noise_scale_and_temperature_are_those_of_the_items():
 def test_too_few_items_have_no_noise_scale():
     model, _optimizer, (x, y) = trained()
     record = geomwatch.measure(
-        model, cross_entropy, (x[:3], y[:3]), quantities=["gradient_noise_scale"]
+        model,
+        cross_entropy,
+        (x[:3], y[:3]),
+        how=geomwatch.Measurement(quantities=["gradient_noise_scale"]),
     )
     assert record["gradient_noise_scale"].value is None
     assert record["gradient_noise_scale"].status == "withheld"
@@ -75,7 +79,10 @@ def test_too_few_items_have_no_noise_scale():
 def test_a_window_of_micro_batches_is_its_own_pieces():
     model, optimizer, (x, y) = trained()
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, quantities=["gradient_noise_scale", "grad_norm"]
+        model,
+        cross_entropy,
+        optimizer,
+        how=geomwatch.Measurement(quantities=["gradient_noise_scale", "grad_norm"]),
     )
     optimizer.zero_grad()
     for start in range(0, 256, 64):
@@ -122,9 +129,10 @@ def test_the_stochastic_margin_is_that_of_curvature_differing_between_batches(mo
             model,
             curvatures,
             h,
+            how=geomwatch.Measurement(
+                quantities=["stability_margin", "stochastic_margin"], seed=seed
+            ),
             optimizer=optimizer,
-            quantities=["stability_margin", "stochastic_margin"],
-            seed=seed,
         )
         margin = record["stochastic_margin"]
         assert margin.value >= record["stability_margin"].value
@@ -141,7 +149,11 @@ def test_the_micro_batches_of_a_window_are_those_of_the_stochastic_margin():
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     window = [torch.full((8,), h, dtype=torch.float64) for h in (0.5, 1.0, 1.8)]
     monitor = geomwatch.Monitor(
-        model, curvatures, optimizer, every=1, quantities=["stability_margin", "stochastic_margin"]
+        model,
+        curvatures,
+        optimizer,
+        how=geomwatch.Measurement(quantities=["stability_margin", "stochastic_margin"]),
+        every=1,
     )
     for h in window:
         (model(h) / 3).backward()
@@ -158,7 +170,9 @@ def test_pieces_of_a_batch_norm_have_no_spread_but_micro_batches_do():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     names = ["stochastic_margin", "gradient_noise_scale"]
     x, y = digits(128)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1, quantities=names)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, how=geomwatch.Measurement(quantities=names), every=1
+    )
     cross_entropy(model, (x, y)).backward()
     whole = monitor.step((x, y))
     for part in range(4):

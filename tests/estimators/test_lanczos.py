@@ -120,12 +120,18 @@ def test_a_cold_start_is_within_one_percent_after_twenty_hvps(widths, trained):
     exact = exact_top(model, batch, k=3)
     for seed in range(3):
         record = geomwatch.measure(
-            model, cross_entropy, batch, quantities=["lambda_max"], max_hvps=20, seed=seed
+            model,
+            cross_entropy,
+            batch,
+            how=geomwatch.Measurement(quantities=["lambda_max"], seed=seed),
+            max_hvps=20,
         )
         assert record["lambda_max"].value == pytest.approx(exact[0], rel=0.01)
         assert record.provenance["hvps"] <= 20
     names = ["lambda_max", "lambda_2", "lambda_3"]
-    record = geomwatch.measure(model, cross_entropy, batch, quantities=names, max_hvps=30)
+    record = geomwatch.measure(
+        model, cross_entropy, batch, how=geomwatch.Measurement(quantities=names), max_hvps=30
+    )
     found = [record[name].value for name in names]
     # At initialisation the third lies within 3 % of its neighbours: 30 HVPs can't always tell it.
     certain = 3 if trained else 2

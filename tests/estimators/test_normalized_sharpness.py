@@ -225,7 +225,7 @@ def test_it_is_found_through_measure():
         mlp(64, 32, 10),
         cross_entropy,
         digits(128),
-        quantities=["normalized_sharpness", "normalized_sharpness_linf"],
+        how=geomwatch.Measurement(quantities=["normalized_sharpness", "normalized_sharpness_linf"]),
     )
     # ||u||_2 = 1 in place of |u_i| <= 1: smaller by about the root of the number of weights
     assert 0 < 5 * record["normalized_sharpness"].value < record["normalized_sharpness_linf"].value

@@ -119,7 +119,9 @@ def test_a_kinked_net_is_rougher_than_a_smooth_one():
         model, batch = mlp(64, 32, 32, 10, activation=activation).double(), digits(256)
         batch = batch[0].double(), batch[1]
         train(model, batch, steps=100)
-        record = geomwatch.measure(model, cross_entropy, batch, quantities=QUANTITIES)
+        record = geomwatch.measure(
+            model, cross_entropy, batch, how=geomwatch.Measurement(quantities=QUANTITIES)
+        )
         assert record["roughness"].value > 0
         residuals[activation] = record["roughness_residual"]
     assert residuals[nn.ReLU].value > 5 * residuals[nn.Tanh].value
@@ -130,7 +132,7 @@ def test_a_kinked_net_is_rougher_than_a_smooth_one():
 def test_it_leaves_the_weights_where_they_were():
     model, batch = mlp(64, 16, 10), digits(64)
     before = [p.detach().clone() for p in model.parameters()]
-    geomwatch.measure(model, cross_entropy, batch, quantities=QUANTITIES)
+    geomwatch.measure(model, cross_entropy, batch, how=geomwatch.Measurement(quantities=QUANTITIES))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -148,7 +150,9 @@ def test_dropout_that_cannot_be_replayed_is_refused():
     batch = digits(128)
     net = nn.Sequential(nn.Linear(64, 32), PrivateDropout(), nn.Linear(32, 10))
     names = [*QUANTITIES, "normalized_sharpness", "normalized_sharpness_linf", "critical_lr"]
-    record = geomwatch.measure(net, cross_entropy, batch, quantities=names)
+    record = geomwatch.measure(
+        net, cross_entropy, batch, how=geomwatch.Measurement(quantities=names)
+    )
     for name in names:
         assert (record[name].value, record[name].status) == (None, "withheld")
         assert "no function of the weights" in record[name].reason
@@ -158,7 +162,10 @@ def test_dropout_that_is_replayed_is_one_smooth_draw():
     batch = digits(128)
     net = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10)).double()
     record = geomwatch.measure(
-        net, cross_entropy, (batch[0].double(), batch[1]), quantities=QUANTITIES
+        net,
+        cross_entropy,
+        (batch[0].double(), batch[1]),
+        how=geomwatch.Measurement(quantities=QUANTITIES),
     )
     assert record["roughness_residual"].value < 1e-3  # fresh masks make it about 1
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from faces import faced
 from problems import cross_entropy, mlp
 from states import assert_same, everything, same, seed
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.nn.utils import parametrizations
 import geomwatch
 from geomwatch.curvature import batches
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 from geomwatch.isolation.isolation import captured_by
 from geomwatch.isolation.snapshot import Snapshot
 
@@ -146,7 +148,11 @@ def train(
     monitor = None
     if watch:
         monitor = geomwatch.Monitor(
-            model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=quantities
+            model,
+            cross_entropy,
+            optimizer,
+            how=geomwatch.Measurement(quantities=quantities),
+            every=1,
         )
     calls: collections.Counter[str] = collections.Counter()
     hook_in(model, calls)
@@ -243,7 +249,7 @@ def test_training_is_bit_identical_when_every_probe_fails(evaluation, caplog):
         model = net.make()
         optimizer = torch.optim.Adam(model.parameters())
         loss_fn = fails_at(evaluation, OSError("the disk has gone"))
-        monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, schedule="fixed")
+        monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1)
         for _ in range(STEPS):
             optimizer.zero_grad()
             for _ in range(2):
@@ -539,7 +545,7 @@ class Metered(nn.Module):
 def test_an_object_that_cannot_be_put_back_is_named_in_one_warning(meter, caplog):
     model, batch = Metered(meter), (torch.randn(9, 5), torch.randint(0, 3, (9,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1, schedule="fixed")
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1)
     with caplog.at_level(logging.WARNING, "geomwatch"):
         for _ in range(3):
             optimizer.zero_grad()
@@ -562,7 +568,7 @@ def test_an_object_that_is_only_read_raises_no_warning(caplog):
 def test_an_object_that_also_names_is_put_back_instead_of_watched():
     meter = Meter()
     model, batch = Metered(meter), (torch.randn(9, 5), torch.randint(0, 3, (9,)))
-    with Objective(model, cross_entropy, [batch], also=(meter,)) as objective:
+    with Objective(model, cross_entropy, [batch], how=Settings(also=(meter,))) as objective:
         assert objective.is_finite()
         assert meter.total == 1
         assert objective.changed_objects == []
@@ -691,7 +697,7 @@ def assert_isolated(loss_fn: Any, other: nn.Module, **options: Any) -> None:
     calls.clear()
     host = getattr(loss_fn, "__self__", loss_fn)
     before = everything(other), everything(student), getattr(host, "calls", None)
-    record = geomwatch.measure(student, loss_fn, batch, **options)
+    record = geomwatch.measure(student, loss_fn, batch, **faced(options))
     handle.remove()
     assert record["lambda_max"].value is not None
     assert_same(before[0], everything(other))
@@ -710,7 +716,9 @@ def test_a_private_generator_named_in_also_is_replayed():
         return cross_entropy(model, (batch[0] + noise, batch[1]))
 
     state = owner["rng"].get_state(), owner["python"].getstate()
-    with Objective(model, loss_fn, [batch, batch], also=tuple(owner.values())) as objective:
+    with Objective(
+        model, loss_fn, [batch, batch], how=Settings(also=tuple(owner.values()))
+    ) as objective:
         v = torch.ones(objective.layout.dim)
         assert torch.equal(objective.hvp(v), objective.hvp(v))
     assert same(state, (owner["rng"].get_state(), owner["python"].getstate()))
@@ -926,7 +934,7 @@ def test_the_environment_can_turn_geomwatch_off(monkeypatch):
 
     model, batch = mlp(5, 3), (torch.randn(9, 5), torch.randint(0, 3, (9,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, schedule="fixed")
+    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1)
     for _ in range(2):
         loss_fn(model, batch).backward()
         assert monitor.step(batch) is None
@@ -951,7 +959,7 @@ def modes_in_a_probe(model: nn.Module, mode: str) -> list[list[bool]]:
         return cross_entropy(model, batch)
 
     batch = (torch.randn(9, 5), torch.randint(0, 3, (9,)))
-    with Objective(model, loss_fn, [batch], mode=mode) as objective:
+    with Objective(model, loss_fn, [batch], how=Settings(mode=mode)) as objective:
         objective.gradient()
         objective.loss_at(torch.zeros(objective.layout.dim))
     return seen
@@ -980,7 +988,7 @@ def test_a_batchnorm_that_the_user_holds_in_eval_stays_so():
 def test_eval_mode_measures_the_loss_of_evaluation():
     model, batch = noisy_mlp(), (torch.randn(9, 5), torch.randint(0, 3, (9,)))
     model[2] = nn.Identity()  # no noise
-    record = geomwatch.measure(model, cross_entropy, batch, mode="eval")
+    record = geomwatch.measure(model, cross_entropy, batch, how=geomwatch.Measurement(mode="eval"))
     assert record.loss == cross_entropy(model.eval(), batch).item()
     assert record.provenance["mode"] == "eval"
 
@@ -1003,6 +1011,6 @@ class Merging(nn.Module):
 def test_weights_that_change_with_the_mode_are_put_back():
     model, batch = Merging(), (torch.randn(9, 5), torch.randint(0, 3, (9,)))
     before = everything(model)
-    record = geomwatch.measure(model, cross_entropy, batch, mode="eval")
+    record = geomwatch.measure(model, cross_entropy, batch, how=geomwatch.Measurement(mode="eval"))
     assert_same(before, everything(model))
     assert record.loss == pytest.approx(cross_entropy(model.eval(), batch).item(), rel=1e-6)

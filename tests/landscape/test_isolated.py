@@ -35,7 +35,9 @@ def trained(seed: int, steps: int, start: nn.Module | None = None) -> nn.Module:
 
 def between(a: nn.Module, b: nn.Module, **options: Any) -> tuple[Record, Barrier]:
     batch = digits(512)
-    record = geomwatch.measure(a, cross_entropy, batch, quantities=[SHARPNESS], mode="eval")
+    record = geomwatch.measure(
+        a, cross_entropy, batch, how=geomwatch.Measurement(quantities=[SHARPNESS], mode="eval")
+    )
     states = [copy.deepcopy(m.state_dict()) for m in (a, b)]
     return record, barrier(a, *states, cross_entropy, [batch], points=11, **options)
 

@@ -41,7 +41,11 @@ def measured_temperature(xi: Tensor, *, lr: float, momentum: float) -> tuple[flo
     for _ in range(200):
         batch = xi[torch.randint(0, ITEMS, (BATCH,), generator=rng)]
         record = geomwatch.measure(
-            model, lambda m, x: m(x), batch, optimizer=optimizer, quantities=["temperature"]
+            model,
+            lambda m, x: m(x),
+            batch,
+            how=geomwatch.Measurement(quantities=["temperature"]),
+            optimizer=optimizer,
         )
         found.append(record["temperature"].value)
     return statistics.fmean(found), statistics.stdev(found) / len(found) ** 0.5

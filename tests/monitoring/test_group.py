@@ -31,13 +31,21 @@ def gan(watch: bool, tmp_path=None) -> tuple[list[Tensor], geomwatch.Group | Non
     group = None
     if watch:
         sink = geomwatch.JsonLines(tmp_path / "gan.jsonl")
-        options = {"every": 1, "schedule": "fixed", "sinks": [sink]}
+        options = {"every": 1, "sinks": [sink]}
         group = geomwatch.Group(
             generator=geomwatch.Monitor(
-                generator, generator_loss, optimizers[0], also=(discriminator,), **options
+                generator,
+                generator_loss,
+                optimizers[0],
+                how=geomwatch.Measurement(also=(discriminator,)),
+                **options,
             ),
             discriminator=geomwatch.Monitor(
-                discriminator, discriminator_loss, optimizers[1], also=(generator,), **options
+                discriminator,
+                discriminator_loss,
+                optimizers[1],
+                how=geomwatch.Measurement(also=(generator,)),
+                **options,
             ),
         )
     for _ in range(4):

@@ -11,7 +11,7 @@ from problems import cross_entropy, digits, mlp
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomwatch
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 
 
 def loader(count: int, *, shuffle: bool) -> DataLoader:
@@ -23,7 +23,10 @@ def step_once(probe_batch: object) -> geomwatch.Record:
     model = mlp(64, 16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, quantities=["loss", "lambda_max"], probe_batch=probe_batch
+        model,
+        cross_entropy,
+        optimizer,
+        how=Measurement(quantities=["loss", "lambda_max"], batch=probe_batch),
     )
     cross_entropy(model, digits(16)).backward()
     record = monitor.step()
@@ -43,7 +46,9 @@ def test_reading_a_loader_draws_no_random_numbers() -> None:
     model = mlp(64, 16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    geomwatch.Monitor(model, cross_entropy, optimizer, probe_batch=loader(100, shuffle=True))
+    geomwatch.Monitor(
+        model, cross_entropy, optimizer, how=Measurement(batch=loader(100, shuffle=True))
+    )
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -52,5 +57,7 @@ def test_reading_a_loader_draws_no_random_numbers() -> None:
 def test_a_loader_without_batches_is_refused() -> None:
     model = mlp(64, 16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(UsageError, match="probe_batch must hold data, got a DataLoader without"):
-        geomwatch.Monitor(model, cross_entropy, optimizer, probe_batch=loader(0, shuffle=False))
+    with pytest.raises(UsageError, match="batch must hold data, got a DataLoader without"):
+        geomwatch.Monitor(
+            model, cross_entropy, optimizer, how=Measurement(batch=loader(0, shuffle=False))
+        )

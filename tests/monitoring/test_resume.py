@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from faces import faced
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
@@ -13,7 +14,7 @@ def watched(**options):
     torch.manual_seed(0)
     model = mlp(64, 16, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return model, optimizer, geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    return model, optimizer, geomwatch.Monitor(model, cross_entropy, optimizer, **faced(options))
 
 
 def step(model, optimizer, monitor, batch, *, take=True):
@@ -40,11 +41,11 @@ def test_a_jump_of_the_learning_rate_at_a_resume_is_probed_at_once():
 
 
 def test_a_run_without_a_checkpoint_of_ours_is_counted_from_the_step_it_has_reached():
-    model, optimizer, monitor = watched(every=3, schedule="fixed", quantities=["loss"])
+    model, optimizer, monitor = watched(every=3, quantities=["loss"])
     monitor.start_at(7)
     for _ in range(6):
         step(model, optimizer, monitor, digits(16))
-    assert [record.step for record in monitor.history] == [9, 12]
+    assert [record.step for record in monitor.history] == [7, 9, 12]
     assert monitor.state_dict()["step"] == 13
 
 
@@ -72,27 +73,27 @@ def test_a_monitor_of_other_parameters_goes_on_in_place_of_the_first():
         def load_state_dict(self, state):
             self.seen = state["seen"]
 
-    options = {"every": 3, "schedule": "fixed", "quantities": ["loss"]}
+    options = {"every": 3, "quantities": ["loss"]}
     model, optimizer, before = watched(rules=[Counting()], params="0.*", **options)
     for _ in range(4):
         step(model, optimizer, before, digits(16))
     rule = Counting()
-    after = geomwatch.Monitor(model, cross_entropy, optimizer, rules=[rule], **options)
+    after = geomwatch.Monitor(model, cross_entropy, optimizer, rules=[rule], **faced(options))
     after.succeed(before)
     for _ in range(3):
         step(model, optimizer, after, digits(16))
-    assert [record.step for record in after.history] == [0, 3, 6]
+    assert [record.step for record in after.history] == [0, 3, 4, 6]
     assert rule.seen == len(after.alerts) == 7
     assert len(after.params) > len(before.params)
 
 
 def test_difficulty_goes_on_growing_after_a_resume():
     batch = digits(64)
-    options = {"quantities": ["difficulty", "lambda_max"], "every": 10, "schedule": "fixed"}
+    options = {"quantities": ["difficulty", "lambda_max"], "every": 10}
     model, optimizer, monitor = watched(**options)
     for _ in range(15):
         step(model, optimizer, monitor, batch)
-    other = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    other = geomwatch.Monitor(model, cross_entropy, optimizer, **faced(options))
     other.load_state_dict(monitor.state_dict())
     for _ in range(6):
         step(model, optimizer, other, batch)
@@ -115,13 +116,12 @@ def test_rules_and_difficulty_see_each_step_once_across_a_resume():
             "rules": [Listening()],
             "quantities": ["lambda_max", "difficulty"],
             "every": 100,  # lambda_max is measured at step 0, and held from there
-            "schedule": "fixed",
         }
         model, optimizer, monitor = watched(**options)
         for t in range(steps):
             if t == resume_at:
                 saved, monitor = monitor.state_dict(), None
-                monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+                monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **faced(options))
                 monitor.load_state_dict(saved)
             optimizer.zero_grad()
             loss = cross_entropy(model, batch)
@@ -139,7 +139,7 @@ def test_rules_and_difficulty_see_each_step_once_across_a_resume():
 
 def test_an_infinite_gradient_has_no_margin_but_a_reason():
     batch = digits(64)
-    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    model, optimizer, monitor = watched(every=1)
     step(model, optimizer, monitor, batch)
     optimizer.zero_grad()
     cross_entropy(model, batch).backward()
@@ -152,7 +152,7 @@ def test_an_infinite_gradient_has_no_margin_but_a_reason():
 
 def test_scaled_gradients_are_recognised_after_an_infinite_first_one(caplog):
     batch = digits(64)
-    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    model, optimizer, monitor = watched(every=1)
     for scale in (float("inf"), 2.0**16):
         optimizer.zero_grad()
         (cross_entropy(model, batch) * 1.0).backward()
@@ -174,7 +174,7 @@ def test_a_monitor_may_be_paused_from_the_start():
 
 def test_steps_without_a_batch_are_told_of_once(caplog):
     batch = digits(64)
-    model, optimizer, monitor = watched(every=1, schedule="fixed")
+    model, optimizer, monitor = watched(every=1)
     step(model, optimizer, monitor, batch)
     for _ in range(3):
         optimizer.zero_grad()
@@ -200,11 +200,11 @@ def test_an_optimizer_without_hooks_resumes_at_its_step():
 
     model, batch = mlp(64, 8, 10), digits(64)
     optimizer = Plain(model.parameters())
-    options = {"every": 1, "schedule": "fixed"}
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    options = {"every": 1}
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, **faced(options))
     for _ in range(10):
         step(model, optimizer, monitor, batch)
-    other = geomwatch.Monitor(model, cross_entropy, optimizer, **options)
+    other = geomwatch.Monitor(model, cross_entropy, optimizer, **faced(options))
     other.load_state_dict(monitor.state_dict())
     assert step(model, optimizer, other, batch).step == 10
     assert step(model, optimizer, other, batch).step == pytest.approx(11)

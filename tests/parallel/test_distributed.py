@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from faces import faced
 from problems import cross_entropy, digits, mlp
 from ranks import die, listen, play, run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import geomwatch
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 from geomwatch.curvature.objective import Objective
 from geomwatch.monitoring.progress import StepScalars
 from geomwatch.parallel.ranks import RankError, Ranks, unwrapped
@@ -43,7 +44,7 @@ def train(model: nn.Module, batch: Batch | None, loss_fn: Any, **options: Any) -
     bare = options.pop("bare", False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     options = {"every": 2, "schedule": "fixed", "quantities": NAMES} | options
-    monitor = None if bare else geomwatch.Monitor(model, loss_fn, optimizer, **options)
+    monitor = None if bare else geomwatch.Monitor(model, loss_fn, optimizer, **faced(options))
     for _ in range(4):
         optimizer.zero_grad()
         if isinstance(model, DistributedDataParallel) and batch is not None:
@@ -87,7 +88,7 @@ def without_items(rank: int) -> Any:
     model = DistributedDataParallel(net())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=NAMES
+        model, cross_entropy, optimizer, how=Measurement(quantities=NAMES), every=1
     )
     cross_entropy(model, digits(96)).backward()
     monitor.step(batch)
@@ -97,7 +98,9 @@ def without_items(rank: int) -> Any:
 def test_a_rank_without_items_does_its_part(tmp_path: Path) -> None:
     first, second = run(without_items, tmp_path)
     model = net()
-    record = geomwatch.measure(model, cross_entropy, digits(96), quantities=["lambda_max"])
+    record = geomwatch.measure(
+        model, cross_entropy, digits(96), how=Measurement(quantities=["lambda_max"])
+    )
     assert first == second
     assert first[0]["lambda_max"] == pytest.approx(record["lambda_max"].value, rel=1e-2)
 
@@ -191,7 +194,7 @@ def dies(rank: int, probing: bool) -> None:
         return cross_entropy(model, batch)
 
     monitor = geomwatch.Monitor(
-        model, loss_fn, optimizer, every=1, schedule="fixed", quantities=NAMES
+        model, loss_fn, optimizer, how=Measurement(quantities=NAMES), every=1
     )
     for _ in range(4):
         optimizer.zero_grad()
@@ -214,7 +217,7 @@ def paused_on_one(rank: int) -> Any:
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=["lambda_max"]
+        model, cross_entropy, optimizer, how=Measurement(quantities=["lambda_max"]), every=1
     )
     for step in range(3):
         if rank == 1 and step == 1:
@@ -286,7 +289,7 @@ def normalised(rank: int, sync: bool) -> Any:
         nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=1, schedule="fixed", quantities=[*NAMES, "trace"]
+        model, cross_entropy, optimizer, how=Measurement(quantities=[*NAMES, "trace"]), every=1
     )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
@@ -331,7 +334,7 @@ def sharded(rank: int, optimizer_name: str) -> Any:
         fully_shard(model)
         optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.01)
         monitor = geomwatch.Monitor(
-            model, cross_entropy, optimizer, every=2, schedule="fixed", quantities=NAMES
+            model, cross_entropy, optimizer, how=Measurement(quantities=NAMES), every=2
         )
         for _ in range(4):
             optimizer.zero_grad()
@@ -350,7 +353,7 @@ def test_sharded_parameters_are_measured_as_whole_ones(tmp_path: Path, optimizer
     model = net(nn.LayerNorm(16))
     optimizer = getattr(torch.optim, optimizer_name)(model.parameters(), lr=0.01)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=2, schedule="fixed", quantities=NAMES
+        model, cross_entropy, optimizer, how=Measurement(quantities=NAMES), every=2
     )
     for _ in range(4):
         optimizer.zero_grad()
@@ -381,7 +384,9 @@ def refusals(rank: int) -> Any:
     model = DistributedDataParallel(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for stop in (True, False):
-        monitor = geomwatch.Monitor(model, cross_entropy, optimizer, quantities=["loss"])
+        monitor = geomwatch.Monitor(
+            model, cross_entropy, optimizer, how=Measurement(quantities=["loss"])
+        )
         with model.join(throw_on_early_termination=stop):
             cross_entropy(model, shard(rank)).backward()
             if stop:

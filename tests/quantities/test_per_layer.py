@@ -12,7 +12,9 @@ import geomwatch
 def test_each_module_has_the_top_eigenvalue_and_trace_of_its_own_block():
     torch.manual_seed(0)
     model, batch = mlp(64, 8, 10), digits(128)
-    record = geomwatch.measure(model, cross_entropy, batch, per_layer=True, samples=200)
+    record = geomwatch.measure(
+        model, cross_entropy, batch, how=geomwatch.Measurement(per_layer=True), samples=200
+    )
     hessian, start = dense_hessian(model, batch), 0
     for name in ("0", "2"):
         size = sum(p.numel() for p in model[int(name)].parameters())
@@ -30,7 +32,7 @@ def test_a_monitor_measures_layers_at_every_tenth_probe_and_holds_them():
     model, batch = mlp(64, 8, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, every=1, schedule="fixed", per_layer=True
+        model, cross_entropy, optimizer, how=geomwatch.Measurement(per_layer=True), every=1
     )
     for _ in range(12):
         optimizer.zero_grad()

@@ -171,8 +171,8 @@ def test_batches_of_four_items_are_cut_into_single_ones():
         model,
         cross_entropy,
         digits(4),
+        how=geomwatch.Measurement(quantities=["stability_margin", "stochastic_margin"]),
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        quantities=["stability_margin", "stochastic_margin"],
     )
     found = record["stochastic_margin"]
     assert found.value is not None

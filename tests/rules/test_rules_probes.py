@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faces import faced
 from observations import brief, heard, measured
 from problems import cross_entropy, digits, mlp
 from silent import RawContext
@@ -100,9 +101,10 @@ def test_a_real_loss_that_flattens_out_into_ripples_is_warned_of():
             model,
             lambda model, batch: model(batch),
             torch.ones(4),
-            quantities=["trace_per_param", "roughness_residual"],
+            how=geomwatch.Measurement(
+                quantities=["trace_per_param", "roughness_residual"], seed=step
+            ),
             samples=30,
-            seed=step,
         )
         # the trace of the bowl alone; the ripples' is a matter of where w lies in them
         estimates = {**record.estimates, "trace_per_param": Estimate(2 * bowl / 128)}
@@ -162,7 +164,7 @@ def test_whole_probes_of_a_monitor_carry_what_these_rules_need():
     torch.manual_seed(0)
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, schedule="fixed", every=1)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=1)
     cross_entropy(model, batch).backward()
     record = monitor.step(batch)
     assert {"gradient_noise_scale", "roughness_residual", "trace_per_param"} <= set(record)
@@ -257,7 +259,7 @@ def test_a_loss_with_a_private_generator_is_told_of_in_a_real_run():
         return cross_entropy(model, (batch[0] + 0.3 * noise, batch[1]))
 
     options = {"schedule": "fixed", "every": 2, "quantities": ["stability_margin", "roughness"]}
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, **options)
+    monitor = geomwatch.Monitor(model, loss_fn, optimizer, **faced(options))
     for _ in range(12):
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
@@ -280,7 +282,9 @@ def test_a_wrong_backward_is_told_of_where_it_is_used_all_the_same(hvp, expected
     torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(64, 16), Silent(), nn.Linear(16, 10)), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, hvp=hvp, every=10)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, how=geomwatch.Measurement(hvp=hvp), every=10
+    )
     for _ in range(10):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from faces import faced
 from problems import cross_entropy, digits
 from ranks import run
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ def test_shards_are_measured_as_one_process_measures_the_joined_batch(tmp_path: 
     model = net()
     optimizer = adamw(model)
     options = ON_SHARDS | {"hvp": "auto"}
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=2, **options)
+    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, every=2, **faced(options))
     steps(model, digits(96), optimizer, monitor)
     for same, found, how, lines, (whole, shards) in (first, second):
         assert same  # bit for bit, with nothing left behind
@@ -177,7 +178,7 @@ def failing(rank: int) -> Any:
         optimizer = adamw(model)
         options = ON_SHARDS | {"quantities": ["lambda_max"]}
         loss_fn = Fails(where, rank)
-        monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, **options)
+        monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1, **faced(options))
         for step in range(2):
             loss_fn.armed = step == 0
             optimizer.zero_grad()
@@ -214,7 +215,7 @@ def refused(rank: int) -> Any:
 
     def why(model: nn.Module, loss_fn: Any = cross_entropy) -> dict[str, str]:
         options: Any = {"hvp": "finite_difference", "quantities": ["lambda_max", "roughness"]}
-        record = geomwatch.measure(model, loss_fn, part(rank), **options)
+        record = geomwatch.measure(model, loss_fn, part(rank), **faced(options))
         return {"": str(record.provenance["backend"])} | {
             n: e.reason for n, e in record.estimates.items()
         }

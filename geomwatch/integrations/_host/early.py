@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geomwatch.errors import UsageTypeError
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options
+from geomwatch.quantities.measurement import check_how, refuse_options
 
-_LATER = ("params", "probe_batch")
+_KNOWN = frozenset(Options.__annotations__)
 
 
 def check_early(callback: str, options: Mapping[str, Any], loss_fn: Any = None) -> None:
     """Raise now what Monitor would raise at the start of training.
 
-    Except about `params`, which need a model, and `probe_batch`, which may be a DataLoader to read.
+    Except about `params`, which need a model, and `batch`, which may be a DataLoader to read.
 
     Raises:
         UsageError: an option is unknown or can't work.
     """
-    unknown = sorted(set(options) - set(Options.__annotations__))
-    if unknown:
-        raise UsageTypeError(
-            f"{callback} must be given options of Monitor, got {', '.join(unknown)}. It knows: "
-            f"{', '.join(Options.__annotations__)}."
-        )
+    refuse_options(f"{callback}(", {k: v for k, v in options.items() if k not in _KNOWN})
+    how = check_how(options.get("how"))
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros(1))
-    known: Any = {name: value for name, value in options.items() if name not in _LATER}
+    known: Any = {**options, "how": replace(how, params=None, batch=None)}
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     Monitor(model, _no_loss if loss_fn is None else loss_fn, optimizer, **known)
 

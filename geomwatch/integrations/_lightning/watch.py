@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from geomwatch.integrations._lightning.tap import StepCall
 from geomwatch.isolation.snapshot import RandomState
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options
+from geomwatch.quantities.measurement import check_how
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 
@@ -50,10 +52,11 @@ class Watch:
         Raises:
             UsageError: an option can't work.
         """
-        complete: Any = {**options, "also": [*self.loss.isolates(), *options.get("also", ())]}
-        if options.get("probe_batch") is not None:
-            complete["probe_batch"] = self._prepared(options["probe_batch"])
-        own = self._own_names(options.get("params"))
+        how = check_how(options.get("how"))
+        how = replace(how, also=(*self.loss.isolates(), *how.also))
+        if how.batch is not None:
+            how = replace(how, batch=self._prepared(how.batch))
+        own = self._own_names(how.params)
         if not own:
             logger.warning(
                 "configure_optimizers() gives %s no parameter of the module that is to be "
@@ -61,8 +64,9 @@ class Watch:
                 type(self.optimizer).__name__,
             )
         elif self.name:
-            complete["params"] = own
-        complete["controllers"] = copies(options.get("controllers", ()))
+            how = replace(how, params=own)
+        controllers = copies(options.get("controllers", ()))
+        complete: Any = {**options, "how": how, "controllers": controllers}
         self.monitor = Monitor(trained_model(self._trainer), self.loss, self.optimizer, **complete)
         if complete["controllers"]:
             actuators = actuators_of(self._trainer, self._module, self.optimizer)
@@ -74,11 +78,7 @@ class Watch:
         before = self.monitor
         before.release()
         self.start(options)
-        carried = {key: before.state_dict()[key] for key in ("step", "rules", "control")}
-        self.monitor.load_state_dict({**self.monitor.state_dict(), **carried})
-        self.monitor.history.extend(before.history)
-        self.monitor.alerts.extend(before.alerts)
-        self.monitor.adjustments.extend(before.adjustments)
+        self.monitor.succeed(before)
 
     def take_up(self, state: Any, step: int) -> None:
         """Go on from a checkpoint's state, or without one from `step`.

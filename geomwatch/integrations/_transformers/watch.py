@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from geomwatch.integrations._transformers.trainer import trained_model
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.monitoring.options import Options
 from geomwatch.parallel.ranks import Ranks
+from geomwatch.quantities.measurement import check_how
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 
@@ -38,7 +40,8 @@ class Watch:
         self._user_loss = loss_fn is not None
         self._loss_fn = TrainerLoss(trainer, trainer.compute_loss, loss_fn)
         isolated: Options = {**options}
-        isolated["also"] = (*options.get("also", ()), *self._loss_fn.isolates())
+        how = check_how(options.get("how"))
+        isolated["how"] = replace(how, also=(*how.also, *self._loss_fn.isolates()))
         trained = trained_model(trainer)
         self.ranks = Ranks.of(trained)
         isolated["controllers"] = copies(options.get("controllers", ()))
@@ -49,8 +52,7 @@ class Watch:
         self._checked = False
         self._told = False
         self._alerts_seen = 0
-        self._every = options.get("every", 100)
-        self._fixed = options.get("schedule") == "fixed"
+        self._every = options.get("every")
 
     @property
     def is_open(self) -> bool:
@@ -64,10 +66,10 @@ class Watch:
             UsageError: the state was saved with other rules.
         """
         steps = state.max_steps - state.global_step
-        if self._fixed and 1 < steps <= self._every:
+        if self._every is not None and 1 < steps <= self._every:
             logger.warning(
                 "every=%d makes one probe only, at the first of the %d steps of this run. Pass "
-                'every=%d, say, or leave out schedule="fixed".',
+                "every=%d, say, or leave it out.",
                 self._every,
                 steps,
                 max(1, steps // 10),

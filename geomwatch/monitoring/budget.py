@@ -1,0 +1,115 @@
+"""What geomwatch may spend of the time of training, and what it has spent: one account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from geomwatch.errors import UsageError
+from geomwatch.isolation.state import Kept, Resumable
+
+clock: Callable[[], float] = time.perf_counter  # looked up at each call: a test holds its own
+
+DEFAULT_BUDGET: Final = 0.02  # where neither `every` nor `budget` is given; known by identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkUnits:
+    """What a part of the watch is taken to cost, in training steps (decision 014).
+
+    Used where a controller is at work, so that a run repeats itself whatever the clock says.
+    """
+
+    gradients: float = 2.0  # of a probe beside its products
+    product: float = 2.2
+    sentinel: float = 0.5
+    probe: float = 14.0  # a recurring one
+
+
+class Account(Resumable):
+    """Holds all that geomwatch spends to a share of the training it watches.
+
+    Everything inside `Monitor.step` counts, the first probe included. By the clock: spent <=
+    budget x (time since the first call - spent). Where a controller is at work (`counts_work`)
+    both are counted in training steps instead. `share` is what was spent of the training so far.
+    """
+
+    work: Kept[float]
+    steps: Kept[int]
+
+    def __init__(
+        self, budget: float | None, *, counts_work: bool, units: WorkUnits | None = None
+    ) -> None:
+        self.budget = budget
+        self.units = units or WorkUnits()
+        self.seconds = 0.0  # spent inside Monitor.step
+        self.work = 0.0  # spent, in training steps
+        self.steps = 0  # of the optimizer so far
+        self._counts_work = counts_work
+        self._began: float | None = None
+        self._entered = 0.0
+
+    @contextmanager
+    def open(self, steps: int) -> Iterator[None]:
+        """Count what happens inside, at a call of the monitor after so many optimizer steps."""
+        self._entered = clock()
+        self._began = self._entered if self._began is None else self._began
+        self.steps = steps
+        try:
+            yield
+        finally:
+            self.seconds += clock() - self._entered
+
+    @property
+    def training_seconds(self) -> float:
+        """Time since the first call that was not spent here."""
+        if self._began is None:
+            return 0.0
+        return max(self._entered - self._began - self.seconds, 0.0)
+
+    @property
+    def share(self) -> float | None:
+        """What was spent as a share of the time of training; None while there was none."""
+        rest = self.training_seconds
+        return self.seconds / rest if rest > 0 else None
+
+    def affords(self, worth: float = 0.0) -> bool:
+        """Tell whether something may be measured now that is worth so many training steps."""
+        if self.budget is None:
+            return True
+        if self._counts_work:
+            return self.work + worth <= self.budget * self.steps
+        return self.seconds <= self.budget * self.training_seconds
+
+
+def check_pace(every: object, budget: object) -> None:
+    """Refuse an interval or a share that has no meaning.
+
+    Raises:
+        UsageError: it has none.
+    """
+    is_number = isinstance(every, int) and not isinstance(every, bool)
+    if every is not None and (not is_number or every < 1):  # type: ignore[operator]
+        raise UsageError(
+            f"every must be an integer >= 1, got {every!r}. It is the number of optimizer steps "
+            "between two probes; leave it out to probe as often as the budget allows."
+        )
+    if budget is None:
+        return
+    known = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if not known or not 0 < budget <= 1:  # type: ignore[operator]
+        percent = known and 1 < budget <= 100  # type: ignore[operator]
+        hint = f" Did you mean {budget / 100:g}?" if percent else ""  # type: ignore[operator]
+        raise UsageError(
+            f"budget must be a share of training time above 0 and up to 1, such as 0.05 for 5 %, "
+            f"got {budget!r}.{hint} None sets no limit."
+        )
+
+
+def budget_of(every: int | None, budget: float | None) -> float | None:
+    """Return the budget in force: an `every` that is given alone is not held to the default."""
+    check_pace(every, budget)
+    return None if every is not None and budget is DEFAULT_BUDGET else budget

@@ -1,0 +1,125 @@
+"""The looks at a run: due? -> probe or sentinel -> what is known of the coming step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.budget import Account
+from geomwatch.monitoring.face import optimizer_name
+from geomwatch.monitoring.prober import Probed, Prober
+from geomwatch.monitoring.safe_prober import SafeProber
+from geomwatch.monitoring.schedule import Schedule
+from geomwatch.monitoring.second_look import SecondLook
+from geomwatch.observation.step import Observation, Settled
+from geomwatch.records import Record
+from geomwatch.stability.optimizers import is_adaptive
+from geomwatch.stability.problem import cold_start, planned_rates, unwrap
+
+_NO_BATCH = (
+    "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), or call "
+    "observe(batch) for each micro-batch."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """The coming step, as it is known before it is looked at."""
+
+    index: int  # optimizer steps taken
+    lr: tuple[float, ...]  # the user's rates
+    scale: float  # what a controller lets it take of them
+    settled: Settled | None  # what became of the step before
+
+
+class Watch(Resumable):
+    """Looks at the steps that are due for it, and keeps what it has seen for those between."""
+
+    schedule: Kept[Schedule]
+    _second_look: Kept[SecondLook]
+    prober: Kept[SafeProber]
+
+    def __init__(
+        self, prober: Prober, account: Account, every: int | None, *, controlled: bool
+    ) -> None:
+        self.schedule = Schedule(every, account, prober.ranks)
+        self._second_look = SecondLook(controlled=controlled)
+        self.prober = SafeProber(prober, account)
+        self._ranks, self._optimizer = prober.ranks, prober.optimizer
+        self._name = optimizer_name(prober.optimizer)
+        self._adaptive = is_adaptive(unwrap(prober.optimizer))
+
+    def look(
+        self, step: Coming, window: Sequence[Any], known: dict[str, Any]
+    ) -> tuple[Probed | None, bool]:
+        """Do what is due: a probe, a sentinel, both where the one calls for the other, or nothing.
+
+        Returns what a probe has found, and whether a sentinel has.
+        """
+        prober, schedule = self.prober, self.schedule
+        if prober.paused:
+            return None, False
+        due = schedule.look(
+            step.index,
+            step.lr,
+            margin=prober.margin_at(step.lr, step.scale),
+            growth=prober.margin.growth(step.lr),
+            growth_along=prober.gradient_margin.growth(step.lr),
+        )
+        if due == "nothing":
+            return None, False
+        if not self._ranks.any(bool(window)):
+            if due == "probe":
+                prober.tell(_NO_BATCH)
+            return None, False
+        if due == "probe":
+            noise = schedule.jumped or self._second_look.at_start(step.index)
+            return self._probe(step, window, known, noise=noise), False
+        seen = prober.glance(window, step.index, step.lr, **known)
+        schedule.looked(step.index, prober.margin_along(step.lr, step.scale))
+        if seen and self._calls_for_a_probe(step):
+            return self._probe(step, window, known, noise=True), True
+        return None, seen
+
+    def observation(self, step: Coming, record: Record | None, *, looked: bool) -> Observation:
+        """Return what rules and controllers see of a step."""
+        prober = self.prober
+        last = prober.last
+        return Observation(
+            index=step.index,
+            lr=step.lr,
+            optimizer=self._name,
+            margin=prober.margin.at(step.lr),
+            fresh=record is not None,
+            gradient_margin=prober.gradient_margin.at(step.lr),
+            gradient_fresh=looked or record is not None,
+            cold_start=cold_start(self._optimizer, step.index),
+            adaptive=self._adaptive,
+            limit_ratio=last.limit_ratio if last is not None else 1.0,
+            peak=planned_rates(self._optimizer, step.lr),
+            same_data=prober.same_data,
+            estimates=record.estimates if record is not None else None,
+            provenance=record.provenance if record is not None else None,
+            loss=record.loss if record is not None else None,
+            items=last.items if last is not None else 0,
+            layers=last.layers if last is not None else (),
+            settled=step.settled,
+        )
+
+    def _calls_for_a_probe(self, step: Coming) -> bool:
+        """Tell whether what a sentinel has just seen makes a probe worth its price."""
+        is_free = self.prober.plan.is_free
+        due = is_free and self._second_look.due(self.observation(step, None, looked=True))
+        return self._ranks.all(due)
+
+    def _probe(
+        self, step: Coming, window: Sequence[Any], known: dict[str, Any], *, noise: bool
+    ) -> Probed | None:
+        probed = self.prober.probe(window, step.index, noise=noise, **known)
+        margin = None if probed is None or probed.margin is None else probed.margin.value
+        self.schedule.probed(step.index, None if margin is None else step.scale * margin)
+        if probed is not None:
+            self._second_look.probed(step.index, probed.record.lr, probed.record.estimates)
+        return probed
