@@ -1,6 +1,7 @@
 """What all tests share: one thread, fixed seeds, no network, real data where it is installed."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import random
@@ -28,6 +29,13 @@ def _seeds() -> None:
 def _clock_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no budget run out: how loaded the machine is decides nothing in a test."""
     monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: 0.0)
+
+
+@pytest.fixture
+def clock_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a budget run out at once: each look at the clock finds a second gone by."""
+    ticks = itertools.count()
+    monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: float(next(ticks)))
 
 
 @pytest.fixture(autouse=True)

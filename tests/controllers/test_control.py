@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from faces import faced
 from problems import cross_entropy, digits, mlp
 from scripted import Scripted
 from states import everything, same, seed
@@ -123,15 +122,13 @@ def test_every_adjustment_is_a_line_of_the_run_and_of_the_log(tmp_path, caplog):
 @pytest.mark.parametrize("options", [{}, {"dry_run": True}])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_training_is_bit_identical_without_controllers_and_in_a_dry_run(kind, options):
-    controllers = [LearningRateCap()] if options else []
     states = []
     for watched in (False, True):
         model, optimizer = build(0.5, kind)
         monitor = None
         if watched:
-            monitor = Monitor(
-                model, cross_entropy, optimizer, controllers=controllers, **faced(options)
-            )
+            controllers = [LearningRateCap(**options)] if options else []
+            monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers)
         losses = train(model, optimizer, monitor, 25)
         states.append((losses, everything(model, optimizer)))
     assert same(*states)
@@ -143,9 +140,7 @@ def test_training_is_bit_identical_without_controllers_and_in_a_dry_run(kind, op
 def test_a_dry_run_says_what_it_would_do(caplog):
     caplog.set_level(logging.INFO, "geomwatch")
     model, optimizer = build(3.0)
-    monitor = Monitor(
-        model, cross_entropy, optimizer, controllers=[LearningRateCap()], dry_run=True
-    )
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=LearningRateCap(dry_run=True))
     train(model, optimizer, monitor, 2)
     assert "step 0: would be lr_scale 1 -> 0." in caplog.text
     assert monitor.history[0].scalars()["geom/lr_scale"] < 1
@@ -236,7 +231,7 @@ def test_state_of_other_controllers_is_refused():
     model, optimizer = build(0.1)
     without = Monitor(model, cross_entropy, optimizer).state_dict()
     monitor = Monitor(model, cross_entropy, optimizer, controllers=[LearningRateCap()])
-    with pytest.raises(UsageError, match=r"Conductor.controllers has no 'lr_scale'"):
+    with pytest.raises(UsageError, match=r"of controllers \['lr_scale'\], got \[\]"):
         monitor.load_state_dict(without)
 
 

@@ -25,7 +25,9 @@ def controlled(rank: int, cap: dict[str, float]) -> Any:
         BatchSizeScaler(through=Memory("batch_scale"), limit=0.6, patience=0, cooldown=3),
         GradientClipper(rules=None),
     ]
-    monitor = geomwatch.Monitor(model, cross_entropy, optimizer, controllers=controllers)
+    monitor = geomwatch.Monitor(
+        model, cross_entropy, optimizer, controllers=controllers, budget=None if cap else 0.02
+    )
     inputs, targets = digits(1024)
     for step in range(30):
         own = (

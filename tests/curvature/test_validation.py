@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.curvature.agreement import Validation, validate
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.settings import Settings
 
 
 class SlightlyWrong(torch.autograd.Function):
@@ -48,8 +49,9 @@ def net(share: float, rounds: bool = False) -> nn.Module:
 
 
 def validated(model: nn.Module, loss_fn: Any = cross_entropy, **options: Any) -> Validation:
-    options = {"hvp": "double_backward", "dtype": torch.float64, **options}
-    return validate(lambda: Objective(model, loss_fn, [digits(4)], **options))
+    options = {"dtype": torch.float64, **options}
+    how = Settings(hvp="double_backward")
+    return validate(lambda: Objective(model, loss_fn, [digits(4)], how, **options))
 
 
 @pytest.mark.parametrize("share", [0.005, 0.05, 1.0])

@@ -149,13 +149,6 @@ def trained(lr: float, steps: int, **options: Any) -> tuple[geomwatch.Monitor | 
     return monitor, [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.fixture
-def poor(monkeypatch):
-    """A clock by which all that is spent is too much."""
-    ticks = itertools.count()
-    monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: float(next(ticks)))
-
-
 def looks(monitor: geomwatch.Monitor) -> list[int]:
     return [
         record.step
@@ -164,7 +157,7 @@ def looks(monitor: geomwatch.Monitor) -> list[int]:
     ]
 
 
-def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not(poor):
+def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not(clock_that_runs):
     near, weights = trained(0.3, 120)
     assert near is not None
     later = [step for step in looks(near) if step >= 20]
@@ -179,7 +172,7 @@ def test_a_run_near_its_limit_is_looked_at_and_a_calm_one_is_not(poor):
     assert all(torch.equal(a, b) for a, b in zip(weights, alone, strict=True))
 
 
-def test_with_controllers_it_comes_at_lower_margins(poor):
+def test_with_controllers_it_comes_at_lower_margins(clock_that_runs):
     controlled, _ = trained(0.1, 120, controllers=[LearningRateCap()])
     assert controlled is not None
     assert looks(controlled)

@@ -152,7 +152,7 @@ def batch_noise_of(monitor: geomwatch.Monitor) -> float:
     return first["stochastic_margin"].value - first["stability_margin"].value
 
 
-def test_a_noisy_start_is_looked_at_again_and_a_calm_one_is_not():
+def test_a_noisy_start_is_looked_at_again_and_a_calm_one_is_not(clock_that_runs):
     noisy = run(0.05, 16, torch.optim.AdamW)
     assert {0, 5} <= {r.step for r in noisy.history if not r["stochastic_margin"].age}
     calm = run(0.001, 16, torch.optim.AdamW)

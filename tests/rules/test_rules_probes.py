@@ -258,7 +258,7 @@ def test_a_loss_with_a_private_generator_is_told_of_in_a_real_run():
         noise = torch.randn(batch[0].shape, generator=rng)
         return cross_entropy(model, (batch[0] + 0.3 * noise, batch[1]))
 
-    options = {"schedule": "fixed", "every": 2, "quantities": ["stability_margin", "roughness"]}
+    options = {"every": 2, "quantities": ["stability_margin", "roughness"]}
     monitor = geomwatch.Monitor(model, loss_fn, optimizer, **faced(options))
     for _ in range(12):
         optimizer.zero_grad()
@@ -283,7 +283,7 @@ def test_a_wrong_backward_is_told_of_where_it_is_used_all_the_same(hvp, expected
     model, batch = nn.Sequential(nn.Linear(64, 16), Silent(), nn.Linear(16, 10)), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = geomwatch.Monitor(
-        model, cross_entropy, optimizer, how=geomwatch.Measurement(hvp=hvp), every=10
+        model, cross_entropy, optimizer, how=geomwatch.Measurement(hvp=hvp), every=2
     )
     for _ in range(10):
         optimizer.zero_grad()
