@@ -7,6 +7,7 @@ A page says `<!-- fields of geomwatch.controllers.LearningRateCap -->` where it 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -35,13 +36,11 @@ def written(page: Path) -> str:
 def _linked(table: str, page: Path) -> str:
     """Link the decisions that a table names."""
 
-    def link(named: re.Match[str]) -> str:
-        (file,) = (ROOT / "docs" / "decisions").glob(f"{named[1]}-*.md")
-        up = "../" * len(page.parent.relative_to(ROOT).parts)
-        address = file.relative_to(ROOT).as_posix()
-        return f"[{named[0]}]({up}{address})"
+    def link(number: re.Match[str]) -> str:
+        (file,) = (ROOT / "docs" / "decisions").glob(f"{number[0]}-*.md")
+        return f"[{number[0]}]({Path(os.path.relpath(file, page.parent)).as_posix()})"
 
-    return re.sub(r"decision (\d{3})", link, table)
+    return re.sub(r"(?<=[ (])0\d\d(?=[ ,:;)])", link, table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -113,18 +112,3 @@ def _repaired(given: object) -> str:
         return f"{type(given).__name__}(...)" if shown.startswith("<") else shown
     near = difflib.get_close_matches(str(given), _OURS, 1, cutoff=0.3)
     return f"{near[0] if near else _OURS[0]}()"
-
-
-def check_above(name: str, value: object, least: float, *, inclusive: bool = False) -> None:
-    """Refuse what is not a finite number above `least`."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if known and (value > least or (inclusive and value == least)):  # type: ignore[operator]
-        return
-    wanted = f"{'at least' if inclusive else 'above'} {least:g}"
-    raise UsageError(f"{name} must be a number {wanted}, got {value!r}.")
-
-
-def check_share(name: str, value: object) -> None:
-    """Refuse what is not a number in (0, 1)."""
-    if not isinstance(value, float | int) or isinstance(value, bool) or not 0 < value < 1:
-        raise UsageError(f"{name} must be a number between 0 and 1, got {value!r}.")

@@ -22,20 +22,27 @@ def level(default: Any, what: str, *, source: str, check: Check | None = None) -
     Args:
         what: it is, with its unit; begins in lower case and ends without a full stop.
         source: where the default comes from: theory, a citation, "decision 013", or `GUESS`.
-        check: refuses values that can't work; None passes where it is the default.
+        check: refuses values that can't work; by default what is not above 0, or no integer where
+            the default is one. None passes where it is the default.
     """
-    metadata = {"what": what, "source": source, "check": check}
-    return dataclasses.field(default=default, metadata=metadata)
+    if check is None and isinstance(default, int | float):
+        check = whole(1) if isinstance(default, int) else above(0)
+    return _declared(default, what, source, check)
 
 
 def option(default: Any, what: str, *, check: Check | None = None) -> Any:
     """Declare a field that is the user's choice and no number to be justified."""
-    return level(default, what, source="", check=check)
+    return _declared(default, what, "", check)
 
 
 def group(kind: Callable[[], Any], what: str) -> Any:
     """Declare a field that holds several levels: a frozen `Documented`, by default as it is."""
-    return level(kind(), what, source="")
+    return _declared(kind(), what, "", None)
+
+
+def _declared(default: Any, what: str, source: str, check: Check | None) -> Any:
+    metadata = {"what": what, "source": source, "check": check}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Documented:
@@ -78,7 +85,7 @@ def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
 
 def table_of(kind: type) -> str:
     """Return a Markdown table of the fields, those of a group under the group's name."""
-    rows = [f"| `{n}` | `{f.default!r}` | {_what(f)} |" for n, f in _rows(kind)]
+    rows = [f"| `{n}` | `{_shown(f.default)}` | {_what(f)} |" for n, f in _rows(kind)]
     return "\n".join(
         [
             "| field | default | what it is, and where the default comes from |",
@@ -95,6 +102,10 @@ def _rows(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
             yield from _rows(type(declared.default), f"{name}.")
         else:
             yield name, declared
+
+
+def _shown(default: Any) -> str:
+    return f"{default:.3g}" if isinstance(default, float) else repr(default)
 
 
 def _what(declared: dataclasses.Field[Any]) -> str:

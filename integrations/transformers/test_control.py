@@ -104,7 +104,7 @@ def test_a_resizable_sampler_is_found_in_the_loader_that_a_trainer_uses(tmp_path
 
 def test_a_dry_run_trains_as_without(tmp_path):
     weights = []
-    for options in ({}, {"controllers": [LearningRateCap()], "dry_run": True}):
+    for options in ({}, {"controllers": LearningRateCap(dry_run=True)}):
         callback = GeomwatchCallback(**options)
         torch.manual_seed(1)
         trainer = make(tmp_path, callback, model=causal(0.1), learning_rate=1.0)

@@ -121,7 +121,7 @@ def test_a_clipper_goes_on_from_its_state_as_if_it_had_not_stopped(policy):
     ("options", "message"),
     [
         ({"policy": "best"}, 'policy must be "percentile" or "zscore", got \'best\''),
-        ({"percentile": 100}, "percentile must be between 0 and 100, got 100"),
+        ({"percentile": 100}, "percentile must be a number between 0 and 100, got 100"),
         ({"z": 0}, "z must be a number above 0, got 0"),
         ({"min_norm": -1}, "min_norm must be a number at least 0, got -1"),
         ({"cooldown": 0}, "cooldown must be an integer >= 1, got 0"),

@@ -20,7 +20,7 @@ from geomwatch import Adjustment, JsonLines, Monitor
 from geomwatch.controllers import LearningRateCap, Move
 from geomwatch.controllers.actuators import KNOBS, Memory
 from geomwatch.controllers.conductor import Conductor
-from geomwatch.controllers.protocol import check_controllers
+from geomwatch.controllers.protocol import check_controllers, copies
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
@@ -119,28 +119,29 @@ def test_every_adjustment_is_a_line_of_the_run_and_of_the_log(tmp_path, caplog):
 # What must not happen
 
 
-@pytest.mark.parametrize("options", [{}, {"dry_run": True}])
+@pytest.mark.parametrize("controllers", [[], [LearningRateCap(dry_run=True)]])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_training_is_bit_identical_without_controllers_and_in_a_dry_run(kind, options):
+def test_training_is_bit_identical_without_controllers_and_in_a_dry_run(kind, controllers):
     states = []
     for watched in (False, True):
         model, optimizer = build(0.5, kind)
         monitor = None
         if watched:
-            controllers = [LearningRateCap(**options)] if options else []
-            monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers)
+            own = copies(controllers)
+            monitor = Monitor(model, cross_entropy, optimizer, controllers=own)
         losses = train(model, optimizer, monitor, 25)
         states.append((losses, everything(model, optimizer)))
     assert same(*states)
     assert monitor is not None
-    assert bool(monitor.adjustments) == bool(options)
+    assert bool(monitor.adjustments) == bool(controllers)
     assert {a.effect for a in monitor.adjustments} <= {"dry run"}
 
 
 def test_a_dry_run_says_what_it_would_do(caplog):
     caplog.set_level(logging.INFO, "geomwatch")
     model, optimizer = build(3.0)
-    monitor = Monitor(model, cross_entropy, optimizer, controllers=LearningRateCap(dry_run=True))
+    cap = LearningRateCap(dry_run=True)
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=cap)
     train(model, optimizer, monitor, 2)
     assert "step 0: would be lr_scale 1 -> 0." in caplog.text
     assert monitor.history[0].scalars()["geom/lr_scale"] < 1
@@ -231,7 +232,7 @@ def test_state_of_other_controllers_is_refused():
     model, optimizer = build(0.1)
     without = Monitor(model, cross_entropy, optimizer).state_dict()
     monitor = Monitor(model, cross_entropy, optimizer, controllers=[LearningRateCap()])
-    with pytest.raises(UsageError, match=r"of controllers \['lr_scale'\], got \[\]"):
+    with pytest.raises(UsageError, match=r"controllers \['lr_scale'\], got \[\]"):
         monitor.load_state_dict(without)
 
 

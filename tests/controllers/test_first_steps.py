@@ -14,7 +14,7 @@ from problems import cross_entropy, digits, mlp
 
 import geomwatch
 from geomwatch.controllers import LearningRateCap
-from geomwatch.controllers.learning_rate_cap.first_steps import FirstSteps
+from geomwatch.controllers.learning_rate_cap.limit import CapLimits, FirstSteps
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
@@ -63,7 +63,7 @@ def test_so_does_the_margin_of_the_full_batch():
 
 
 def test_it_is_held_against_the_rate_of_each_step_until_others_take_over():
-    cap = FirstSteps()
+    cap = FirstSteps(CapLimits())
     cap.update(start(0, 0.08))
     assert cap.allows(later(1)) == pytest.approx(1.25)
     assert cap.allows(later(1, lr=0.4)) == pytest.approx(1.25 / 4)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from geomwatch.controllers import LearningRateCap
-from geomwatch.controllers.learning_rate_cap.limit import Limit
+from geomwatch.controllers.learning_rate_cap.limit import CapLimits, Limit
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
@@ -38,7 +38,7 @@ def seen(
 
 
 def limit(*probes: Observation) -> float:
-    found = Limit()
+    found = Limit(CapLimits())
     for probe in probes:
         found.update(probe)
     return found.at(probes[-1])
@@ -94,7 +94,7 @@ def test_a_limit_that_was_asked_for_stays():
 
 
 def test_it_survives_a_resume():
-    first, second = Limit(), Limit()
+    first, second = Limit(CapLimits()), Limit(CapLimits())
     first.update(seen(along=1.3, mean_square=1.0))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for found in (first, second):

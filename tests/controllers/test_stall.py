@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from geomwatch.controllers.learning_rate_cap.stall import Stall
+from geomwatch.controllers.learning_rate_cap.stall import Stall, StallTest
 
 
 def looks(losses) -> list[int]:
     """The steps at which the loss is said to have stopped falling."""
-    stall = Stall()
+    stall = Stall(StallTest())
     return [t for t, loss in enumerate(losses) if stall(float(loss))]
 
 
@@ -46,7 +46,7 @@ def test_a_slow_decay_is_followed_however_long_it_takes():
 
 
 def test_memory_does_not_grow_with_the_run():
-    stall = Stall()
+    stall = Stall(StallTest())
     for t in range(20_000):
         stall(float(-t))
     state = stall.state_dict()
@@ -57,13 +57,13 @@ def test_memory_does_not_grow_with_the_run():
 
 def test_it_goes_on_from_its_state_and_can_begin_anew():
     losses = (2 + 0.3 * noise(400, 1)).tolist()
-    whole, first, second = Stall(), Stall(), Stall()
+    whole, first, second = Stall(StallTest()), Stall(StallTest()), Stall(StallTest())
     expected = [whole(loss) for loss in losses]
     begun = [first(loss) for loss in losses[:203]]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert begun + [second(loss) for loss in losses[203:]] == expected
     second.restart()
-    assert second.state_dict() == Stall().state_dict()
+    assert second.state_dict() == Stall(StallTest()).state_dict()
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

@@ -5,29 +5,43 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from geomwatch.controllers.actuators import LR
 from geomwatch.controllers.protocol import Move
-
-_WINDOW = 100  # measurements
-_OFTEN = 0.3  # of them, with the rate lowered, say that the base rate is too high
-_ENOUGH = 30  # measurements to say so from
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.documented import GUESS, Documented, between, level
 
 
-class BaseRate:
-    """Advises once, by how much to lower a base rate that most measurements find too high."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BaseRateTest(Documented):
+    """When `LearningRateCap` says that the user's own rate is too high."""
 
-    def __init__(self) -> None:
-        self._recent: deque[float] = deque(maxlen=_WINDOW)  # scales at measurements
+    window: int = level(100, "last measurements that count", source=GUESS)
+    enough: int = level(30, "measurements before anything is said", source=GUESS)
+    share: float = level(0.3, "share that lower the rate", source=GUESS, check=between(0, 1))
+
+
+class BaseRate(Resumable):
+    """Advises once, by how much to lower a base rate that many measurements find too high.
+
+    The factor is the geometric mean of those by which measurements have lowered it.
+    """
+
+    _recent: Kept[deque[float]]  # scales at measurements
+    _advised: Kept[bool]
+
+    def __init__(self, test: BaseRateTest) -> None:
+        self._test = test
+        self._recent = deque(maxlen=test.window)
         self._advised = False
 
     def __call__(self, scale: float, largest: float) -> Sequence[Move]:
         """Take in by what factor a measurement scales the user's `largest` rate."""
         self._recent.append(min(1.0, scale))
         lowered = [scale for scale in self._recent if scale < 1]
-        is_often = len(lowered) > _OFTEN * len(self._recent)
-        if self._advised or len(self._recent) < _ENOUGH or not is_often:
+        is_often = len(lowered) > self._test.share * len(self._recent)
+        if self._advised or len(self._recent) < self._test.enough or not is_often:
             return ()
         self._advised = True
         k = math.exp(-math.fsum(map(math.log, lowered)) / len(lowered))
@@ -36,12 +50,3 @@ class BaseRate:
             f"{len(self._recent)} measurements have lowered it"
         )
         return (Move(LR, largest / k, reason, advice=True),)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the recent scales, and whether the advice was given."""
-        return {"recent": list(self._recent), "advised": self._advised}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the scales."""
-        self._recent = deque(state["recent"], maxlen=_WINDOW)
-        self._advised = state["advised"]

@@ -1,18 +1,48 @@
-"""What the gradient margin has to stay below, as far as micro-batches can tell."""
+"""What the margins have to stay below under the cap, as far as micro-batches can tell."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass
 
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.batch_noise import YOUNG, noise_part
+from geomwatch.observation.documented import Documented, level
+from geomwatch.observation.margins import SmoothedMargin
 from geomwatch.observation.regime import FROM, batches_agree, noise_of
-from geomwatch.rules import Observation
-
-_SGD, _ADAPTIVE = 2.0, 1.0  # where nothing is known of micro-batches
-_LOW, _HIGH, _QUIET = 1.0, 2.0, 5.0  # where it is; the last where noise hardly matters
-_MEAN_SQUARE = 1.25  # the stochastic margin aimed for
+from geomwatch.observation.step import Observation
+from geomwatch.records import Estimate
 
 
-class Limit:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class CapLimits(Documented):
+    """What `LearningRateCap` holds the margins below where it is given no `c_bs`.
+
+    The gradient margin G, by what is known of the stochastic margin M_ms; and at a start, which is
+    the first 20 steps, both parts of M_ms = M + N: the margin of the full batch and the noise.
+    """
+
+    sgd: float = level(2.0, "limit of G without micro-batches, SGD", source="decision 013")
+    adaptive: float = level(
+        1.0, "the same for methods that adapt, as Adam", source="decisions 013 and 016"
+    )
+    stochastic: float = level(
+        1.25, "limit of M_ms, which that of G follows from", source="decision 019: eleven nets"
+    )
+    least: float = level(1.0, "smallest limit of G that follows", source="decision 019")
+    most: float = level(2.0, "largest limit of G that follows", source="decision 019")
+    quiet: float = level(5.0, "limit of G where batches agree", source="decision 019: one GPT")
+    full_batch: float = level(
+        2.0, "limit of G where all steps see the same, over that of M", source="decision 013"
+    )
+    start_noise_sgd: float = level(0.1, "limit of N at a start, SGD", source="decision 021")
+    start_noise_adaptive: float = level(
+        1.0, "the same for methods that adapt, as Adam", source="decision 021"
+    )
+    start_margin: float = level(0.7, "limit of M at a start", source="decision 021")
+
+
+class Limit(Resumable):
     """Translates the limit of the mean square into one of the gradient margin.
 
     Healthy runs at their tuned rates have a stochastic margin M_ms near 1, whatever the net, where
@@ -23,9 +53,13 @@ class Limit:
     it is 2 for SGD and 1 for methods that adapt.
     """
 
-    def __init__(self) -> None:
+    _is_quiet: Kept[bool]
+    _share: Kept[float | None]  # G / M_ms
+
+    def __init__(self, limits: CapLimits) -> None:
+        self._limits = limits
         self._is_quiet = False
-        self._share: float | None = None  # G / M_ms
+        self._share = None
 
     def update(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
@@ -34,25 +68,54 @@ class Limit:
         estimates = step.estimates or {}
         if noise_of(estimates) is not None:
             self._is_quiet = batches_agree(estimates, still=self._is_quiet)
-        mean_square = estimates.get("stochastic_margin")
-        along = step.gradient_margin
-        if mean_square is None or mean_square.status != "ok" or not mean_square.value:
+        stochastic, along = estimates.get("stochastic_margin"), step.gradient_margin
+        if stochastic is None or stochastic.status != "ok" or not stochastic.value:
             return
         if along is not None and along.value is not None and along.status == "ok":
-            self._share = along.value / mean_square.value
+            self._share = along.value / stochastic.value
 
     def at(self, step: Observation) -> float:
         """Return the limit, in units of that of small batches."""
+        limits = self._limits
         if self._is_quiet:
-            return _QUIET
+            return limits.quiet
         if self._share is None:
-            return _ADAPTIVE if step.adaptive else _SGD
-        return min(max(_MEAN_SQUARE * self._share, _LOW), _HIGH)
+            return limits.adaptive if step.adaptive else limits.sgd
+        return min(max(limits.stochastic * self._share, limits.least), limits.most)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the last probe had."""
-        return {"is_quiet": self._is_quiet, "share": self._share}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it over."""
-        self._is_quiet, self._share = state["is_quiet"], state["share"]
+class FirstSteps(Resumable):
+    """Keeps both parts of the stochastic margin where good starts have them.
+
+    At their tuned rates nets have a noise part N of .03 to .12 at step 0 under SGD, of .05 to .8
+    under methods that adapt, whatever their batch, and a margin M of .01 to .6. Noise grows as the
+    loss falls, so that a rate that is far too large shows here before any curvature along the
+    gradient does. Measured by the probes of the first ten steps, as far as it counts
+    (`NoisePart.counted`); from step 20 on it is for `Limit`.
+    """
+
+    _noise: Kept[SmoothedMargin]
+    _margin: Kept[SmoothedMargin]
+
+    def __init__(self, limits: CapLimits) -> None:
+        self._limits = limits
+        self._noise, self._margin = SmoothedMargin(0.0), SmoothedMargin(0.0)  # the last ones
+
+    def update(self, step: Observation) -> None:
+        """Take note of what a probe has measured."""
+        if step.index not in YOUNG or not step.fresh:
+            return
+        self._margin.update(step.margin, step.lr)
+        found = noise_part(step)
+        if found is not None:
+            counted = Estimate(found.counted(step), found.error, "stderr")
+            self._noise.update(counted, step.lr)
+
+    def allows(self, step: Observation) -> float:
+        """Return the factor of the present rates at which both are within limits; inf for none."""
+        if step.index >= FROM or step.same_data:
+            return math.inf
+        limits = self._limits
+        noise = limits.start_noise_adaptive if step.adaptive else limits.start_noise_sgd
+        share = max(self._noise.at(step.lr) / noise, self._margin.at(step.lr) / limits.start_margin)
+        return 1 / share if share > 0 else math.inf

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
+from dataclasses import dataclass
 
-_BIN = 5  # steps in a bin, until bins are merged
-_FIRST = 30  # bins before the first look
-_MOST = 60  # bins kept: then pairs are merged, so that memory stays small and a look spans more
-_FALLING = 2.0  # standard errors
+from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.documented import GUESS, Documented, level, whole
 
 
-class Stall:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StallTest(Documented):
+    """When `LearningRateCap` takes the loss for one that has stopped falling."""
+
+    over: float = level(0.5, "share of the limit that a margin to blame is above", source=GUESS)
+    bin: int = level(5, "steps in a bin of losses, until bins are merged", source="decision 016")
+    bins: int = level(
+        30,
+        "bins before the first look, after 150 steps; at twice as many pairs are merged",
+        source="decision 016",
+        check=whole(6),
+    )
+    falling: float = level(2.0, "standard errors that count as falling", source="decision 016")
+
+
+class Stall(Resumable):
     """Compares the mean loss of the last third of the steps so far with that of the third before.
 
     It has stopped falling unless the difference is more than twice its standard error, taken from
-    means of bins since losses in a row are alike. First asked after 150 steps, then each time half
+    means of bins, since losses in a row are alike. First asked after 150 steps, then each time half
     as many have been added: a loss that falls slowly shows it in the end, as thirds grow with the
-    run.
+    run. Pairs of bins are merged, so that memory stays small.
     """
 
-    def __init__(self) -> None:
-        self._bins: list[float] = []
-        self._size = _BIN
-        self._open: list[float] = []  # losses of the bin that is being filled
+    _bins: Kept[list[float]]
+    _size: Kept[int]
+    _open: Kept[list[float]]  # losses of the bin that is being filled
+
+    def __init__(self, test: StallTest) -> None:
+        self._test = test
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all losses: what comes is trained otherwise."""
+        self._bins, self._open, self._size = [], [], self._test.bin
 
     def __call__(self, loss: float) -> bool:
         """Take in the loss of a step; tell, where it is time to, whether it has stopped falling."""
@@ -35,9 +55,9 @@ class Stall:
             return False
         self._bins.append(statistics.fmean(self._open))
         self._open = []
-        number = len(self._bins)
-        stalled = number >= _FIRST and number % (_FIRST // 2) == 0 and not self._falls()
-        if number == _MOST:
+        number, first = len(self._bins), self._test.bins
+        stalled = number >= first and number % (first // 2) == 0 and not self._falls()
+        if number == 2 * first:
             pairs = zip(self._bins[::2], self._bins[1::2], strict=True)
             self._bins = [statistics.fmean(pair) for pair in pairs]
             self._size *= 2
@@ -48,17 +68,4 @@ class Stall:
         before, last = self._bins[-2 * third : -third], self._bins[-third:]
         variance = (statistics.variance(before) + statistics.variance(last)) / third
         fallen = statistics.fmean(before) - statistics.fmean(last)
-        return fallen > _FALLING * math.sqrt(variance)
-
-    def restart(self) -> None:
-        """Forget all losses: what comes is trained otherwise."""
-        self._bins, self._open, self._size = [], [], _BIN
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the means of bins, and the losses of the last one."""
-        return {"bins": list(self._bins), "size": self._size, "open": list(self._open)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the bins."""
-        self._bins, self._open = list(state["bins"]), list(state["open"])
-        self._size = state["size"]
+        return fallen > self._test.falling * math.sqrt(variance)
