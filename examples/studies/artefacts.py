@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomwatch import landscape
+from geomwatch import Measurement, landscape
 from geomwatch.curvature.objective import LossFn, Objective
 from geomwatch.vectors.layout import generator
 from studies.cases import Case
@@ -102,8 +102,8 @@ def _look(
             fn,
             [batch],
             landscape.random_direction(model, scale=scale, seed=seed),
+            Measurement(mode=mode),
             alphas=np.linspace(-1, 1, 2 * settings.points - 1),
-            mode=mode,
         )
         for seed in range(settings.directions)
     ]

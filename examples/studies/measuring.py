@@ -87,9 +87,9 @@ def _eigenvalues(
         model,
         loss_fn,
         [batch],
+        Measurement(seed=seed),
         k=settings.eigenvalues,
         max_hvps=max(settings.lanczos, settings.eigenvalues),
-        seed=seed,
     )
     return {
         f"eigenvalue_{i}": {"value": v.facts["eigenvalue"], "error": v.facts["residual"]}
@@ -131,8 +131,8 @@ def _along_random_directions(
             loss_fn,
             [batch],
             landscape.random_direction(model, scale=scale, seed=seed),
+            Measurement(mode=mode),
             alphas=np.linspace(-1, 1, settings.points),
-            mode=mode,
         )
         for seed in range(settings.directions)
     ]

@@ -1,18 +1,22 @@
 """The landscape of a loss: slices, planes, barriers and the spectrum of its Hessian, with pictures.
 
-Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and aligning SciPy,
-`pip install 'geomwatch[landscape]'`.
+Its functions take a model, `loss_fn(model, batch)`, batches (a list or a DataLoader) and, where the
+loss is evaluated or differentiated, `how` (a `geomwatch.Measurement`); the model is left as it was,
+bit for bit. Computing needs nothing beyond geomwatch itself; drawing needs matplotlib and aligning
+SciPy, `pip install 'geomwatch[landscape]'`.
 
-May import curvature, rules, estimators, isolation, vectors, parallel, records and errors. A
-newcomer would change something here to look at finished models in another way: a function that
-fills a result of `results`, and one in `figures` that draws it.
+May import quantities (for `Measurement`), curvature, rules, estimators, isolation, vectors,
+parallel, records and errors; within it `results`, `direction`, `provenance` and `states` import
+nothing of the others, `evaluator` and `scan` only those. A newcomer would change something here to
+look at finished models in another way: a function that fills a result of `results`, and one in
+`figures` that draws it.
 """
 
 from geomwatch.landscape.barrier import barrier
 from geomwatch.landscape.bezier import Bending, bezier
 from geomwatch.landscape.density import density
+from geomwatch.landscape.direction import Direction
 from geomwatch.landscape.directions import (
-    Direction,
     gradient_direction,
     hessian_directions,
     random_direction,

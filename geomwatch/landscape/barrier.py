@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 import numpy as np
 from torch import nn
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.bezier import Bending, bezier
-from geomwatch.landscape.evaluator import Setting
 from geomwatch.landscape.paths import Ends, Path
 from geomwatch.landscape.permutations.alignment import align as align_states
 from geomwatch.landscape.results import Barrier, Curve, Floats
 from geomwatch.landscape.scan import Scan
 from geomwatch.landscape.states import State, own_copies
+from geomwatch.quantities.measurement import Measurement, check_how
 
 
 def barrier(
@@ -27,15 +27,13 @@ def barrier(
     state_b: State,
     loss_fn: LossFn,
     batches: object,
+    how: Measurement | None = None,
     *,
     points: int = 21,
     align: bool = False,
     curve: Curve | None = None,
     bend: Bending | bool = False,
     recalibrate: object = True,
-    mode: str = "eval",
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
     resume: str | FilePath | None = None,
     progress: Progress = False,
 ) -> Barrier:
@@ -46,12 +44,13 @@ def barrier(
     ends included, so that two bad solutions have a large one; `height` is the most by which the
     path rises above (1 - alpha) L(A) + alpha L(B) (Frankle et al. 2020; Entezari et al. 2022).
 
-    In `mode` "eval" the running statistics of BatchNorm are taken anew at each point, ends
-    included: those of A or B, or their mean, belong to no point in between. Costs a forward pass
-    over `batches` for each point, two with BatchNorm. The model is left as it was, bit for bit.
+    In mode "eval" the running statistics of BatchNorm are taken anew at each point, ends included:
+    those of A or B, or their mean, belong to no point in between. Costs a forward pass over
+    `batches` for each point, two with BatchNorm. The model is left as it was, bit for bit.
 
     Args:
         state_a: a state_dict; the model's own weights play no part.
+        how: precision, mode, micro_batch and also count; by default Measurement(mode="eval").
         points: how many, ends included.
         align: permute the units of B first to lie where those of A do (see `align`). That the
             permuted net computes the same is checked on `batches`, in mode "eval".
@@ -69,7 +68,7 @@ def barrier(
     if align and curve is not None:
         raise UsageError("align must be False with a curve: train it between aligned states.")
     ends = Ends(*own_copies(model, state_a=state_a, state_b=state_b))
-    how = Setting(mode, also, precision)
+    how = check_how(Measurement(mode="eval") if how is None else how)
     path = Path(model, loss_fn, batches, how, recalibrate, points, progress)
     if align:
         ends = _aligned(model, ends)
@@ -95,8 +94,9 @@ def _bent(path: Path, ends: Ends, straight: Scan, bending: Bending) -> Curve | N
     if height is not None and height <= bending.above:
         return None
     batches = path.batches if bending.batches is None else bending.batches
-    how = {"also": path.how.also, "precision": path.how.precision, "progress": path.progress}
-    return bezier(path.model, ends.a, ends.b, path.loss_fn, batches, bending, **how)  # type: ignore[arg-type]
+    how = replace(path.how, mode="train")
+    states = (ends.a, ends.b)
+    return bezier(path.model, *states, path.loss_fn, batches, bending, how, progress=path.progress)
 
 
 def _result(found: Scan, straight: Scan, *, aligned: bool) -> Barrier:

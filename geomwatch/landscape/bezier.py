@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
-from geomwatch.landscape.evaluator import Evaluator, Setting, evaluating
+from geomwatch.landscape.evaluator import Evaluator, evaluating
 from geomwatch.landscape.provenance import provenance, state_digest
 from geomwatch.landscape.results import Curve
 from geomwatch.landscape.states import State, mix, own_copies, place_on
+from geomwatch.quantities.measurement import Measurement, check_how
 from geomwatch.vectors.layout import Layout
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -51,31 +52,42 @@ def bezier(
     loss_fn: LossFn,
     batches: object,
     bending: Bending | None = None,
+    how: Measurement | None = None,
     *,
-    mode: str = "train",
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
     progress: Progress = False,
 ) -> Curve:
     """Train the control point of a quadratic Bezier curve from A to B for a low loss along it.
 
     Minimises E L(phi(t)) over t uniform in [0, 1] by stochastic gradients, starting from the middle
     of the straight path (Garipov et al. 2018, "Loss surfaces, mode connectivity, and fast
-    ensembling of DNNs"). Each step is a forward and backward pass of one batch. The trainable
-    parameters are bent; the rest goes straight from A to B. The model is left as it was.
+    ensembling of DNNs"). Each step is a forward and backward pass of one batch, never cut. The
+    trainable parameters are bent; the rest goes straight from A to B. The model is left as it was.
+
+    Args:
+        how: precision, mode and also count.
+        progress: as in `slice_1d`, of the steps.
 
     Raises:
         UsageError: the states do not fit, or the training of the curve diverges.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> a, b = ({"weight": torch.tensor([pair])} for pair in ([1.0, 0.0], [0.0, 1.0]))
+        >>> def ring(m, x):  # low where the two weights have length 1
+        ...     return (m.weight.square().sum() - 1) ** 2 + 0 * m(x).sum()
+        >>> curve = bezier(model, a, b, ring, [torch.ones(1, 2)], Bending(steps=300, lr=0.01))
+        >>> bool(curve.control["weight"].sum() > 1.5)  # the straight path has 1
+        True
     """
-    bending = bending or Bending()
+    bending, how = bending or Bending(), check_how(how)
     check_count("steps", bending.steps, 1)
     a, b = own_copies(model, state_a=state_a, state_b=state_b)
     names = Layout.of(model).names
     report = reporter(progress, "bezier")
     facts = provenance(model, loss_fn)
-    facts |= {"state_a": state_digest(a), "state_b": state_digest(b), "mode": mode}
+    facts |= {"state_a": state_digest(a), "state_b": state_digest(b), "mode": how.mode}
     facts |= {"steps": bending.steps, "lr": bending.lr, "seed": bending.seed}
-    with evaluating(model, loss_fn, batches, Setting(mode, also, precision)) as evaluator:
+    with evaluating(model, loss_fn, batches, how) as evaluator:
         training = _Training(evaluator, a, b, names, bending)
         losses = []
         for step, batch in enumerate(_cycle(Batches(batches), bending.steps)):

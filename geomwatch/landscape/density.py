@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
@@ -21,8 +20,9 @@ from geomwatch.estimators.lanczos import Operator, lanczos
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import provenance, steadiness
-from geomwatch.landscape.results import Density, Facts, Floats
+from geomwatch.landscape.results import Density, Floats
 from geomwatch.parallel.ranks import Ranks
+from geomwatch.quantities.measurement import Measurement, check_how
 from geomwatch.vectors.layout import Layout, generator
 
 _POINTS, _MARGIN = 1_001, 4.0  # of the grid, which goes on for so many sigmas
@@ -42,17 +42,12 @@ def density(
     model: nn.Module,
     loss_fn: LossFn,
     batches: object,
+    how: Measurement | None = None,
     *,
     vectors: int = 8,
     steps: int = 40,
     sigma: float | None = None,
     outliers: int = 10,
-    mode: str = "train",
-    params: str | Sequence[str] | None = None,
-    also: nn.Module | Sequence[object] = (),
-    hvp: str = "auto",
-    precision: str = "float32",
-    seed: int = 0,
     progress: Progress = False,
 ) -> Density:
     """Estimate the spectral density phi(t) = 1/D sum_i N(t; lambda_i, sigma^2) of the Hessian.
@@ -67,43 +62,53 @@ def density(
     `error` is what the curve may be off by anywhere on the grid, at a nominal 95 %: Student's t
     over v for as many peaks as fit on it, and what the last quarter of the steps changes. (On four
     known spectra with 8 vectors it held 99.5 % of the points, the whole curve in 93 % of 120 runs.)
-    The default sigma is the range of the spectrum over `steps`; a smaller one asks for more steps.
 
     Costs vectors x steps HVPs and holds steps + outliers vectors of size D. With several batches
     each HVP goes through all of them.
 
+    Args:
+        how: operator, hvp, precision, mode, micro_batch, params, also and seed count.
+        sigma: in units of eigenvalues; by default the range of the spectrum over `steps`. A
+            smaller one asks for more steps.
+        progress: as in `slice_1d`, of the vectors.
+
     Raises:
         UsageError: fewer than two vectors, which have no error, or three steps, or the loss is not
             finite.
+
+    Example:
+        >>> model = nn.Linear(6, 1, bias=False)
+        >>> batches = [torch.arange(1.0, 7).sqrt().diag()]
+        >>> found = density(model, lambda m, x: 3 * m(x).square().mean(), batches, steps=6)
+        >>> found.exact.round(3).tolist(), found.dim
+        ([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 6)
     """
+    how = check_how(how)
     check_count("vectors", vectors, 2)
     check_count("steps", steps, 3)
     check_count("outliers", outliers, 0)
-    check_sigma(sigma)
+    if sigma is not None and not 0 < sigma < math.inf:
+        raise UsageError(f"sigma must be positive and finite, got {sigma!r}.")
     window = list(Batches(batches))
-    layout = Layout.of(model, params)
-    settings = Settings(mode=mode, also=also, hvp=hvp, precision=precision)  # type: ignore[arg-type]
-    subject = Subject(model, loss_fn, layout, settings, Ranks())
+    layout = Layout.of(model, how.params)
+    subject = Subject(model, loss_fn, layout, how, Ranks())
     subject, validation = choose_backend(subject, Batches(window).first())
-    rng = generator(seed)
-    report = reporter(progress, "density")
+    rng, report = generator(how.seed), reporter(progress, "density")
     with subject.on(window) as objective:
         if not objective.is_finite():
             raise UsageError("the loss and its gradient must be finite to have a Hessian.")
-        runs, known = _first(objective.hvp, layout.rademacher(rng), steps, outliers, sigma)
+        first, known = _first(objective.hvp, layout.rademacher(rng), steps, outliers, sigma)
+        runs = [first]
         report(1, vectors)
         for done in range(2, vectors + 1):
             runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known.vectors))
             report(done, vectors)
-        facts: dict[str, Any] = (
-            objective.provenance | validation | {"hvps": objective.hvps, "seed": seed}
-        )
+        facts = provenance(model, loss_fn) | objective.provenance | validation
+        facts |= {"hvps": objective.hvps, "seed": how.seed}
         facts |= steadiness(lambda: objective.loss_at(layout.zeros()))[1]
     facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
-    how = provenance(model, loss_fn) | facts
-    return quadrature(
-        runs, layout.dim, known=known.values, sigma=sigma, hvps=objective.hvps, provenance=how
-    )
+    found = quadrature(runs, layout.dim, known=known.values, sigma=sigma)
+    return replace(found, hvps=objective.hvps, provenance=facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,11 +119,11 @@ class _Known:
 
 def _first(
     operator: Operator, start: Tensor, steps: int, outliers: int, sigma: float | None
-) -> tuple[list[Run], _Known]:
+) -> tuple[Run, _Known]:
     """Run Lanczos once; return its quadrature without the eigenvalues that have converged."""
     found = lanczos(operator, start, max_hvps=steps, top=max(outliers, 1))
     values, residuals = np.array(found.values), np.array(found.residuals)
-    width = default_sigma(values, steps) if sigma is None else sigma
+    width = _default_sigma(values, steps) if sigma is None else sigma
     good = residuals[: len(found.vectors)] <= _CONVERGED * width
     count = int(np.argmin([*good[:outliers], False]))  # down to the first that has not converged
     overlaps, share = np.array(found.weights), 1 - count / start.numel()
@@ -126,7 +131,7 @@ def _first(
         count, share = 0, 1.0
     weights = overlaps[count:]
     run = Run(values[count:], share * weights / max(weights.sum(), sys.float_info.min))
-    return [run], _Known(values[:count], found.vectors[:count])
+    return run, _Known(values[:count], found.vectors[:count])
 
 
 def _next(operator: Operator, start: Tensor, steps: int, known: Tensor) -> Run:
@@ -145,13 +150,7 @@ def _next(operator: Operator, start: Tensor, steps: int, known: Tensor) -> Run:
 
 
 def quadrature(
-    runs: Sequence[Run],
-    dim: int,
-    *,
-    known: Floats | None = None,
-    sigma: float | None = None,
-    hvps: int = 0,
-    provenance: Facts | None = None,
+    runs: Sequence[Run], dim: int, *, known: Floats | None = None, sigma: float | None = None
 ) -> Density:
     """Return the density that some runs and some known eigenvalues stand for.
 
@@ -161,7 +160,7 @@ def quadrature(
     exact = np.empty(0) if known is None else known
     every = np.concatenate([exact, *(run.nodes for run in runs)])
     longest = max(1, *(len(run.nodes) for run in runs))
-    width = default_sigma(every, longest) if sigma is None else sigma
+    width = _default_sigma(every, longest) if sigma is None else sigma
     grid = _grid(every, width)
     curves = np.stack([_smooth(grid, run, width) for run in runs])  # (vectors, points)
     shorter = np.stack([_smooth(grid, _shortened(run), width) for run in runs])
@@ -180,8 +179,8 @@ def quadrature(
         dim=dim,
         trace=float(traces.mean()),
         trace_error=float(traces.std(ddof=1)) / math.sqrt(len(runs)),
-        hvps=hvps,
-        provenance=provenance or {},
+        hvps=0,
+        provenance={},
     )
 
 
@@ -202,13 +201,7 @@ def student_t(freedom: int, count: int) -> float:
     return math.sqrt(freedom) * math.tan(float(np.interp(share, mass / mass[-1], angles)))
 
 
-def check_sigma(sigma: float | None) -> None:
-    """Refuse a width that is none."""
-    if sigma is not None and not 0 < sigma < math.inf:
-        raise UsageError(f"sigma must be positive and finite, got {sigma!r}.")
-
-
-def default_sigma(values: Floats, steps: int) -> float:
+def _default_sigma(values: Floats, steps: int) -> float:
     """The range of the spectrum over the steps; a spectrum of one point has no range."""
     return max(float(np.ptp(values)) / steps, 1e-3 * float(abs(values).max())) or 1.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +10,21 @@ from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
 from geomwatch.curvature.objective import Objective
-from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
-from geomwatch.curvature.validation import choose_backend
-from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.curvature.validation import check_micro_batches, choose_backend
+from geomwatch.errors import UsageError
 from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.lanczos import lanczos
 from geomwatch.landscape.data import Batches
+from geomwatch.landscape.direction import Direction, as_direction
 from geomwatch.landscape.provenance import steadiness
 from geomwatch.landscape.states import check_states
 from geomwatch.parallel.ranks import Ranks
+from geomwatch.quantities.measurement import Measurement, check_how
 from geomwatch.vectors.layout import Layout, generator
 
 _SCALES = ("filter", "layer", "unit")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Direction:
-    """A vector in the space of some trainable parameters of a model."""
-
-    vector: Tensor  # (D,)
-    names: tuple[str, ...]  # of the parameters, in the order in which they are laid out
-    label: str
-    facts: Mapping[str, Any]  # plain JSON: how it was obtained
 
 
 def random_direction(
@@ -49,6 +40,19 @@ def random_direction(
     scales stay (Li et al. 2018), so that alpha = 1 moves each filter by its own length. "layer":
     the same by whole tensors, all of them. "unit": ||v|| = 1, the paper's directions, along which
     a net of many weights hardly changes.
+
+    Args:
+        params: shell-style patterns of the parameters to move; the others stay.
+
+    Raises:
+        UsageError: the scale is unknown, or the weights that it is taken from are all zero.
+
+    Example:
+        >>> model = nn.Linear(3, 2)
+        >>> v = random_direction(model, params="weight")
+        >>> filters = v.vector.view(2, 3).norm(dim=1)
+        >>> torch.allclose(filters, model.weight.norm(dim=1)), v.label
+        (True, 'filter-normalised random')
     """
     if scale not in _SCALES:
         raise UsageError(f"scale must be one of {', '.join(_SCALES)}, got {scale!r}.")
@@ -56,7 +60,7 @@ def random_direction(
     rng = generator(seed)
     vector = filter_normalised(layout, rng) if scale == "filter" else layout.normal(rng)
     if scale == "layer":
-        pairs = zip(vector.split([p.numel() for p in layout.params]), layout.params, strict=True)
+        pairs = zip(vector.split(layout.sizes), layout.params, strict=True)
         vector = torch.cat([p.detach().to(v).norm() * v / v.norm() for v, p in pairs])
     if scale == "unit":
         vector = vector / vector.norm()
@@ -65,32 +69,9 @@ def random_direction(
             f'scale="{scale}" needs weights that are not all zero'
             f'{" in two or more dimensions" if scale == "filter" else ""}. Use scale="unit".'
         )
-    label = {"unit": "unit random"}.get(scale, f"{scale}-normalised random")
+    label = "unit random" if scale == "unit" else f"{scale}-normalised random"
     facts = {"kind": "random", "scale": scale, "seed": seed}
     return as_direction(model, Direction(vector, layout.names, label, facts))
-
-
-def gradient_direction(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: object,
-    *,
-    mode: str = "train",
-    params: str | Sequence[str] | None = None,
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
-) -> Direction:
-    """Return g / ||g||, g the gradient of the mean loss over `batches`. One gradient of each."""
-    layout = Layout.of(model, params)
-    window = list(Batches(batches))
-    settings = Settings(mode=mode, also=also, precision=precision)  # type: ignore[arg-type]
-    with Objective(model, loss_fn, window, settings, layout=layout) as objective:
-        gradient, how = objective.gradient(), objective.provenance | _steady(objective)
-    norm = float(gradient.norm())
-    if not 0 < norm < float("inf"):
-        raise UsageError(f"the gradient must be finite and not zero, got norm {norm:g}.")
-    facts = {"kind": "gradient", "norm": norm, **how}
-    return Direction(gradient / norm, layout.names, "gradient", facts)
 
 
 def update_direction(
@@ -104,6 +85,15 @@ def update_direction(
 
     Not scaled: a slice around `before` reaches `after` at alpha = 1. Buffers stay those of the
     model; `barrier` interpolates them.
+
+    Raises:
+        UsageError: a state does not fit, or they are the same.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> before, after = ({"weight": torch.tensor([pair])} for pair in ([1.0, 2.0], [1.5, 0.0]))
+        >>> update_direction(model, before, after).vector
+        tensor([ 0.5000, -2.0000])
     """
     check_states(model, before=before, after=after)
     layout = Layout.of(model, params)
@@ -114,40 +104,79 @@ def update_direction(
     return as_direction(model, Direction(difference, layout.names, "update", facts))
 
 
+def gradient_direction(
+    model: nn.Module, loss_fn: LossFn, batches: object, how: Measurement | None = None
+) -> Direction:
+    """Return g / ||g||, g the gradient of the mean loss over `batches`.
+
+    Costs a gradient of each batch, and two forward passes to see whether the loss is steady; the
+    norm is among the `facts`. Of `how` precision, mode, micro_batch, params and also count.
+
+    Raises:
+        UsageError: the gradient is zero or not finite.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> v = gradient_direction(model, lambda m, x: m(x).mean(), [torch.tensor([[3.0, 4.0]])])
+        >>> v.vector, v.facts["norm"]
+        (tensor([0.6000, 0.8000]), 5.0)
+    """
+    how = check_how(how)
+    window = list(Batches(batches))
+    subject = Subject(model, loss_fn, Layout.of(model, how.params), how, Ranks())
+    check_micro_batches(subject, Batches(window).first())
+    with subject.on(window) as objective:
+        gradient, found = objective.gradient(), objective.provenance | _steady(objective)
+    norm = float(gradient.norm())
+    if not 0 < norm < float("inf"):
+        raise UsageError(f"the gradient must be finite and not zero, got norm {norm:g}.")
+    facts = {"kind": "gradient", "norm": norm, **found}
+    return Direction(gradient / norm, subject.layout.names, "gradient", facts)
+
+
 def hessian_directions(
     model: nn.Module,
     loss_fn: LossFn,
     batches: object,
+    how: Measurement | None = None,
     *,
     k: int = 2,
     max_hvps: int = 60,
     tol: float = 1e-3,
-    mode: str = "train",
-    params: str | Sequence[str] | None = None,
-    also: nn.Module | Sequence[object] = (),
-    hvp: str = "auto",
-    precision: str = "float32",
-    seed: int = 0,
 ) -> tuple[Direction, ...]:
     """Return unit eigenvectors of the k largest eigenvalues of the Hessian, largest first.
 
     By Lanczos with re-orthogonalisation until the k residuals are below `tol` times their values,
     or `max_hvps` are spent; `facts` has eigenvalue, residual and whether it `converged`. Their
     sign makes the largest entry positive. Holds max_hvps + k vectors of size D.
+
+    Args:
+        how: operator ("ggn" for the Gauss-Newton matrix), hvp, precision, mode, micro_batch,
+            params, also and seed count.
+
+    Raises:
+        UsageError: there are fewer than k eigenvalues.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> batches = [torch.tensor([[3.0, 0.0], [0.0, 1.0]])]
+        >>> (v,) = hessian_directions(model, lambda m, x: m(x).square().mean(), batches, k=1)
+        >>> v.label, v.vector.round(decimals=3)
+        ('eigenvector 1, λ = 9', tensor([1., 0.]))
     """
+    how = check_how(how)
     check_count("k", k, 1)
     check_count("max_hvps", max_hvps, k)
     window = list(Batches(batches))
-    layout = Layout.of(model, params)
-    settings = Settings(mode=mode, also=also, hvp=hvp, precision=precision)  # type: ignore[arg-type]
-    subject = Subject(model, loss_fn, layout, settings, Ranks())
+    layout = Layout.of(model, how.params)
+    subject = Subject(model, loss_fn, layout, how, Ranks())
     subject, validation = choose_backend(subject, Batches(window).first())
     with subject.on(window) as objective:
-        start = layout.normal(generator(seed))
+        start = layout.normal(generator(how.seed))
         found = lanczos(
             objective.hvp, start, max_hvps=max_hvps, top=k, tol=tol, until=tuple(range(k))
         )
-        how = objective.provenance | validation | _steady(objective)
+        shared = objective.provenance | validation | _steady(objective)
     if len(found.values) < k:
         raise UsageError(f"k must be at most the {layout.dim} parameters, got {k}.")
     made = []
@@ -160,74 +189,13 @@ def hessian_directions(
             "residual": residual,
             "converged": residual <= tol * abs(value),
             "hvps": found.hvps,
-            "seed": seed,
-            **how,
+            "seed": how.seed,
+            **shared,
         }
-        signed = y * torch.sign(y[y.abs().argmax()])
+        signed: Tensor = y * torch.sign(y[y.abs().argmax()])
         made.append(Direction(signed, layout.names, f"eigenvector {i + 1}, λ = {value:.3g}", facts))
     return tuple(made)
 
 
 def _steady(objective: Objective) -> dict[str, Any]:
     return steadiness(lambda: objective.loss_at(objective.layout.zeros()))[1]
-
-
-def as_direction(model: nn.Module, given: object) -> Direction:
-    """Return a direction that fits the model, of a Direction or a vector over all its parameters.
-
-    Raises:
-        UsageError: it has another size, names other parameters, is zero or is not finite.
-    """
-    if isinstance(given, Tensor):
-        given = Direction(given.detach(), Layout.of(model).names, "given", {"kind": "given"})
-    if not isinstance(given, Direction):
-        raise UsageTypeError(
-            "direction must be a Direction or a tensor with one number for each trainable "
-            f"parameter, got {type(given).__name__}. random_direction(model) makes one."
-        )
-    layout = layout_of(model, given.names)
-    if given.vector.shape != (layout.dim,):
-        raise UsageError(
-            f"direction must have shape ({layout.dim},), one number for each trainable parameter, "
-            f"got {tuple(given.vector.shape)}. Is it of this model?"
-        )
-    vector = given.vector.to(layout.device, layout.dtype)
-    norm = float(vector.norm())
-    if not 0 < norm < float("inf"):
-        raise UsageError(f"direction must be finite and not zero, got norm {norm:g}.")
-    return Direction(vector, given.names, given.label, given.facts)
-
-
-def layout_of(model: nn.Module, names: Sequence[str]) -> Layout:
-    """Return the layout of named parameters."""
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    missing = [n for n in names if n not in params]
-    if missing:
-        raise UsageError(
-            f"direction must name trainable parameters of the model, got {', '.join(missing[:5])}. "
-            "Make it from this model, with the same parameters frozen."
-        )
-    return Layout(tuple(names), tuple(params[n] for n in names))
-
-
-def two_directions(model: nn.Module, directions: Sequence[object]) -> tuple[Direction, Direction]:
-    """Return two directions that span a plane, in the same parameters.
-
-    Raises:
-        UsageError: they are not two, name different parameters, or are parallel.
-    """
-    if not isinstance(directions, Sequence) or len(directions) != 2:
-        count = len(directions) if isinstance(directions, Sequence) else "none"
-        raise UsageError(f"directions must be two, to span a plane, got {count}.")
-    first, second = (as_direction(model, d) for d in directions)
-    if first.names != second.names:
-        raise UsageError("directions must be in the same parameters, got two different sets.")
-    if abs(cosine(first, second)) > 1 - 1e-6:
-        raise UsageError("directions must span a plane, got two that are parallel.")
-    return first, second
-
-
-def cosine(first: Direction, second: Direction) -> float:
-    """Return the cosine of the angle between two directions."""
-    norms = first.vector.norm() * second.vector.norm()
-    return float(first.vector @ second.vector / norms)

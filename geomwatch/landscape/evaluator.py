@@ -6,7 +6,6 @@ import contextlib
 import logging
 import numbers
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss_fn, explain_device
 from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.curvature.subject import Subject
+from geomwatch.curvature.validation import check_micro_batches
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.isolation.isolation import captured_by, isolated
 from geomwatch.isolation.precision import recast
@@ -22,20 +23,12 @@ from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import same
 from geomwatch.landscape.states import tensors_of
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout
 
 logger = logging.getLogger("geomwatch")
 
 _FEW, _SAME = 4, 1e-4  # items that tell whether a loss needs a graph, and how alike it is then
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How a loss is evaluated."""
-
-    mode: str = "train"
-    also: nn.Module | Sequence[object] = ()
-    precision: str = "float32"
 
 
 class Evaluator:
@@ -46,7 +39,7 @@ class Evaluator:
         model: nn.Module,
         loss_fn: LossFn,
         data: Batches,
-        how: Setting,
+        how: Settings,
         layout: Layout,
         snapshot: Snapshot,
         cast: torch.dtype | None,
@@ -85,8 +78,9 @@ class Evaluator:
         self._passes += 1
         losses, weights = [], []
         for batch in self._data:
-            weights.append(float(self._weigh(batch)))
-            losses.append(self.evaluate(batch))
+            for piece in self._pieces(batch):
+                weights.append(float(self._weigh(piece)))
+                losses.append(self.evaluate(piece))
         self._items = sum(weights)
         if not self._items > 0:
             raise UsageError(f"batches must hold items, got {len(weights)} batches without any.")
@@ -142,6 +136,10 @@ class Evaluator:
                 name,
             )
 
+    def _pieces(self, batch: Any) -> list[Any]:
+        size = self._how.micro_batch
+        return [batch] if size is None else batches.chunks(batch, size)
+
     def _needs_graph(self) -> bool:
         """Tell whether the loss is another one without a graph, on a few items.
 
@@ -171,7 +169,7 @@ def evaluating(
     model: nn.Module,
     loss_fn: LossFn,
     data: object,
-    how: Setting,
+    how: Settings,
     layout: Layout | None = None,
 ) -> Iterator[Evaluator]:
     """Isolate the model and evaluate its loss at other weights; all is put back at the end.
@@ -179,17 +177,17 @@ def evaluating(
     The world is that of a probe (see `isolation`), also when it is left by a KeyboardInterrupt.
     Holds one copy of weights and buffers, another one at `precision` "float32" of narrower weights.
     `layout` are the trainable parameters that will be moved; without it all of them are, and the
-    frozen ones too.
+    frozen ones too. Of `how` precision, mode, micro_batch and also count.
     """
     check_loss_fn(loss_fn)
-    Settings(mode=how.mode, precision=how.precision)  # type: ignore[arg-type]  # checks them
     given = Batches(data)
-    also = [how.also] if isinstance(how.also, nn.Module) else how.also
-    others = [*also, *captured_by(loss_fn), *given.generators]
+    others = [*how.also, *captured_by(loss_fn), *given.generators]
     with contextlib.ExitStack() as stack:
         if layout is None:
             layout = _everything(model)
             stack.callback(_put_back, _copies_of_frozen(model))
+        if how.micro_batch is not None:
+            check_micro_batches(Subject(model, loss_fn, layout, how, Ranks()), given.first())
         autocast = how.precision == "training"
         snapshot = stack.enter_context(
             isolated(model, layout.params, others=others, mode=how.mode, autocast=autocast)

@@ -22,8 +22,8 @@ def judge_isolation(record: Record, barrier: Barrier, *, wall: float = 20.0) -> 
     than 1, their first five steps up to 8.
 
     Args:
-        record: `geomwatch.measure(model, loss_fn, batch, quantities=["normalized_sharpness_linf"],
-            mode="eval")` of one end of the path, on the data of the barrier.
+        record: `geomwatch.measure(model, loss_fn, batch, how=Measurement(mode="eval",
+            quantities="normalized_sharpness_linf"))` of one end of the path, on the barrier's data.
         barrier: from that checkpoint to another.
 
     Returns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,15 +12,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.data import Batches
-from geomwatch.landscape.evaluator import Evaluator, Setting, evaluating
+from geomwatch.landscape.evaluator import Evaluator, evaluating
 from geomwatch.landscape.provenance import provenance, same, state_digest
 from geomwatch.landscape.results import Curve, Facts
 from geomwatch.landscape.scan import Scan, scan
 from geomwatch.landscape.states import State, place_on
+from geomwatch.quantities.measurement import Measurement
 
 _SAME_FUNCTION = 1e-4  # of two orders of the same units, which are summed in another order
 
@@ -42,7 +43,7 @@ class Path:
     model: nn.Module
     loss_fn: LossFn
     batches: object
-    how: Setting
+    how: Measurement
     recalibrate: object
     points: int
     progress: Progress
@@ -58,8 +59,7 @@ class Path:
         states = [ends.a, ends.b] if curve is None else [ends.a, curve.control, ends.b]
         origin = provenance(model, self.loss_fn)
         del origin["weights"]  # the model's own play no part
-        listed = [how.also] if isinstance(how.also, nn.Module) else how.also
-        how = Setting(how.mode, [*listed, *data.generators], how.precision)
+        how = replace(how, also=(*how.also, *data.generators))
         with evaluating(model, self.loss_fn, self.batches, how) as evaluator:
             tensors = evaluator.tensors
             if ends.before is not None and how.mode == "eval":

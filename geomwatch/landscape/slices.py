@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from geomwatch.curvature.objective import LossFn
+from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
 from geomwatch.landscape.bar import Progress
-from geomwatch.landscape.directions import (
+from geomwatch.landscape.direction import (
     Direction,
     as_direction,
     cosine,
     layout_of,
     two_directions,
 )
-from geomwatch.landscape.evaluator import Setting, evaluating
+from geomwatch.landscape.evaluator import evaluating
 from geomwatch.landscape.provenance import digest, provenance
 from geomwatch.landscape.results import Floats, Plane, Slice
 from geomwatch.landscape.scan import Scan, scan
+from geomwatch.quantities.measurement import Measurement, check_how
 
 
 def slice_1d(
@@ -31,11 +32,9 @@ def slice_1d(
     loss_fn: LossFn,
     batches: object,
     direction: Direction | Tensor,
+    how: Measurement | None = None,
     *,
     alphas: Sequence[float] | None = None,
-    mode: str = "train",
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
     resume: str | Path | None = None,
     progress: Progress = False,
 ) -> Slice:
@@ -51,18 +50,25 @@ def slice_1d(
     Args:
         batches: a list of batches or a DataLoader, gone through at each point.
         direction: a Direction, or one number for each trainable parameter.
-        also: other modules that the loss uses and that an evaluation could change.
+        how: precision, mode, micro_batch and also count; which parameters move, `direction` says.
         resume: a file in which points are kept as they are evaluated; a call with the same
             arguments goes on where the last one was interrupted.
         progress: True for a bar on stderr, or a function of (points done, points in all).
 
     Raises:
         UsageError: direction, alphas or batches do not fit, or `resume` is of something else.
+
+    Example:
+        >>> import torch
+        >>> model, loss_fn = nn.Linear(1, 1, bias=False), lambda m, x: m(x).square().mean()
+        >>> _ = nn.init.ones_(model.weight)
+        >>> line = slice_1d(model, loss_fn, [torch.ones(2, 1)], torch.ones(1), alphas=[-1, 0, 1])
+        >>> line.losses
+        array([0., 1., 4.])
     """
     v = as_direction(model, direction)
     axis = _grid("alphas", alphas, np.linspace(-1, 1, 41))
-    how = Setting(mode, also, precision)
-    found = _scan(model, loss_fn, batches, [v], [axis], how, resume, progress)
+    found = _scan(model, loss_fn, batches, how, [v], [axis], resume, progress)
     return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.provenance)
 
 
@@ -71,27 +77,37 @@ def plane(
     loss_fn: LossFn,
     batches: object,
     directions: Sequence[Direction | Tensor],
+    how: Measurement | None = None,
     *,
     alphas: Sequence[float] | None = None,
     betas: Sequence[float] | None = None,
-    mode: str = "train",
-    also: nn.Module | Sequence[object] = (),
-    precision: str = "float32",
     resume: str | Path | None = None,
     progress: Progress = False,
 ) -> Plane:
     """Return f(alpha, beta) = L(w + alpha v_1 + beta v_2) around the model's present weights.
 
     As `slice_1d`, with 25 points in [-1, 1] on each axis by default; `betas` are as `alphas` where
-    they are left out. Two directions that are not orthogonal give an oblique picture; `how` has
-    their cosine. Holds the two directions and one copy of the weights.
+    they are left out. Two directions that are not orthogonal give an oblique picture; `provenance`
+    has their cosine. Holds the two directions and one copy of the weights.
+
+    Raises:
+        UsageError: as `slice_1d`, and where the directions span no plane.
+
+    Example:
+        >>> import torch
+        >>> model, loss_fn = nn.Linear(2, 1, bias=False), lambda m, x: m(x).square().mean()
+        >>> _ = nn.init.ones_(model.weight)
+        >>> found = plane(model, loss_fn, [torch.eye(2)], list(torch.eye(2)), alphas=[-1, 0, 1])
+        >>> found.losses
+        array([[0. , 0.5, 2. ],
+               [0.5, 1. , 2.5],
+               [2. , 2.5, 4. ]])
     """
     first, second = two_directions(model, directions)
     rows = _grid("alphas", alphas, np.linspace(-1, 1, 25))
     columns = _grid("betas", betas, rows)
-    how = Setting(mode, also, precision)
-    pair = [first, second]
-    found = _scan(model, loss_fn, batches, pair, [rows, columns], how, resume, progress)
+    pair, axes = [first, second], [rows, columns]
+    found = _scan(model, loss_fn, batches, how, pair, axes, resume, progress)
     losses = found.losses.reshape(len(rows), len(columns))
     labels = (first.label, second.label)
     return Plane(rows, columns, losses, found.loss, labels, found.nonfinite, found.provenance)
@@ -101,12 +117,13 @@ def _scan(
     model: nn.Module,
     loss_fn: LossFn,
     batches: object,
+    how: Measurement | None,
     directions: Sequence[Direction],
     axes: Sequence[Floats],
-    how: Setting,
     resume: str | Path | None,
     progress: Progress,
 ) -> Scan:
+    how = check_how(how)
     origin = provenance(model, loss_fn)
     header: dict[str, Any] = {
         "kind": "slice" if len(axes) == 1 else "plane",

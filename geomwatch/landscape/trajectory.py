@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageError
-from geomwatch.landscape.directions import Direction, layout_of, two_directions
+from geomwatch.landscape.direction import Direction, layout_of, two_directions
 from geomwatch.landscape.provenance import digest, weights_digest
 from geomwatch.landscape.results import Floats, Trajectory
 from geomwatch.landscape.states import State, check_states

@@ -12,7 +12,7 @@ from problems import Quadratic, cross_entropy, dense_hessian, digits, mlp, quadr
 from scipy import stats
 from states import assert_same, everything
 
-from geomwatch import landscape
+from geomwatch import Measurement, landscape
 from geomwatch.errors import UsageError
 from geomwatch.landscape.density import Run, lanczos_nodes, quadrature, student_t
 
@@ -48,7 +48,7 @@ def test_a_known_density_lies_within_its_band(eigenvalues):
     model = Quadratic(rotated(eigenvalues))
     covered, whole = [], []
     for seed in range(8):
-        found = landscape.density(model, quadratic_loss, ONES, steps=40, seed=seed)
+        found = landscape.density(model, quadratic_loss, ONES, steps=40, how=Measurement(seed=seed))
         truth = smoothed(eigenvalues.numpy(), found.grid, found.sigma)
         inside = abs(found.density - truth) <= found.error + 1e-6 * truth.max()
         covered.append(inside.mean())

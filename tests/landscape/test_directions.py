@@ -12,9 +12,9 @@ import torch
 from problems import Quadratic, cross_entropy, dense_hessian, digits, mlp, quadratic_loss, wishart
 from torch import nn
 
-from geomwatch import landscape
+from geomwatch import Measurement, landscape
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.landscape.directions import Direction, as_direction, layout_of
+from geomwatch.landscape.direction import Direction, as_direction, layout_of
 
 
 def train(model: nn.Module, *, steps: int = 40, keep: int = 5) -> list[dict]:
@@ -99,6 +99,22 @@ def test_hessian_directions_are_eigenvectors_and_say_how_far_from_it():
         assert v.label == f"eigenvector {i + 1}, λ = {facts['eigenvalue']:.3g}"
     (rough,) = landscape.hessian_directions(model, cross_entropy, [batch], k=1, max_hvps=3)
     assert not rough.facts["converged"]
+
+
+def test_directions_are_measured_as_the_measurement_says():
+    torch.manual_seed(3)
+    model, batch = mlp(64, 8, 10), digits(64)
+    whole = landscape.gradient_direction(model, cross_entropy, [batch])
+    cut = landscape.gradient_direction(model, cross_entropy, [batch], Measurement(micro_batch=20))
+    assert torch.allclose(cut.vector, whole.vector, atol=1e-6)
+    part = landscape.gradient_direction(model, cross_entropy, [batch], Measurement(params="2.*"))
+    assert part.names == ("2.weight", "2.bias")
+    how = Measurement(operator="ggn", micro_batch=20, mode="eval")
+    (top, _) = landscape.hessian_directions(model, cross_entropy, [batch], how)
+    (other, _) = landscape.hessian_directions(model, cross_entropy, [batch])
+    facts = top.facts
+    assert (facts["operator"], facts["mode"], facts["seed"]) == ("ggn", "eval", 0)
+    assert facts["eigenvalue"] != pytest.approx(other.facts["eigenvalue"], rel=1e-3)
 
 
 def test_a_direction_of_a_loss_that_changes_with_the_call_is_marked():

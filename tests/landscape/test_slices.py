@@ -16,9 +16,9 @@ from problems import Quadratic, cross_entropy, digits, mlp, quadratic_loss, wish
 from states import assert_same, everything
 from torch import Tensor, nn
 
-from geomwatch import landscape
+from geomwatch import Measurement, landscape
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.landscape.evaluator import Setting, evaluating
+from geomwatch.landscape.evaluator import evaluating
 from geomwatch.landscape.results import Slice
 
 DIM = 12
@@ -138,9 +138,55 @@ def test_dropout_is_one_draw_and_batchnorm_follows_the_mode():
     assert np.array_equal(train.losses, again.losses)
     assert train.provenance["deterministic"]
     model.eval()
-    evaluated = small_slice(model, mode="eval")
+    evaluated = small_slice(model, how=Measurement(mode="eval"))
     assert (train.provenance["mode"], evaluated.provenance["mode"]) == ("train", "eval")
     assert not np.allclose(train.losses, evaluated.losses, rtol=1e-3)
+
+
+def test_batches_may_be_cut_where_the_loss_is_a_mean_over_items():
+    model = mlp(64, 16, 10)
+    whole = small_slice(model)
+    seen = set()
+
+    def loss_fn(model, batch):
+        seen.add(len(batch[0]))
+        return cross_entropy(model, batch)
+
+    cut = small_slice(model, loss_fn, how=Measurement(micro_batch=30))
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert {30, 4} < seen
+    a, b = (copy.deepcopy(mlp(64, 16, 10).state_dict()) for _ in range(2))
+    paths = [
+        landscape.barrier(model.requires_grad_(False), a, b, cross_entropy, [digits(64)], how)
+        for how in (None, Measurement(mode="eval", micro_batch=30))
+    ]
+    assert paths[0].losses == pytest.approx(paths[1].losses, rel=1e-6)
+    with pytest.raises(UsageError, match=r"micro_batch must leave the loss as it is, got 30"):
+        small_slice(
+            mlp(64, 16, 10),
+            lambda m, b: cross_entropy(m, b) * len(b[0]),
+            how=Measurement(micro_batch=30),
+        )
+
+
+def test_one_module_that_the_loss_uses_is_isolated_like_several():
+    teacher = nn.Sequential(nn.Linear(64, 10), nn.Dropout(0.5), nn.BatchNorm1d(10))
+
+    def distilled(model, batch):
+        return (model(batch[0]) - teacher(batch[0])).square().mean()
+
+    model = mlp(64, 16, 10)
+    before = everything(teacher)
+    found = [
+        small_slice(model, distilled, how=Measurement(also=also)) for also in (teacher, [teacher])
+    ]
+    assert_same(before, everything(teacher))
+    assert all(f.provenance["deterministic"] for f in found)
+
+
+def test_how_to_measure_is_one_object():
+    with pytest.raises(UsageTypeError, match=r"how must be a geomwatch\.Measurement, got 'eval'"):
+        small_slice(mlp(64, 16, 10), how="eval")
 
 
 def test_a_loss_may_be_an_error_rate():
@@ -184,7 +230,7 @@ def assert_untouched(model: nn.Module, act) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_slice_leaves_no_trace(mode, training):
     model = noisy_net().train(training)
-    assert_untouched(model, lambda: small_slice(model, mode=mode))
+    assert_untouched(model, lambda: small_slice(model, how=Measurement(mode=mode)))
 
 
 def interrupting(after: int):
@@ -214,7 +260,7 @@ def test_an_interrupt_leaves_no_trace(after):
 def test_another_mode_takes_one_copy_of_the_weights():
     """The snapshot after the change of mode shares its values with the one before it."""
     model = noisy_net()
-    with evaluating(model, cross_entropy, [digits(8)], Setting("eval")) as evaluator:
+    with evaluating(model, cross_entropy, [digits(8)], Measurement(mode="eval")) as evaluator:
         saved = [s for s in evaluator._snapshot._saved if getattr(s, "tensor", None) is not None]
         values = {id(s._values) for s in saved}
         first = evaluator._snapshot._held
@@ -362,7 +408,7 @@ def test_a_bar_is_written_to_stderr(capsys):
 
 def test_provenance_is_plain_json_and_names_what_was_evaluated():
     model = mlp(64, 8, 10)
-    found = small_slice(model, mode="eval")
+    found = small_slice(model, how=Measurement(mode="eval"))
     how = json.loads(json.dumps(dict(found.provenance)))
     assert how["mode"] == "eval"
     assert how["dtype"] == "float32"
