@@ -181,14 +181,11 @@ class Conductor(Resumable):
         except Exception as error:  # whatever it raises
             if controller.knob not in self._broken:
                 self._broken.add(controller.knob)
-                logger.warning(
+                said = (
                     "%r failed with %s: %s. It leaves its knob where it is; training goes on, and "
-                    "it will be asked again. This is said once.",
-                    controller,
-                    type(error).__name__,
-                    error,
-                    exc_info=error,
+                    "it will be asked again. This is said once."
                 )
+                logger.warning(said, controller, type(error).__name__, error, exc_info=error)
             return ()
 
     def _decided(

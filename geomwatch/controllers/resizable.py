@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch.utils.data import BatchSampler, Sampler
 
 from geomwatch.controllers.actuators import BATCH, Actuator
-from geomwatch.curvature.checks import check_count
 from geomwatch.errors import UsageTypeError
+from geomwatch.observation.documented import whole
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class ResizableBatchSampler(BatchSampler):
     def __init__(
         self, sampler: Sampler[int] | Iterable[int], batch_size: int, drop_last: bool = False
     ) -> None:
-        check_count("batch_size", batch_size, 1)
+        whole(1)("batch_size", batch_size)
         super().__init__(sampler, batch_size, drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -107,7 +107,7 @@ class Accumulation(Windows):
     """
 
     def __init__(self, batches: int = 1) -> None:
-        check_count("batches", batches, 1)
+        whole(1)("batches", batches)
         super().__init__(batches)
 
     def windows(self, loader: Iterable[T]) -> Iterator[list[T]]:
