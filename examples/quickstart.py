@@ -10,8 +10,6 @@ import argparse
 import logging
 import math
 import shutil
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +35,6 @@ class Run:
     """What is left of one training."""
 
     name: str
-    seconds: float
     losses: list[float]
     weights: list[Tensor]
     monitor: geomwatch.Monitor | None = None
@@ -98,11 +95,10 @@ def train(name: str, build: Callable[[], nn.Module], rate: Rate, steps: int, *, 
     optimizer = torch.optim.SGD(model.parameters(), lr=rate(0), momentum=0.9)
     monitor = None
     if watch:
-        records = geomwatch.JsonLines(OUT / f"{name.replace(' ', '_')}.jsonl")
-        # By default, with every=100, runs this short have one probe; here curves are to be drawn.
-        monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=40, sinks=[records])
+        records = OUT / f"{name.replace(' ', '_')}.jsonl"
+        # 2 % of a run this short pay for its first probe alone; here curves are to be drawn.
+        monitor = geomwatch.Monitor(model, loss_fn, optimizer, budget=None, sinks=records)
     losses, rates, blown = [], [], 0
-    start = time.perf_counter()
     for step in range(steps):
         batch = pick(inputs, targets)
         optimizer.param_groups[0]["lr"] = rate(step)
@@ -117,11 +113,10 @@ def train(name: str, build: Callable[[], nn.Module], rate: Rate, steps: int, *, 
         blown += step > 10 and losses[-1] > losses[0] + 0.5
         if blown > 5 or not math.isfinite(losses[-1]):
             break
-    seconds = time.perf_counter() - start
     if monitor is not None:
         monitor.close()
     weights = [p.detach().clone() for p in model.parameters()]
-    return Run(name, seconds, losses, weights, monitor, rates)
+    return Run(name, losses, weights, monitor, rates)
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -142,92 +137,15 @@ def compare(name: str, build: Callable[[], nn.Module], rate: Rate, steps: int) -
     bare = train(name, build, rate, steps, watch=False)
     watched = train(name, build, rate, steps, watch=True)
     same = all(torch.equal(a, b) for a, b in zip(bare.weights, watched.weights, strict=True))
-    overhead = watched.seconds / bare.seconds - 1
     assert watched.monitor is not None
-    probes = watched.monitor.probe_seconds / bare.seconds
     logger.info(
-        "%s: %d steps, %d probes; the monitor took %.0f %% of the bare run's time (probes %.0f %%);"
-        " weights %s",
+        "%s: %d steps, %d probes; weights %s",
         name,
         len(watched.losses),
         len(watched.monitor.history),
-        100 * overhead,
-        100 * probes,
         "bit-identical to the run without it" if same else "DIFFER from the run without it",
     )
     return watched
-
-
-def probe_cost(name: str, build: Callable[[], nn.Module]) -> None:
-    """Measure a recurring probe of the default quantities in units of a training step."""
-    from geomwatch.curvature.objective import Objective
-
-    torch.manual_seed(0)
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    batch = pick(*digits())
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1)
-    logging.getLogger("geomwatch").setLevel(logging.WARNING)
-    times: dict[str, list[float]] = {"step": [], "build": [], "hvp": [], "probe": []}
-    for _ in range(30):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        loss_fn(model, batch).backward()
-        middle = time.perf_counter()
-        monitor.step(batch)
-        probed = time.perf_counter()
-        optimizer.step()
-        times["step"].append(middle - start + time.perf_counter() - probed)
-        times["probe"].append(probed - middle)
-        with Objective(model, loss_fn, [batch]) as objective:
-            start = time.perf_counter()
-            gradient = objective.gradient()
-            middle = time.perf_counter()
-            for _ in range(4):
-                objective.hvp(gradient)
-            times["build"].append(middle - start)
-            times["hvp"].append((time.perf_counter() - middle) / 4)
-    monitor.close()
-    times["sentinel"] = sentinel_seconds(model, optimizer)
-    logging.getLogger("geomwatch").setLevel(logging.INFO)
-    report_cost(name, times)
-
-
-def sentinel_seconds(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return what each look of a sentinel takes, in 300 steps of an adaptive schedule."""
-    monitor = geomwatch.Monitor(model, loss_fn, optimizer, every=1000)
-    batch, spent = pick(*digits()), []
-    for _ in range(300):
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        before = monitor.probe_seconds
-        record = monitor.step(batch, loss=loss)
-        optimizer.step()
-        if record is None and monitor.probe_seconds > before:
-            spent.append(monitor.probe_seconds - before)
-    monitor.close()
-    return spent
-
-
-def report_cost(name: str, times: dict[str, list[float]]) -> None:
-    """Log what probes have cost, from the seconds of 30 steps."""
-    median = {k: statistics.median(v[5:]) for k, v in times.items()}
-    build, hvp, cost, look = (
-        median[k] / median["step"] for k in ("build", "hvp", "probe", "sentinel")
-    )
-    dear = statistics.median(times["probe"][10::10]) / median["step"]  # every tenth one
-    logger.info(
-        "%s: a recurring probe costs %.1f training steps, a whole one %.0f, a sentinel %.1f "
-        "(gradient graph %.2f + 7 HVPs at %.2f = %.1f)",
-        name,
-        cost,
-        dear,
-        look,
-        build,
-        hvp,
-        build + 7 * hvp,
-    )
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -309,8 +227,6 @@ def main() -> None:
     ]
     draw(runs, OUT / "quickstart.png")
     logger.info("--- summary")
-    probe_cost("mlp", mlp)
-    probe_cost("convnet", convnet)
     for run in runs:
         summarize(run)
     logger.info("records and picture: %s", OUT.resolve())

@@ -179,8 +179,8 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Leave the block only if every rank has got through it.
 
-        A rank that has not says so once, by NaN in place of a number. The others find it wherever
-        they sum a number next, at the end of the block at the latest, and leave the block there.
+        A rank that fails inside tells the others once: it contributes NaN to the next number that
+        they sum, at the end of the block at the latest. There they find it, and leave the block.
 
         Raises:
             RankError: another rank has not, or can't be reached.
