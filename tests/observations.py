@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.observer import Observer
+from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, Rule
+from geomwatch.rules.rule import is_due
 
 
 def measured(
@@ -32,8 +35,32 @@ def trained(step: int, loss: float | None, *, grad_norm: float = 1.0, stepped: b
     return Observation(index=step + stepped, lr=(0.1,), settled=settled)
 
 
-def heard(rule: Rule, observations: Iterable[Observation]) -> list[Alert]:
-    return [alert for seen in observations if (alert := rule(seen)) is not None]
+class Watched:
+    """A rule as a monitor asks it: an observer adds what earlier steps have shown."""
+
+    def __init__(self, *rules: Rule) -> None:
+        self.rules, self.observer = rules, Observer()
+
+    def __call__(self, seen: Observation) -> Alert | None:
+        """What the first of the rules says, that has something to say."""
+        return next(iter(self.all_of(seen)), None)
+
+    def all_of(self, seen: Observation) -> list[Alert]:
+        known = self.observer(seen)
+        said = [rule(known) for rule in self.rules if is_due(rule, known)]
+        return [alert for alert in said if alert is not None]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in (self.observer, *self.rules)]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        for part, state in zip((self.observer, *self.rules), states, strict=True):
+            part.load_state_dict(state)
+
+
+def heard(rule: Rule | Watched, observations: Iterable[Observation]) -> list[Alert]:
+    watched = rule if isinstance(rule, Watched) else Watched(rule)
+    return [alert for seen in observations if (alert := watched(seen)) is not None]
 
 
 def brief(alerts: Iterable[Alert]) -> list[tuple[int, str]]:
@@ -44,9 +71,9 @@ def losses(values: Sequence[float], start: int = 0) -> list[Observation]:
     return [trained(start + t, value) for t, value in enumerate(values)]
 
 
-def judged(rules: Sequence[Rule], run: Iterable[Observation]) -> list[str]:
+def judged(rules: Watched, run: Iterable[Observation]) -> list[str]:
     # as text, because a NaN is unlike itself
-    return [repr(alert) for seen in run for rule in rules if (alert := rule(seen)) is not None]
+    return [repr(alert) for seen in run for alert in rules.all_of(seen)]
 
 
 def random_run(seed: int) -> list[Observation]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from geomwatch.observation.margins import within
 from geomwatch.stability.problem import learning_rates
 
 LR, BATCH, CLIP = "lr_scale", "batch_scale", "clip_norm"
@@ -67,6 +69,14 @@ class Memory(Actuator):
     """A knob that nothing hangs on: of a dry run, or of a loop that can't turn it."""
 
 
+@dataclass(slots=True)
+class _Lent:
+    """The rates of the user, while the optimizer steps with others."""
+
+    base: list[Any]
+    applied: list[Any]
+
+
 class LearningRate(Actuator):
     """Keeps the rates of a torch optimizer below a cap, for the duration of each step alone.
 
@@ -87,26 +97,19 @@ class LearningRate(Actuator):
     def __init__(self, optimizer: Any, *, live: bool = True) -> None:
         super().__init__(LR, obstacle=_no_hooks(optimizer) if live else "")
         self._optimizer = optimizer
-        # group, the user's rate, factor: what a step under way was lent; None outside of steps
-        self._lent: list[tuple[dict[str, Any], Any, float]] | None = None
-        self._handles: list[Any] = []
-        if live and not self.obstacle:
-            before, after = _calling(self, "_lend"), _calling(self, "_restore")
-            self._handles = [
-                optimizer.register_step_pre_hook(before),
-                optimizer.register_step_post_hook(after),
-                optimizer.register_state_dict_pre_hook(after),
-            ]
+        self._lent: _Lent | None = None
+        self._lifted = False
+        self._handles = list(_hooks(optimizer, self)) if live and not self.obstacle else []
 
     def value(self, rates: Sequence[float]) -> float:
         """Return the factor that rates are multiplied by."""
-        return factor(self.setting, rates)
+        return within(self.setting, rates)
 
     def lift(self) -> None:
         """Give the user's rates back inside a step, as when a closure calls the monitor."""
-        if self._lent is not None:
-            self._restore()
-            self._lent = []
+        if self._lent is not None and not self._lifted:
+            _write(self._groups, self._lent.base, unless_changed_from=self._lent.applied)
+            self._lifted = True
 
     def refresh(self) -> None:
         """Apply the present cap to the step that is under way, if any."""
@@ -120,23 +123,30 @@ class LearningRate(Actuator):
             handle.remove()
         self._handles = []
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
+    def _before(self) -> None:
+        self._restore()  # of a step that an exception has ended
+        self._lend()
+
     def _lend(self) -> None:
-        self._restore()  # also what an exception has left of the step before
-        scale = self.value(learning_rates(self._optimizer)) if self.setting < math.inf else 1.0
-        groups = self._optimizer.param_groups if scale < 1 else []
-        # all are copied before one is written: groups may share a tensor
-        self._lent = [(g, _copy(g["lr"]), scale) for g in groups if g.get("lr") is not None]
-        for group, own, _ in self._lent:
-            _write(group, own * scale)
+        self._restore()
+        rates = learning_rates(self._optimizer) if self.setting < math.inf else ()
+        scale = self.value(rates)
+        base: list[Any] = []
+        if scale < 1:
+            base = [_copy(group.get("lr")) for group in self._groups]
+        applied = [None if rate is None else rate * scale for rate in base]
+        _write(self._groups, applied)
+        self._lent = _Lent(base, applied)  # even if empty: a step is under way
 
     def _restore(self) -> None:
-        for group, own, scale in self._lent or ():
-            present = group.get("lr")
-            # a tensor may be of a captured step, which a comparison would wait for; another number
-            # was set inside the step and is somebody's own
-            if isinstance(present, Tensor) or present == own * scale:
-                _write(group, own)
-        self._lent = None
+        if self._lent is not None and not self._lifted:
+            _write(self._groups, self._lent.base, unless_changed_from=self._lent.applied)
+        self._lent, self._lifted = None, False
 
 
 class StepClip(Actuator):
@@ -168,10 +178,11 @@ class StepClip(Actuator):
         torch.nn.utils.clip_grad_norm_(params, norm)
 
 
-def factor(cap: float, rates: Sequence[float]) -> float:
-    """Return what to multiply `rates` by so that the largest is not above the cap."""
-    largest = max(rates, default=0.0)
-    return 1.0 if largest <= cap or largest <= 0 else cap / largest
+def _hooks(optimizer: Any, actuator: LearningRate) -> Iterator[Any]:
+    """Register what surrounds a step."""
+    yield optimizer.register_step_pre_hook(_calling(actuator, "_before"))
+    yield optimizer.register_step_post_hook(_calling(actuator, "_restore"))
+    yield optimizer.register_state_dict_pre_hook(_calling(actuator, "_restore"))
 
 
 def _calling(actuator: object, name: str) -> Callable[..., None]:
@@ -200,10 +211,20 @@ def _copy(rate: Any) -> Any:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
-def _write(group: dict[str, Any], rate: Any) -> None:
-    """Set the rate of a group, of a tensor in place."""
-    if isinstance(group["lr"], Tensor):
-        with torch.no_grad():
-            group["lr"].copy_(torch.as_tensor(rate))
-    else:
-        group["lr"] = rate
+def _write(
+    groups: Sequence[dict[str, Any]],
+    rates: Sequence[Any],
+    *,
+    unless_changed_from: Sequence[Any] | None = None,
+) -> None:
+    """Write the rates of groups, tensors in place; not those that somebody else has changed."""
+    expected = [None] * len(rates) if unless_changed_from is None else unless_changed_from
+    with torch.no_grad():
+        for group, rate, written in zip(groups, rates, expected, strict=False):
+            present = group.get("lr")
+            if rate is None or present is None:
+                continue
+            if isinstance(present, Tensor):  # also of a captured step; compared it would wait
+                present.copy_(torch.as_tensor(rate))
+            elif unless_changed_from is None or present == written:
+                group["lr"] = rate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from geomwatch.controllers.actuators import (
@@ -17,11 +16,10 @@ from geomwatch.controllers.actuators import (
     LearningRate,
     Memory,
     StepClip,
-    factor,
 )
 from geomwatch.controllers.protocol import Controller, Knobs, Move, check_controllers
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.margins import scaled
+from geomwatch.observation.margins import within
 from geomwatch.observation.step import Observation
 from geomwatch.records import Adjustment, Alert, Effect
 from geomwatch.sinks import logger
@@ -109,21 +107,11 @@ class Conductor(Resumable):
         """The factor between the rates of the last step and the user's."""
         return 1.0 if LR in self._dry else self._values.get(LR, 1.0)
 
-    def as_applied(self, step: Observation) -> Observation:
-        """Return what the rules should judge: the step as the cap known so far will have it."""
+    @property
+    def cap(self) -> float:
+        """The largest learning rate that a step is let take, by what is known so far."""
         rate = self._actuators.get(LR)
-        if rate is None or LR in self._dry:
-            return step
-        scale, headed = rate.value(step.lr), rate.value(step.peak)
-        if scale == 1 and headed == 1:
-            return step
-        return replace(
-            step,
-            lr=tuple(scale * rate for rate in step.lr),
-            peak=tuple(headed * rate for rate in step.peak),
-            margin=scaled(step.margin, scale),
-            gradient_margin=scaled(step.gradient_margin, scale),
-        )
+        return math.inf if rate is None or LR in self._dry else rate.setting
 
     def apply(self, rates: Sequence[float]) -> None:
         """Turn the knobs as decided, for a step at the user's learning `rates`."""
@@ -212,4 +200,4 @@ class Conductor(Resumable):
 
 def _outcome(move: Move, rates: Sequence[float]) -> float:
     """Return what a knob will say once the move is made, as trackers see it."""
-    return factor(move.to, rates) if move.knob == LR else move.to
+    return within(move.to, rates) if move.knob == LR else move.to

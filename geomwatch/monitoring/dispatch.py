@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.observer import Observer
+from geomwatch.observation.step import Observation
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
-from geomwatch.rules import Observation, Rule, default_rules
+from geomwatch.rules import resolve
+from geomwatch.rules.rule import Rule, is_due
 from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
 
 T = TypeVar("T")
@@ -22,7 +26,8 @@ class Dispatch(Resumable):
     An adjustment is logged before it is applied.
     """
 
-    _rules: Kept[list[Any]]
+    _observer: Kept[Observer]
+    _remembering: Kept[list[Any]]
 
     def __init__(
         self,
@@ -31,7 +36,9 @@ class Dispatch(Resumable):
         on_alert: Callable[[Alert], None] | None,
         control: Conductor,
     ) -> None:
-        self._rules = _listed(rules)
+        self._rules = resolve(rules)
+        self._remembering = [rule for rule in self._rules if hasattr(rule, "state_dict")]
+        self._observer = Observer()
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
         self._control = control
@@ -43,8 +50,10 @@ class Dispatch(Resumable):
 
     def __call__(self, step: Observation, record: Record | None) -> Record | None:
         """Judge one step; return its record, if any, with what it led to."""
-        judged = self._control.as_applied(step)
-        verdicts = [self._safely(rule, judged) for rule in self._rules]
+        step = self._observer(step, self._control.cap)
+        judged = step if step.cap == math.inf else step.applied
+        asked = [rule for rule in self._rules if is_due(rule, judged)]
+        verdicts = [self._safely(rule, judged) for rule in asked]
         alerts = [alert for alert in verdicts if alert is not None]
         adjustments = self._control(step, alerts)
         if record is not None:
@@ -85,7 +94,7 @@ class Dispatch(Resumable):
     @property
     def rule_names(self) -> list[str]:
         """The rules by name, in their order."""
-        return [getattr(rule, "name", type(rule).__name__) for rule in self._rules]
+        return [rule.name for rule in self._rules]
 
     def _safely(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """Call a part; a full disk or a bug in a callback must not stop a training run."""
@@ -103,9 +112,3 @@ class Dispatch(Resumable):
                     exc_info=error,
                 )
             return None
-
-
-def _listed(rules: Sequence[Rule] | Rule | None) -> list[Rule]:
-    if rules is None:
-        return list(default_rules())
-    return list(rules) if isinstance(rules, Sequence) else [rules]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.batch_noise import NoisePart
-from geomwatch.observation.levels import gradient_level
-from geomwatch.observation.regime import FROM, HOLDS, LASTS, noise_of
+from geomwatch.observation.batch_noise import NOISE, noise_ratio
+from geomwatch.observation.gradient_level import GRADIENT
+from geomwatch.observation.observer import Observer
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
@@ -39,9 +39,9 @@ class SecondLook(Resumable):
 
     def __init__(self, *, controlled: bool) -> None:
         self._share = _SHARE_CONTROLLED if controlled else _SHARE
-        self._next = float(FROM)
+        self._next = float(Observer.settles)
         self._rate = math.inf  # of the last look
-        self._early = _EARLY  # step from which on a start is looked at; FROM when it was
+        self._early = _EARLY  # step from which on a start is looked at
         self._noise = 0.0  # noise part of the stochastic margin at the start, over the rate
 
     def due(self, step: Observation) -> bool:
@@ -51,35 +51,35 @@ class SecondLook(Resumable):
             return False
         if step.margin is not None and step.margin.status != "ok":  # shares of no limit
             return False
-        if step.index < FROM:
+        if step.index < Observer.settles:
             return step.index >= self._early and self._is_suspect(step, abs(margin.value))
-        if step.index < self._next and max(step.lr, default=0.0) <= HOLDS * self._rate:
+        if step.index < self._next and max(step.lr, default=0.0) <= Observer.holds * self._rate:
             return False
-        return abs(margin.value) > self._share * gradient_level(step)
+        return abs(margin.value) > self._share * GRADIENT.at(step)
 
     def _is_suspect(self, step: Observation, along: float) -> bool:
-        noise = max(step.lr, default=0.0) * self._noise / NoisePart.level(step)
+        noise = max(step.lr, default=0.0) * self._noise / NOISE.at(step)
         if self._early > _EARLY:
             return _STILL_NOISY < noise <= 1  # what is more was said
         top = (step.margin.value if step.margin else None) or 0.0
-        return noise > _NOISY or top > _SUSPECT or along > _SHARE * gradient_level(step)
+        return noise > _NOISY or top > _SUSPECT or along > _SHARE * GRADIENT.at(step)
 
     def at_start(self, step: int) -> bool:
         """Tell whether a probe of the first steps, made for a reason of its own, is to look."""
-        return self._early <= step < FROM
+        return self._early <= step < Observer.settles
 
     def probed(self, step: int, lr: Sequence[float], estimates: Mapping[str, Estimate]) -> None:
         """Take note of a probe; one that could not tell is not repeated."""
-        mean_square = estimates.get("stochastic_margin")
-        if mean_square is None or mean_square.status == "held":
+        stochastic = estimates.get("stochastic_margin")
+        if stochastic is None or stochastic.status == "held":
             return
         rate, margin = max(lr, default=0.0), estimates.get("stability_margin")
-        if noise_of(estimates) is None:
+        if noise_ratio(estimates) is None:
             if margin is not None and (margin.value or 0.0) > 0:  # else it may be had later
                 self._next = self._rate = math.inf
-        elif step < FROM and rate > 0 and margin is not None:
-            self._noise = ((mean_square.value or 0.0) - (margin.value or 0.0)) / rate
+        elif step < Observer.settles and rate > 0 and margin is not None:
+            self._noise = ((stochastic.value or 0.0) - (margin.value or 0.0)) / rate
         if step >= _EARLY:
-            self._early = _AGAIN if step < _AGAIN else FROM
-        if step >= FROM and math.isfinite(self._next):
-            self._next, self._rate = step * LASTS, rate
+            self._early = _AGAIN if step < _AGAIN else Observer.settles
+        if step >= Observer.settles and math.isfinite(self._next):
+            self._next, self._rate = step * Observer.lasts, rate

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from geomwatch.observation.documented import Documented, level
+from geomwatch.observation.margins import value_of
 from geomwatch.observation.step import Observation
+from geomwatch.records import Estimate
 
-# Chosen on runs of three nets, between healthy and failing ones (docs/decisions/020).
-_SGD = 0.3  # runs at up to 4 x their tuned rate had .26 at most, failing ones .32 at least
-_SGD_PEAK = 0.4  # of a planned peak: .14 at most, .48 at least
-_ADAPTIVE = 1.8  # from step 2 on: 1.76 at most
-_FIRST_ADAPTIVE, _FIRST_MARGIN = 4.0, 0.6  # before: 3.1 at most, 5.0 at least, and the margin
-YOUNG = range(11)  # steps; noise grows, so that levels are those of a start
-_SETTLED = 2  # steps, after which a preconditioner has seen more than one gradient
-_AIMED, _AIMED_ADAPTIVE = 0.1, 0.5  # what runs at their tuned rates have
-_AIMED_MARGIN = 0.15  # and their margin
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NoiseLevels(Documented):
+    """How much noise is too much for a start: it grows about tenfold as the loss falls."""
+
+    sgd: float = level(
+        0.3, "N of SGD", source="decision 020: up to 4 x the tuned rate .26 at most, failing .32"
+    )
+    adaptive: float = level(
+        1.8, "N of methods that adapt, from step `settled` on", source="decision 020: healthy 1.76"
+    )
+    first: float = level(
+        4.0, "N of these before that step", source="decision 020: healthy 3.1 at most, failing 5"
+    )
+    first_margin: float = level(
+        0.6, "M that goes with it", source="decisions 020 and 021: a fresh head has N 190 and M .2"
+    )
+    planned: float = level(
+        0.4, "N of SGD at a planned peak", source="decision 020: trained .14 at most, failed .48"
+    )
+    settled: int = level(2, "steps after which v has seen two gradients", source="theory: v = g^2")
+    young: int = level(10, "the last step of a start", source="decision 020")
+    aimed: float = level(0.1, "N that advice aims for, SGD", source="decision 020: tuned rates")
+    aimed_adaptive: float = level(0.5, "N the same, methods that adapt", source="decision 020")
+    aimed_margin: float = level(0.15, "M aimed for before step `settled`", source="decision 020")
+
+    def at(self, step: Observation, *, planned: bool = False) -> float:
+        """Return how much noise is too much in the first steps, or at a peak that is planned."""
+        if not step.adaptive:
+            return self.planned if planned else self.sgd
+        return self.adaptive if step.index >= self.settled else self.first
+
+
+NOISE = NoiseLevels()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,54 +53,50 @@ class NoisePart:
     value: float
     error: float
     margin: float  # M, of the full batch
+    levels: NoiseLevels = NOISE
 
     def counted(self, step: Observation) -> float:
-        """Return N, or of methods that adapt before step 2 what of it counts: min(N, 6.7 M).
+        """Return N, or of methods that adapt before step `settled` what of it counts.
 
-        v is a single squared gradient then: a fresh head on a pretrained net has an N of up to 190,
-        at a margin of .2 and a good rate.
+        That is min(N, first / first_margin M). v is a single squared gradient then: a fresh head on
+        a pretrained net has an N of up to 190, at a margin of .2 and a good rate.
         """
-        if not step.adaptive or step.index >= _SETTLED:
+        if not step.adaptive or step.index >= self.levels.settled:
             return self.value
-        return min(self.value, _FIRST_ADAPTIVE / _FIRST_MARGIN * self.margin)
+        return min(self.value, self.levels.first / self.levels.first_margin * self.margin)
 
     def excess(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return N over the level of a start, at `growth` times the rate: above 1 is too much."""
-        return growth * self.counted(step) / self.level(step, planned=growth > 1)
-
-    @staticmethod
-    def level(step: Observation, *, planned: bool = False) -> float:
-        """Return how much noise is too much in the first steps, or at a peak that is planned."""
-        if not step.adaptive:
-            return _SGD_PEAK if planned else _SGD
-        return _ADAPTIVE if step.index >= _SETTLED else _FIRST_ADAPTIVE
+        return growth * self.counted(step) / self.levels.at(step, planned=growth > 1)
 
     def factor(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return what to multiply that rate by so that N is what good rates have.
 
         Or M, whichever asks less, where both have to be high (see `counted`).
         """
-        if not step.adaptive:
-            return min(_AIMED / (growth * self.value), 1.0)
-        noise = _AIMED_ADAPTIVE / (growth * self.value)
-        if step.index >= _SETTLED:
-            return min(noise, 1.0)
-        return min(max(noise, _AIMED_MARGIN / (growth * self.margin)), 1.0)
+        levels = self.levels
+        aimed = levels.aimed_adaptive if step.adaptive else levels.aimed
+        asked = aimed / (growth * self.value)
+        if step.adaptive and step.index < levels.settled:
+            asked = max(asked, levels.aimed_margin / (growth * self.margin))
+        return min(asked, 1.0)
 
 
-def noise_part(step: Observation) -> NoisePart | None:
+def noise_part(step: Observation, levels: NoiseLevels = NOISE) -> NoisePart | None:
     """Return the noise part that this step's probe has measured; None if it could not, or not yet.
 
     Not where every step sees the same data: what differs within the batch is no noise there.
     """
-    estimates = step.estimates or {}
-    mean_square, margin = estimates.get("stochastic_margin"), step.margin
-    if not step.fresh or step.same_data or mean_square is None or margin is None:
+    estimate = step.measured("stochastic_margin")
+    whole, margin = value_of(estimate), step.margin_now if step.has_limit else None
+    if estimate is None or whole is None or margin is None or margin <= 0 or step.same_data:
         return None
-    if mean_square.status != "ok" or margin.status != "ok":
-        return None
-    if mean_square.value is None or margin.value is None or margin.value <= 0:
-        return None
-    noise = max(mean_square.value - margin.value, 0.0)
-    error = mean_square.error or 0.0
-    return NoisePart(noise, error, margin.value) if noise > error else None
+    noise, error = max(whole - margin, 0.0), estimate.error or 0.0
+    return NoisePart(noise, error, margin, levels) if noise > error else None
+
+
+def noise_ratio(estimates: Mapping[str, Estimate]) -> float | None:
+    """Return the stochastic margin in units of the full-batch one, where a probe has had both."""
+    whole = value_of(estimates.get("stochastic_margin"))
+    margin = value_of(estimates.get("stability_margin"))
+    return None if whole is None or not margin or margin <= 0 else max(whole / margin, 1.0)

@@ -85,7 +85,7 @@ def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
 
 def table_of(kind: type) -> str:
     """Return a Markdown table of the fields, those of a group under the group's name."""
-    rows = [f"| `{n}` | `{_shown(f.default)}` | {_what(f)} |" for n, f in _rows(kind)]
+    rows = [f"| `{n}` | `{_shown(value)}` | {_what(f)} |" for n, value, f in rows_of(kind)]
     return "\n".join(
         [
             "| field | default | what it is, and where the default comes from |",
@@ -95,13 +95,14 @@ def table_of(kind: type) -> str:
     )
 
 
-def _rows(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    for declared in fields_of(kind):
-        name = prefix + declared.name
-        if isinstance(declared.default, Documented):
-            yield from _rows(type(declared.default), f"{name}.")
+def rows_of(part: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """List name, value and field of all that is declared; of a class the defaults."""
+    for declared in fields_of(part if isinstance(part, type) else type(part)):
+        name, value = prefix + declared.name, getattr(part, declared.name)
+        if isinstance(value, Documented):
+            yield from rows_of(value, f"{name}.")
         else:
-            yield name, declared
+            yield name, value, declared
 
 
 def _shown(default: Any) -> str:

@@ -20,6 +20,17 @@ def growth(rates: Sequence[float], before: Sequence[float]) -> float:
     return max((now / then for now, then in pairs if then > 0), default=1.0)
 
 
+def within(cap: float, rates: Sequence[float]) -> float:
+    """Return the factor of all rates that brings the largest down to a cap; 1 where it is below."""
+    largest = max(rates, default=0.0)
+    return 1.0 if largest <= cap or largest <= 0 else cap / largest
+
+
+def value_of(estimate: Estimate | None) -> float | None:
+    """Return what was measured now and means what it says; None for what is held or withheld."""
+    return estimate.value if estimate is not None and estimate.status == "ok" else None
+
+
 def scaled(margin: Estimate | None, factor: float) -> Estimate | None:
     """Return a margin at `factor` times its learning rates."""
     if margin is None or margin.value is None or factor == 1:

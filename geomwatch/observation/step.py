@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from geomwatch.observation.margins import scaled, within
 from geomwatch.records import Estimate
 
 
@@ -20,13 +22,14 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One optimizer step as the rules see it, before the step is taken.
+    """One optimizer step, before it is taken: what was measured, and what is known from before.
 
     `margin` is the stability margin at this step's learning rate: measured now when `fresh`,
     otherwise the last one re-scaled; `gradient_margin`, measured more often, is the small-batch
     margin along the coming preconditioned step d = S^2 g, limit_ratio * d'(H + W)d / g'd (see
     `stability`): eta BS / (2 (1-mu)) for SGD with momentum, negative where the loss is concave.
-    `settled` is what became known of the step before.
+    `settled` is what became known of the step before. The last group of fields is what an
+    `Observer` adds from the steps before.
     """
 
     index: int  # optimizer steps taken before it
@@ -48,7 +51,50 @@ class Observation:
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
 
+    cap: float = math.inf  # the largest rate that a controller lets the step take
+    jump: float = 1.0  # largest factor by which a group's rate has grown since the step before
+    noise: float | None = None  # stochastic over full-batch margin, while that is known to hold
+    is_noisy: bool | None = None  # batch noise dominates, at whatever rate; None where not known
+    is_quiet: bool = False  # batches agree on the curvature: their noise matters hardly at all
+    agreed: bool = False  # they did so when it was last measured, however long ago
+    doubt: str = ""  # why the margin can't be believed
+
     @property
     def rate(self) -> float:
         """The largest learning rate; 1 where the optimizer does not tell."""
         return max(self.lr, default=1.0)
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether margins are shares of a limit; without a formula for the optimizer, of none."""
+        return self.margin is None or self.margin.status == "ok"
+
+    @property
+    def margin_now(self) -> float | None:
+        """The stability margin, where this step has measured one."""
+        return self.margin.value if self.fresh and self.margin is not None else None
+
+    @property
+    def gradient_margin_now(self) -> float | None:
+        """The gradient margin, where this step has measured one."""
+        margin = self.gradient_margin
+        return margin.value if self.gradient_fresh and margin is not None else None
+
+    @property
+    def applied(self) -> Observation:
+        """The step as the rules judge it: at the rates that a controller lets it take."""
+        now, headed = within(self.cap, self.lr), within(self.cap, self.peak)
+        if now == headed == 1:
+            return self
+        return replace(
+            self,
+            lr=tuple(now * rate for rate in self.lr),
+            peak=tuple(headed * rate for rate in self.peak),
+            margin=scaled(self.margin, now),
+            gradient_margin=scaled(self.gradient_margin, now),
+        )
+
+    def measured(self, name: str) -> Estimate | None:
+        """Return what this step's probe has measured of a quantity: nothing that is held."""
+        found = (self.estimates or {}).get(name)
+        return None if found is None or found.status == "held" else found

@@ -2,77 +2,69 @@
 
 from __future__ import annotations
 
-from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.batch_noise import YOUNG, NoisePart, noise_part
-from geomwatch.observation.levels import items_of
+from dataclasses import dataclass
+
+from geomwatch.observation.batch_noise import NoiseLevels, NoisePart, noise_part
+from geomwatch.observation.documented import GUESS, group, level
+from geomwatch.observation.gradient_level import items_of
 from geomwatch.observation.step import Observation
-from geomwatch.observation.trust import Trust
 from geomwatch.records import Alert
-from geomwatch.rules.advice import lower_rate, rate_factor
-from geomwatch.rules.deferred import Deferred
+from geomwatch.rules.advice import Advice
+from geomwatch.rules.deferred import Deferring
 from geomwatch.rules.message import alert, carried_by, larger_batch
-from geomwatch.rules.rule import Latch
-
-_AT_ONCE = 1.0  # noise of SGD that is told of before the first step
+from geomwatch.rules.rule import LatchedRule
 
 
-class BatchNoise(Resumable):
-    """Warns when the noise part of the stochastic margin is too large in the first ten steps.
+@dataclass(kw_only=True, eq=False, repr=False)
+class BatchNoise(Deferring, LatchedRule):
+    """Warns when the noise part of the stochastic margin is too large in the first steps.
 
     N = M_ms - M, what batches that differ in curvature add to the margin (see
     `estimators.stochastic_margin`); M_ms < 1 is stability of the mean square of steps. N grows
     about tenfold as the loss falls, so that a start must have a fraction of the limit: a warning
-    when
-
-        N > 0.3     SGD, from step 0 on,
-        N > 1.8     methods that adapt, from step 2 on,
-
-    and for these before that when N > 4 and M > 0.6. Measured by the first probe, and again at
-    steps 5 and 8 where it is near its level (see `SecondLook`). What the first probe found is said
-    at the second step, unless it is SGD and N > 1, which a single step may ruin: full-batch
-    training shows itself there, and bears more.
+    when N is above the level of `noise` for this optimizer, which takes M into account where it
+    adapts and has seen one gradient. Measured by the first probe, and again at steps 5 and 8 where
+    it is near its level (see `SecondLook`). What the first probe found is said at the second step,
+    unless it is SGD and N is above `at_once`, which a single step may ruin: full-batch training
+    shows itself there, and bears more.
     """
 
     name = "batch_noise"
+    reads = "probe"
+    says = ("warning",)
 
-    _latch: Kept[Latch]
-    _trust: Kept[Trust]
-    _kept: Kept[Deferred]
-
-    def __init__(self) -> None:
-        self._latch = Latch()
-        self._trust = Trust()
-        self._kept = Deferred()
+    noise: NoiseLevels = group(NoiseLevels, "of N = M_ms - M")
+    at_once: float = level(1.0, "N of SGD that is told of before the first step", source=GUESS)
+    advice: Advice = group(Advice, "the rate to go on at")
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe of the first steps that has measured micro-batches."""
-        doubt = self._trust(step)
-        found = noise_part(step) if step.index in YOUNG and not doubt else None
+        is_start = step.index <= self.noise.young
+        found = noise_part(step, self.noise) if is_start and not step.doubt else None
         if found is None or found.excess(step) <= 1 or not self._latch.admit("warning", step.index):
-            return self._kept.release(step)
-        if step.index == 0 and (step.adaptive or found.value <= _AT_ONCE):
-            self._kept.keep(self._told(step, found, is_late=True))
+            return self._released(step)
+        if step.index == 0 and (step.adaptive or found.value <= self.at_once):
+            self._defer(self._alert(step, found, is_late=True))
             return None
-        return self._told(step, found)
+        return self._alert(step, found)
 
-    def _told(self, step: Observation, found: NoisePart, *, is_late: bool = False) -> Alert:
+    def _alert(self, step: Observation, found: NoisePart, *, is_late: bool = False) -> Alert:
+        limit = self.noise.at(step)
+        factor = min(self.advice.factor(step), found.factor(step))
+        text = (
+            f"batches of {items_of(step)} disagree too much on the curvature for a learning rate "
+            f"of {step.rate:.3g} with {step.optimizer}: they add {found.value:.2g} ± "
+            f"{found.error:.2g} to a stability margin of {found.margin:.2g} (alert above "
+            f"{limit:g} in the first {self.noise.young} steps, unstable at 1; it grows as the loss "
+            f"falls){carried_by(step)}. {self.advice.lower_rate(step, factor, is_late=is_late)}"
+            f"{larger_batch(factor)}."
+        )
         return alert(
             self.name,
             "warning",
-            _text(step, found, is_late),
+            text,
             value=found.value,
-            limit=found.level(step),
+            limit=limit,
             step=step.index,
             layers=step.layers,
         )
-
-
-def _text(step: Observation, found: NoisePart, is_late: bool) -> str:
-    factor = min(rate_factor(step), found.factor(step))
-    return (
-        f"batches of {items_of(step)} disagree too much on the curvature for a learning rate of "
-        f"{max(step.lr):.3g} with {step.optimizer}: they add {found.value:.2g} ± {found.error:.2g} "
-        f"to a stability margin of {found.margin:.2g} (alert above {found.level(step):g} in the "
-        f"first {YOUNG.stop - 1} steps, unstable at 1; it grows as the loss falls)"
-        f"{carried_by(step)}. {lower_rate(step, factor, is_late=is_late)}{larger_batch(factor)}."
-    )

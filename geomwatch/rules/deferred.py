@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
 
 
-class Deferred(Resumable):
-    """Keeps one alert until the next step; it is dropped if that sees the same data.
+@dataclass(kw_only=True, eq=False, repr=False)
+class Deferring(Resumable):
+    """A rule that may keep one alert until the next step, and drops it if that sees the same data.
 
     Until then nobody knows, and full batches bear what mini-batches do not.
     """
 
-    _alert: Kept[Alert | None]
+    waits: Kept[bool] = field(init=False, default=False)
+    _deferred: Kept[Alert | None] = field(init=False, default=None)
 
-    def __init__(self) -> None:
-        self._alert = None
+    def _defer(self, alert: Alert) -> None:
+        self._deferred, self.waits = alert, True
 
-    def keep(self, alert: Alert) -> None:
-        """Keep an alert."""
-        self._alert = alert
-
-    def release(self, step: Observation) -> Alert | None:
+    def _released(self, step: Observation) -> Alert | None:
         """Return what was kept, once."""
-        alert, self._alert = self._alert, None
+        alert, self._deferred, self.waits = self._deferred, None, False
         return None if step.same_data else alert

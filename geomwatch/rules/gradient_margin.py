@@ -2,122 +2,151 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
-from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.levels import gradient_level, items_of
+from geomwatch.isolation.state import Kept
+from geomwatch.observation.documented import GUESS, Documented, between, group, level
+from geomwatch.observation.gradient_level import GradientLevels, items_of
 from geomwatch.observation.margins import RecentMargins
-from geomwatch.observation.regime import Regime
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.advice import lower_rate, rate_factor
+from geomwatch.rules.advice import Advice
 from geomwatch.rules.message import alert
-from geomwatch.rules.rule import Latch
+from geomwatch.rules.rule import LatchedRule
 
-_SHORT = 13.0  # at 64 items: of SGD over the last three,
-_FIRST = 22.0  # and of SGD in one of the first steps, in units of the small-batch limit
-_AT_ONCE, _EDGE_AT_ONCE = 2.0, 3.0  # of one measurement, in units of the full-batch limit
-_RELEASE = 0.7  # of the level
-_LONG_SPAN, _SHORT_SPAN = 60, 40  # steps that the means look back
-_ENOUGH, _THREE = 4, 3  # measurements in them
-_YOUNG = range(3, 13)  # steps
-_WARM_UP = 20  # steps
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FirstValues(Documented):
+    """One value of SGD in the first steps, where a run that is lost shows it."""
+
+    limit: float = level(22.0, "G", source="decision 020")
+    start: int = level(3, "the first step: a spike before it may heal", source="decision 014")
+    end: int = level(12, "the last step", source="decision 014")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LastValues(Documented):
+    """The mean of the last few values of SGD."""
+
+    limit: float = level(13.0, "mean G", source="decision 020")
+    count: int = level(3, "measurements", source="decision 014")
+    span: int = level(40, "steps that it looks back", source=GUESS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    share: float  # of the level
     value: float
     level: float
     shown: str
     severity: Severity = "warning"
 
+    @property
+    def share(self) -> float:
+        return self.value / self.level
 
-class GradientMargin(Resumable):
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class GradientMargin(LatchedRule):
     """Warns when the curvature along the steps is more than batches of this size survive.
 
     G = d'(H + W)d / g'd along the coming step d = S^2 g, in units of the limit of small batches
     (`limit_ratio` times further off is that of the full batch): what sentinels measure between
     probes, at a fraction of their cost. Healthy runs settle between the two limits, the higher the
-    larger the batch B. Of geometric means, re-scaled to the present rate, it is a warning when
-
-        over 60 steps   G > 7 (B/64)^(1/3)    (12 for methods that adapt),
-        over three      G > 13 (B/64)^(1/3)   (SGD),
-
-    times sqrt(limit_ratio / 19), and 2.5 where batch noise is known to matter hardly at all (see
-    `regime`); it is critical when a single value in steps 3 to 12 exceeds 22
-    (B/64)^(1/3) (SGD), or one at any step twice the limit of the full batch. Where every step sees
-    the same data the level is 1.3 of that limit.
+    larger the batch. Geometric means, re-scaled to the present rate, warn above their levels: that
+    of the last `span` steps and, of SGD, that of the `last` values. It is critical when a single
+    value of SGD exceeds that of the `first` steps, or one at any step `at_once` times the limit of
+    the full batch. How `levels` depend on the batch, on momentum and on how much batches agree is
+    said in `GradientLevels`; `first` and `last` do alike.
     """
 
     name = "gradient_margin"
+    reads = "look"
+    says = ("warning", "critical")
 
-    _recent: Kept[RecentMargins]
-    _latch: Kept[Latch]
-    _regime: Kept[Regime]
+    levels: GradientLevels = group(GradientLevels, "of the long mean")
+    first: FirstValues = group(FirstValues, "one value of the first steps")
+    last: LastValues = group(LastValues, "the short mean")
+    at_once: float = level(2.0, "limits of the full batch, one value", source=GUESS)
+    at_once_full_batch: float = level(
+        3.0, "the same where every step sees the same data", source=GUESS
+    )
+    calm: float = level(
+        0.7, "of a level, below which it is over", source=GUESS, check=between(0, 1)
+    )
+    span: int = level(60, "steps that the long mean looks back", source="decision 014")
+    least: int = level(4, "measurements in the long mean", source=GUESS)
+    warm_up: int = level(20, "steps before the long mean counts", source=GUESS)
+    advice: Advice = group(Advice, "the rate to go on at")
 
-    def __init__(self) -> None:
-        self._recent = RecentMargins(_LONG_SPAN)
-        self._latch = Latch()
-        self._regime = Regime()
+    _recent: Kept[RecentMargins] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._recent = RecentMargins(max(self.span, self.last.count))
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge a sentinel, beside what was measured along the gradient by probes."""
-        self._regime(step)
-        margin = step.gradient_margin
-        if not step.gradient_fresh or margin is None or margin.value is None:
+        now = step.gradient_margin_now
+        if now is None or step.rate <= 0 or not step.has_limit:
             return None
-        if step.rate <= 0 or (step.margin is not None and step.margin.status != "ok"):
-            return None
-        self._recent.add(step.index, step.rate, margin.value)
-        judged = self._judged(step, margin.value)
+        self._recent.add(step.index, step.rate, now)
+        judged = [*self._judged_once(step, now), *self._judged_means(step)]
+        judged.append(_Found(0.0, 1.0, ""))
         found = max(judged, key=lambda f: (f.share > 1 and f.severity == "critical", f.share))
         if found.share <= 1:
-            self._latch.calm(step.index) if found.share < _RELEASE else self._latch.between()
+            self._latch.calm(step.index) if found.share < self.calm else self._latch.between()
             return None
         if not self._latch.admit(found.severity, step.index):
             return None
         return self._alert(step, found)
 
-    def _judged(self, step: Observation, now: float) -> list[_Found]:
-        """Hold one value and the means against their levels."""
-        judged = [_Found(0.0, now, math.inf, "")]
-        level_of = partial(gradient_level, step, is_quiet=self._regime.is_quiet(step))
-        at_once = step.limit_ratio * (_EDGE_AT_ONCE if step.same_data else _AT_ONCE)
+    def _judged_once(self, step: Observation, now: float) -> list[_Found]:
+        """Hold one value against its levels."""
+        judged, first, shown = [], self.first, "measured once"
         if step.index > 0 and not step.fresh:  # of a probe StabilityMargin speaks
-            judged.append(_found(now, at_once, "measured once", "critical"))
-        mean, count = self._recent.mean(step.index, step.rate, steps=_LONG_SPAN)
-        if mean is not None and count >= _ENOUGH and step.index >= _WARM_UP:
-            shown = f"mean of {count} measurements in {_LONG_SPAN} steps"
-            judged.append(_found(mean, level_of(), shown))
-        if step.adaptive or step.same_data:
-            return judged
-        if step.index in _YOUNG:
-            judged.append(_found(now, level_of(_FIRST), "measured once", "critical"))
-        mean, count = self._recent.mean(step.index, step.rate, steps=_SHORT_SPAN, most=_THREE)
-        if mean is not None and count >= _THREE and step.index >= _YOUNG.start:
-            judged.append(_found(mean, level_of(_SHORT), "mean of the last three measurements"))
+            limits = self.at_once_full_batch if step.same_data else self.at_once
+            judged.append(_Found(now, limits * step.limit_ratio, shown, "critical"))
+        if _is_plain(step) and first.start <= step.index <= first.end:
+            judged.append(_Found(now, self._level(step, first.limit), shown, "critical"))
         return judged
 
+    def _judged_means(self, step: Observation) -> list[_Found]:
+        """Hold the means against their levels."""
+        judged, last = [], self.last
+        mean, count = self._recent.mean(step.index, step.rate, steps=self.span)
+        if mean is not None and count >= self.least and step.index >= self.warm_up:
+            shown = f"mean of {count} measurements in {self.span} steps"
+            judged.append(_Found(mean, self._level(step), shown))
+        mean, count = self._recent.mean(step.index, step.rate, steps=last.span, most=last.count)
+        if mean is None or count < last.count or step.index < self.first.start:
+            return judged
+        if _is_plain(step):
+            shown = f"mean of the last {count} measurements"
+            judged.append(_Found(mean, self._level(step, last.limit), shown))
+        return judged
+
+    def _level(self, step: Observation, at_64: float | None = None) -> float:
+        return self.levels.at(step, at_64, is_quiet=step.is_quiet)
+
     def _alert(self, step: Observation, found: _Found) -> Alert:
-        lr = max(step.lr)
-        is_quiet = self._regime.is_quiet(step)
-        factor = rate_factor(step, gradient=found.value, is_quiet=is_quiet)
-        agreeing = " that agree on the curvature" if is_quiet else ""
+        factor = self.advice.factor(
+            step, gradient=found.value, levels=self.levels, is_quiet=step.is_quiet
+        )
+        agreeing = " that agree on the curvature" if step.is_quiet else ""
         batch = f"batches of {items_of(step)}{agreeing}"
         batch = "full-batch training" if step.same_data else batch
         text = (
-            f"at a learning rate of {lr:.3g} the curvature along the steps is more than {batch} "
-            f"survive for long with {step.optimizer}: {found.value:.3g} x the limit of small "
-            f"batches, {found.shown} (alert above {found.level:.3g}; the full batch would allow "
-            f"{step.limit_ratio:.3g}). {lower_rate(step, factor)}, or end its warm-up there."
+            f"at a learning rate of {step.rate:.3g} the curvature along the steps is more than "
+            f"{batch} survive for long with {step.optimizer}: {found.value:.3g} x the limit of "
+            f"small batches, {found.shown} (alert above {found.level:.3g}; the full batch would "
+            f"allow {step.limit_ratio:.3g}). {self.advice.lower_rate(step, factor)}, or end its "
+            "warm-up there."
         )
         return alert(
             self.name, found.severity, text, value=found.value, limit=found.level, step=step.index
         )
 
 
-def _found(value: float, level: float, shown: str, severity: Severity = "warning") -> _Found:
-    return _Found(value / level, value, level, shown, severity)
+def _is_plain(step: Observation) -> bool:
+    """Tell whether these are mini-batches under SGD."""
+    return not (step.adaptive or step.same_data)

@@ -1,27 +1,60 @@
-"""What a rule is, and what rules have in common: an alert is let out once, and when it lasts."""
+"""What a rule is, and what rules have in common: when they are asked, and that they say it once."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.documented import GUESS, Documented, group, level, whole
 from geomwatch.observation.step import Observation
-from geomwatch.records import Alert
+from geomwatch.records import Alert, Severity
 
 _ORDER = ("", "info", "warning", "critical")
 
 
 class Rule(Protocol):
-    """History in, at most one alert out. Everything is counted in optimizer steps.
+    """What is known of a step in, at most one alert out. Everything is counted in optimizer steps.
 
-    A rule whose verdicts depend on earlier steps is `Resumable`, and annotates as `Kept[...]` what
-    it remembers of them.
+    A rule whose verdicts depend on earlier steps is a `Resumable`, and annotates as `Kept[...]`
+    what it remembers of them. It is asked before every step, unless it `reads` less:
+
+        reads = "look"   steps at which a sentinel or a probe has measured something
+        reads = "rise"   these, and those whose rate is above that of the step before
+        reads = "probe"  steps at which a probe has measured something
+
+    and while it `waits` for the next step, whatever that brings.
     """
 
     name: str
 
     def __call__(self, step: Observation) -> Alert | None:
         """Look at one step."""
+
+
+def is_due(rule: Rule, step: Observation) -> bool:
+    """Tell whether a rule is to be asked about this step."""
+    reads = getattr(rule, "reads", "step")
+    if step.fresh or reads == "step":
+        return True
+    if reads != "probe" and (step.gradient_fresh or (reads == "rise" and step.jump > 1)):
+        return True
+    return bool(getattr(rule, "waits", False))
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Once(Documented):
+    """An alert is said again when it gets worse, or after it is over and a cool-down."""
+
+    release: int = level(15, "calm steps until an alert is over", source=GUESS)
+    cooldown: int = level(
+        25, "steps after that until the next one, unless critical", source=GUESS, check=whole(0)
+    )
+
+
+def soon_over() -> Once:
+    """Return what suits a rule whose condition shows itself each time it is looked for."""
+    return Once(release=1, cooldown=0)
 
 
 class Latch(Resumable):
@@ -31,14 +64,13 @@ class Latch(Resumable):
     _calm_since: Kept[int | None]
     _quiet_until: Kept[int]
 
-    def __init__(self, *, release: int = 15, cooldown: int = 25) -> None:
-        self._release = release  # calm steps until an alert is over
-        self._cooldown = cooldown  # steps after that until the next one
+    def __init__(self, once: Once) -> None:
+        self._once = once
         self.severity = ""
         self._calm_since = None
         self._quiet_until = 0
 
-    def admit(self, severity: str, step: int) -> bool:
+    def admit(self, severity: Severity, step: int) -> bool:
         """Tell whether an alert of this severity is news."""
         self._calm_since = None
         if _ORDER.index(severity) <= _ORDER.index(self.severity):
@@ -54,10 +86,10 @@ class Latch(Resumable):
             return
         if self._calm_since is None:
             self._calm_since = step
-        if step - self._calm_since >= self._release:
+        if step - self._calm_since >= self._once.release:
             self.severity = ""
             self._calm_since = None
-            self._quiet_until = step + self._cooldown
+            self._quiet_until = step + self._once.cooldown
 
     def between(self) -> None:
         """Note that the condition is neither present nor clearly absent."""
@@ -81,3 +113,19 @@ class Persistence(Resumable):
         if self._since is None:
             self._since = step
         return step - self._since >= self._needed
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LatchedRule(Documented, Resumable):
+    """A rule whose levels are its fields, and whose alerts are let out once."""
+
+    name = ""
+    reads = "step"
+    says: ClassVar[tuple[Severity, ...]] = ()
+
+    once: Once = group(Once, "when an alert is news again")
+    _latch: Kept[Latch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._latch = Latch(self.once)

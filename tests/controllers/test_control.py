@@ -22,6 +22,7 @@ from geomwatch.controllers.actuators import KNOBS, Memory
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.controllers.protocol import check_controllers, copies
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.observation.observer import Observer
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
 
@@ -318,7 +319,7 @@ def test_the_rules_see_the_capped_margin_and_peak():
     control.apply((0.1,))
     margin = Estimate(2.0, 0.2, "residual")
     seen = Observation(index=1, lr=(0.1,), margin=margin, gradient_margin=margin, peak=(1.0,))
-    judged = control.as_applied(seen)
+    judged = Observer()(seen, control.cap).applied
     assert judged.lr == (0.05,)
     assert judged.margin == judged.gradient_margin == Estimate(1.0, 0.1, "residual")
     assert judged.peak == pytest.approx((0.05,))

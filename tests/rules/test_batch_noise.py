@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from observations import brief, heard, measured
+from observations import Watched, brief, heard, measured
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
@@ -46,7 +46,7 @@ def test_a_start_whose_batches_disagree_is_warned_of_at_the_second_step():
 
 
 def test_much_noise_is_told_of_before_the_first_step_and_none_of_full_batches():
-    rule = BatchNoise()
+    rule = Watched(BatchNoise())
     assert rule(start(0, 1.1)) is not None
     assert rule(calm(1)) is None
     assert heard(BatchNoise(), [start(0, 0.9), calm(1, same_data=True)]) == []
@@ -78,7 +78,7 @@ def test_methods_that_adapt_have_levels_of_their_own(seen):
 
 def test_methods_that_adapt_ruin_nothing_in_one_step_and_always_wait():
     first = start(0, 190.0, 0.8, adaptive=True)
-    rule = BatchNoise()
+    rule = Watched(BatchNoise())
     assert rule(first) is None
     assert rule(calm(1)) is not None
     assert heard(BatchNoise(), [first, calm(1, same_data=True)]) == []

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from observations import Watched, heard
 
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation
@@ -23,9 +24,10 @@ def seen(step: int, along: float | None, lr: float = 0.1, **more: Any) -> Observ
     )
 
 
-def alerts(rule: GradientMargin, course: dict[int, float | None], **more: Any) -> list[Alert]:
-    found = (rule(seen(step, along, **more)) for step, along in course.items())
-    return [alert for alert in found if alert is not None]
+def alerts(
+    rule: GradientMargin | Watched, course: dict[int, float | None], **more: Any
+) -> list[Alert]:
+    return heard(rule, (seen(step, along, **more) for step, along in course.items()))
 
 
 def brief(found: list[Alert]) -> list[tuple[int, str]]:
@@ -71,7 +73,7 @@ def agreeing(step: int, along: float, noise: float) -> Observation:
 def test_batches_that_agree_on_the_curvature_bear_more():
     for noise, level in ((1.2, 17.5), (1.4, 7.0)):
         for share in (0.97, 1.03):
-            rule = GradientMargin()
+            rule = Watched(GradientMargin())
             rule(agreeing(25, share * level, noise))
             found = alerts(rule, dict.fromkeys(range(30, 75, 5), share * level))
             assert brief(found) == ([(40, "warning")] if share > 1 else [])
@@ -82,7 +84,7 @@ def test_batches_that_agree_on_the_curvature_bear_more():
 
 
 def test_that_they_agree_is_believed_for_a_while():
-    rule = GradientMargin()
+    rule = Watched(GradientMargin())
     rule(agreeing(25, 8.0, 1.2))
     (alert,) = alerts(rule, dict.fromkeys(range(30, 120, 5), 8.0))
     assert alert.step == 80  # three times step 25
@@ -136,7 +138,7 @@ def test_full_batch_training_lives_at_the_limit():
 
 
 def test_values_held_from_before_are_re_scaled_when_the_rate_rises():
-    rule = GradientMargin()
+    rule = Watched(GradientMargin())
     assert not alerts(rule, {step: 2.0 for step in (100, 110, 120, 130)})
     (alert,) = alerts(rule, {140: 8.0}, lr=0.4)
     assert alert.value == pytest.approx(8.0)

@@ -13,7 +13,7 @@ import torch
 from observations import brief, heard, losses, trained
 from problems import cross_entropy, digits, mlp
 
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import LossRise, Observation
 

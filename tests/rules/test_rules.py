@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from observations import (
+    Watched,
     brief,
     full_batch,
     heard,
@@ -23,7 +24,7 @@ from observations import (
     trained,
 )
 
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import (
     BatchNoise,
@@ -406,15 +407,13 @@ def test_a_resumed_run_raises_the_same_alerts(carry: Callable):
     for seed, _ in itertools.product(range(40), range(4)):
         run = random_run(seed)
         cut = cuts.randrange(1, len(run))
-        whole = judged(default_rules(), run)
-        first, second = default_rules(), default_rules()
+        whole = judged(Watched(*default_rules()), run)
+        first, second = Watched(*default_rules()), Watched(*default_rules())
         before = judged(first, run[:cut])
-        states = carry([rule.state_dict() for rule in first])
-        for rule, state in zip(second, states, strict=True):
-            rule.load_state_dict(state)
+        second.load_state_dict(carry(first.state_dict()))
         after = judged(second, run[cut:])
         assert before + after == whole
-        for rule in second:
+        for rule in second.rules:
             count = sum(f"rule={rule.name!r}" in text for text in after)
             after_the_cut[rule.name] = after_the_cut.get(rule.name, 0) + count
     after_the_cut.pop("batch_noise")  # of the first steps alone
@@ -432,12 +431,11 @@ def test_a_resumed_run_raises_the_same_alerts(carry: Callable):
     ],
 )
 def test_it_does_not_matter_where_a_run_is_cut(run):
-    whole = judged(default_rules(), run)
+    whole = judged(Watched(*default_rules()), run)
     for cut in range(len(run)):
-        first, second = default_rules(), default_rules()
+        first, second = Watched(*default_rules()), Watched(*default_rules())
         before = judged(first, run[:cut])
-        for rule, other in zip(first, second, strict=True):
-            other.load_state_dict(rule.state_dict())
+        second.load_state_dict(first.state_dict())
         assert before + judged(second, run[cut:]) == whole
 
 
@@ -446,9 +444,9 @@ def test_a_rule_without_its_memory_judges_otherwise():
     differs = 0
     for seed in range(40):
         run = random_run(seed)
-        rules = default_rules()
-        whole = judged(rules, run)
-        differs += judged(default_rules(), run[:80]) + judged(default_rules(), run[80:]) != whole
+        first, second = Watched(*default_rules()), Watched(*default_rules())
+        whole = judged(Watched(*default_rules()), run)
+        differs += judged(first, run[:80]) + judged(second, run[80:]) != whole
     assert differs >= 30
 
 

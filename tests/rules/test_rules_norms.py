@@ -8,7 +8,7 @@ import random
 import pytest
 from observations import brief, heard
 
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.rules import GradNormSpike, Observation
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.estimators.noise import NO_SIGNAL
 from geomwatch.estimators.noise_floor import NO_FUNCTION
-from geomwatch.observation.regime import Regime
 from geomwatch.records import Estimate
 from geomwatch.rules import (
     CriticalBatchSize,
@@ -334,48 +332,3 @@ def test_full_batch_training_has_no_larger_batch():
     alerts = heard(StabilityMargin(), run)
     assert alerts
     assert all("batch" not in a.message for a in alerts)
-
-
-def test_the_regime_is_noisy_where_batches_disagree_in_curvature():
-    regime = Regime()
-    assert regime.noise(measured(0, 0.5)) is None
-    regime(whole(30, 0.5, 2.0))
-    regime(measured(31, 0.9))  # a lesser probe says nothing of it
-    assert regime.noise(measured(31, 0.9)) == pytest.approx(4.0)
-    assert regime.is_noisy(measured(31, 0.9))
-    assert not regime.is_quiet(measured(31, 0.9))
-    assert not regime.is_noisy(measured(31, 0.9, same_data=True))
-    assert regime.is_noisy(measured(90, 0.9))
-    assert regime.is_noisy(measured(91, 0.9)) is None  # too long ago
-
-
-def test_batches_that_have_agreed_go_on_to_until_they_clearly_do_not():
-    regime = Regime()
-    for step, noise, is_quiet in ((30, 1.5, False), (40, 1.2, True), (50, 1.7, True)):
-        regime(whole(step, 0.5, 0.5 * noise))
-        assert regime.is_quiet(measured(step + 1, 0.5)) is is_quiet
-    again = Regime()
-    again.load_state_dict(regime.state_dict())
-    regime(whole(60, 0.5, 0.95))
-    again(whole(60, 0.5, 0.85))
-    assert not regime.is_quiet(measured(61, 0.5))
-    assert again.is_quiet(measured(61, 0.5))
-
-
-def test_a_cap_on_the_rate_does_not_change_how_much_is_noise():
-    regime = Regime()
-    seen = whole(30, 0.5, 0.6)
-    assert seen.margin is not None
-    applied = replace(seen, lr=(0.01,), margin=replace(seen.margin, value=0.05))
-    regime(applied)
-    assert regime.noise(applied) == pytest.approx(1.2)
-    assert regime.is_quiet(applied)
-    assert regime.noise(replace(applied, lr=(0.019,))) is not None
-    assert regime.noise(replace(applied, lr=(0.021,))) is None  # at other rates it may be another
-
-
-def test_only_the_same_data_makes_an_edge():
-    regime = Regime()
-    regime(whole(0, 1.0, 1.01))  # micro-batches agree, as they do at the start of any run
-    assert not regime.is_edge(measured(1, 1.0), 1.0, below=1.3)
-    assert regime.is_edge(measured(1, 1.0, same_data=True), 1.0, below=1.3)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.batch_noise import YOUNG, noise_part
+from geomwatch.observation.batch_noise import NOISE, noise_part
 from geomwatch.observation.documented import Documented, level
-from geomwatch.observation.margins import SmoothedMargin
-from geomwatch.observation.regime import FROM, batches_agree, noise_of
+from geomwatch.observation.margins import SmoothedMargin, value_of
+from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
 
@@ -49,35 +49,27 @@ class Limit(Resumable):
     noise matters; the margin G along the gradient, which costs a fraction, is then anything from .5
     to 3. So the limit of G is what it would be at M_ms = 1.25 by the last probe that had both, but
     between 1 and 2: a probe sees one batch, and older ones saw less noise. Where noise hardly
-    matters (see `regime`) M_ms says nothing, and it is 5. Without micro-batches, as with BatchNorm,
-    it is 2 for SGD and 1 for methods that adapt.
+    matters (see `Observer`) M_ms says nothing, and it is 5. Without micro-batches, as with
+    BatchNorm, it is 2 for SGD and 1 for methods that adapt.
     """
 
-    _is_quiet: Kept[bool]
     _share: Kept[float | None]  # G / M_ms
 
     def __init__(self, limits: CapLimits) -> None:
         self._limits = limits
-        self._is_quiet = False
         self._share = None
 
     def update(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
-        if step.index < FROM:
-            return
-        estimates = step.estimates or {}
-        if noise_of(estimates) is not None:
-            self._is_quiet = batches_agree(estimates, still=self._is_quiet)
-        stochastic, along = estimates.get("stochastic_margin"), step.gradient_margin
-        if stochastic is None or stochastic.status != "ok" or not stochastic.value:
-            return
-        if along is not None and along.value is not None and along.status == "ok":
-            self._share = along.value / stochastic.value
+        whole = value_of(step.measured("stochastic_margin"))
+        along = value_of(step.gradient_margin)
+        if step.index >= Observer.settles and whole and along is not None:
+            self._share = along / whole
 
     def at(self, step: Observation) -> float:
         """Return the limit, in units of that of small batches."""
         limits = self._limits
-        if self._is_quiet:
+        if step.agreed:
             return limits.quiet
         if self._share is None:
             return limits.adaptive if step.adaptive else limits.sgd
@@ -103,7 +95,7 @@ class FirstSteps(Resumable):
 
     def update(self, step: Observation) -> None:
         """Take note of what a probe has measured."""
-        if step.index not in YOUNG or not step.fresh:
+        if step.index > NOISE.young or not step.fresh:
             return
         self._margin.update(step.margin, step.lr)
         found = noise_part(step)
@@ -113,7 +105,7 @@ class FirstSteps(Resumable):
 
     def allows(self, step: Observation) -> float:
         """Return the factor of the present rates at which both are within limits; inf for none."""
-        if step.index >= FROM or step.same_data:
+        if step.index >= Observer.settles or step.same_data:
             return math.inf
         limits = self._limits
         noise = limits.start_noise_adaptive if step.adaptive else limits.start_noise_sgd

@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
-from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.isolation.state import Kept
+from geomwatch.observation.documented import GUESS, group, level
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.advice import lower_rate, rate_factor_of_loss
+from geomwatch.rules.advice import Advice
 from geomwatch.rules.message import alert
-from geomwatch.rules.rule import Latch
-
-_SKIPS = 5
+from geomwatch.rules.rule import LatchedRule, Once, soon_over
 
 
-class NonFinite(Resumable):
+@dataclass(kw_only=True, eq=False, repr=False)
+class NonFinite(LatchedRule):
     """Critical when the loss, or a gradient that is stepped with, is NaN or Inf.
 
     A step that a GradScaler leaves out because of an infinite gradient is information: it lowers
-    its scale and goes on. Five in a row are critical: no scale helps any more.
+    its scale and goes on. So many in a row as `skips` are critical: no scale helps any more.
     """
 
     name = "non_finite"
+    says = ("info", "critical")
 
-    _latch: Kept[Latch]
-    _skipped: Kept[int]
+    skips: int = level(5, "steps left out in a row: a factor of 32 in scale", source=GUESS)
+    once: Once = group(soon_over, "when an alert is news again")
+    advice: Advice = group(Advice, "the rate to go on at")
 
-    def __init__(self) -> None:
-        self._latch = Latch(release=1, cooldown=0)
-        self._skipped = 0
+    _skipped: Kept[int] = field(init=False, default=0)
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the probe of this step and the scalars of the step before."""
-        if step.loss is not None and not math.isfinite(step.loss):
-            return self._raise("critical", step.index, step.loss, _loss_message(step, step.loss))
         settled = step.settled
+        if step.loss is not None and not math.isfinite(step.loss):
+            return self._raise_loss(step, step.index, step.loss)
         if settled is None:
             return None
         if settled.loss is not None and not math.isfinite(settled.loss):
-            message = _loss_message(step, settled.loss)
-            return self._raise("critical", settled.step, settled.loss, message)
+            return self._raise_loss(step, settled.step, settled.loss)
         if math.isfinite(settled.grad_norm):
             self._skipped = 0
             self._latch.calm(settled.step)
@@ -47,14 +47,21 @@ class NonFinite(Resumable):
         if settled.stepped:
             message = (
                 f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
-                f"the weights are lost. {_go_back(step)}, or look for bad data in the last batches."
+                f"the weights are lost. {self._go_back(step)}"
             )
             return self._raise("critical", settled.step, settled.grad_norm, message)
         self._skipped += 1
         return self._skip(settled.step, settled.grad_norm)
 
+    def _raise_loss(self, step: Observation, index: int, loss: float) -> Alert | None:
+        message = (
+            f"the loss is {loss}. A step taken on it destroys the weights, and training will not "
+            f"recover by itself. {self._go_back(step)}"
+        )
+        return self._raise("critical", index, loss, message)
+
     def _skip(self, step: int, grad_norm: float) -> Alert | None:
-        if self._skipped < _SKIPS:
+        if self._skipped < self.skips:
             message = (
                 f"the gradient norm is {grad_norm}; the step was left out, as a GradScaler does "
                 "while it looks for its scale. No action needed."
@@ -72,17 +79,10 @@ class NonFinite(Resumable):
             return None
         return alert(self.name, severity, message, value=value, limit=math.inf, step=step)
 
-
-def _loss_message(step: Observation, loss: float) -> str:
-    return (
-        f"the loss is {loss}. A step taken on it destroys the weights, and training will not "
-        f"recover by itself. {_go_back(step)}, or look for bad data in the last batches."
-    )
-
-
-def _go_back(step: Observation) -> str:
-    """Say where to go on from, and at which rate: by the margins as they were last known."""
-    margin = None if step.margin is None else step.margin.value
-    along = None if step.gradient_margin is None else step.gradient_margin.value
-    factor = rate_factor_of_loss(step, margin=margin, gradient=along)
-    return lower_rate(step, factor, is_lost=True)
+    def _go_back(self, step: Observation) -> str:
+        """Say where to go on from, and at which rate: by the margins as they were last known."""
+        margin = None if step.margin is None else step.margin.value
+        along = None if step.gradient_margin is None else step.gradient_margin.value
+        factor = self.advice.factor_of_loss(step, margin=margin, gradient=along)
+        lower = self.advice.lower_rate(step, factor, is_lost=True)
+        return f"{lower}, or look for bad data in the last batches."

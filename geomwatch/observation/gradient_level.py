@@ -1,0 +1,56 @@
+"""How much curvature along the steps healthy runs have, by batch and optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from geomwatch.observation.documented import GUESS, Documented, level
+from geomwatch.observation.step import Observation
+
+ITEMS = 64  # the batch that levels are given for: the largest of the runs they were chosen on
+_RATIO = 19.0  # its limit_ratio: theirs all had a momentum of 0.9, (1 + 0.9) / (1 - 0.9)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GradientLevels(Documented):
+    """Levels of the gradient margin G, in units of the limit of small batches.
+
+    A level for 64 items grows with the batch B as (B / 64)^power, and with momentum as the root of
+    `limit_ratio` over 19; none lies beyond `edge` times the limit of the full batch, or below as
+    many times that of small ones. Where every step sees the same data it is the former.
+    """
+
+    sgd: float = level(7.0, "G of SGD in the long mean", source="decisions 014 and 020")
+    adaptive: float = level(12.0, "G of methods that adapt", source="decisions 014 and 020")
+    power: float = level(1 / 3, "of the batch, that levels grow with", source="decision 014")
+    quiet: float = level(
+        2.5, "times higher where batches agree", source="decision 018: five healthy GPTs under SGD"
+    )
+    edge: float = level(1.3, "times a limit, beyond which no level lies", source=GUESS)
+
+    def at(self, step: Observation, at_64: float | None = None, *, is_quiet: bool = False) -> float:
+        """Return a level for this batch and this optimizer.
+
+        Args:
+            step: the coming one.
+            at_64: the level for 64 items and a momentum of 0.9; by default that of the long mean.
+            is_quiet: batch noise is known to matter hardly at all.
+        """
+        edge = self.edge * step.limit_ratio
+        if step.same_data:
+            return edge
+        if at_64 is None:
+            at_64 = self.adaptive if step.adaptive else self.sgd
+        at_64 *= self.quiet if is_quiet else 1.0
+        found = at_64 * (items_of(step) / ITEMS) ** self.power
+        found *= math.sqrt(step.limit_ratio / _RATIO)
+        return float(min(max(found, self.edge), edge))
+
+
+GRADIENT = GradientLevels()
+
+
+def items_of(step: Observation) -> int:
+    """Return the batch last measured on."""
+    return step.items or ITEMS

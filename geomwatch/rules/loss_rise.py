@@ -1,0 +1,177 @@
+"""The loss has risen well above the lowest it has been."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from geomwatch.isolation.state import Kept
+from geomwatch.observation.documented import GUESS, Documented, between, group, level
+from geomwatch.observation.margins import RecentMargins
+from geomwatch.observation.step import Observation
+from geomwatch.records import Alert, Severity
+from geomwatch.rules.advice import Advice
+from geomwatch.rules.message import alert
+from geomwatch.rules.rule import LatchedRule
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StartOfLosses(Documented):
+    """First steps, near the limit, that teach nothing."""
+
+    steps: int = level(10, "losses of a start", source="decision 015")
+    last: int = level(5, "losses at its end whose median counts", source="decision 015")
+    healed: int = level(5, "losses in which a spike heals if it does", source="decision 020: a GPT")
+    rise: float = level(0.05, "of the first loss, median above it", source="decision 015")
+    spike: float = level(0.4, "the same of one loss", source="decision 020: a GPT under AdamW")
+    margin: float = level(0.6, "M that makes the rate a likely reason", source="decision 015")
+    margin_full_batch: float = level(
+        3.0, "the same where every step sees the same data", source="decision 015: catapults"
+    )
+    items: int = level(16, "in a batch; of fewer one loss says little", source="decision 015")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LossRise(LatchedRule):
+    """Warns when the smoothed loss rises above its running minimum.
+
+    EMA(loss) - min EMA > max(share |first loss|, noise sd of a single loss), and the last
+    `in_a_row` losses as well; critical at once when the EMA exceeds the first loss by the same
+    amount. Warns as well when the steps of the `start`, near the limit, teach nothing: one of the
+    last of their losses is far above the first, or their median a little. Curvature does not
+    announce every failure (bad data, for one); this is the rule beside it. The rate it advises is
+    that of the margins of the last `span` steps, within bounds.
+    """
+
+    name = "loss_rise"
+    says = ("warning", "critical")
+
+    share: float = level(
+        0.3, "of the first loss: 0.7 nats of the 2.3 of ten classes", source="decision 014"
+    )
+    noise: float = level(3.0, "standard deviations of one loss", source=GUESS)
+    in_a_row: int = level(
+        3, "losses above the limit: batches of few items spike", source="32 runs of 3,000 steps"
+    )
+    smoothing: float = level(
+        0.8, "weight of the past in the mean", source=GUESS, check=between(0, 1)
+    )
+    noise_smoothing: float = level(
+        0.98, "weight of the past in the noise", source=GUESS, check=between(0, 1)
+    )
+    young: int = level(10, "losses until the noise is known", source=GUESS)
+    least: int = level(5, "losses before there is a minimum: one batch is luck", source=GUESS)
+    calm: float = level(
+        0.5, "of the limit, below which it is over", source=GUESS, check=between(0, 1)
+    )
+    start: StartOfLosses = group(StartOfLosses, "the first steps")
+    span: int = level(60, "steps whose margins the advice goes by", source=GUESS)
+    advice: Advice = group(Advice, "the rate to go on at")
+
+    _first: Kept[float | None] = field(init=False, default=None)
+    _last: Kept[deque[float]] = field(init=False)
+    _count: Kept[int] = field(init=False, default=0)
+    _margin: Kept[float] = field(init=False, default=0.0)  # the largest of the start
+    _mean: Kept[float] = field(init=False, default=0.0)  # EMA without bias correction
+    _variance: Kept[float] = field(init=False, default=0.0)
+    _lowest: Kept[float | None] = field(init=False, default=None)
+    _along: Kept[RecentMargins] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._last = deque(maxlen=max(self.start.last, self.in_a_row))
+        self._along = RecentMargins(self.span)
+
+    def __call__(self, step: Observation) -> Alert | None:
+        """Judge the loss of the step before, or of a probe when the loop passes no losses."""
+        if step.gradient_margin_now is not None:
+            self._along.add(step.index, step.rate, step.gradient_margin_now)
+        loss, index = self._loss_of(step)
+        if loss is None or not math.isfinite(loss):
+            return None
+        smooth, first = self._update(loss)
+        if self._count <= self.start.steps:
+            stuck = self._judge_start(step, index, first)
+            if stuck is not None:
+                return stuck
+        return None if self._lowest is None else self._judge_rise(step, index, smooth, first)
+
+    def _judge_rise(
+        self, step: Observation, index: int, smooth: float, first: float
+    ) -> Alert | None:
+        lowest = smooth if self._lowest is None else self._lowest
+        limit = max(self.share * abs(first), self.noise * math.sqrt(self._noise()))
+        if smooth - lowest <= limit:
+            is_calm = smooth - lowest < self.calm * limit
+            self._latch.calm(index) if is_calm else self._latch.between()
+            return None
+        severity: Severity = "critical" if smooth > first + limit else "warning"
+        recent = list(self._last)[-self.in_a_row :]
+        if severity == "warning" and min(recent) <= lowest + limit:
+            return None
+        if not self._latch.admit(severity, index):
+            return None
+        limit += lowest
+        message = (
+            f"the loss has risen to {smooth:.4g} from its lowest {lowest:.4g} (limit {limit:.4g}, "
+            f"first loss {first:.4g}). {self._advised(step, is_lost=severity == 'critical')}, and "
+            "look at the last batches."
+        )
+        return alert(self.name, severity, message, value=smooth, limit=limit, step=index)
+
+    def _advised(self, step: Observation, *, margin: float | None = None, is_lost: bool) -> str:
+        gradient, _ = self._along.mean(step.index, step.rate, steps=self.span)
+        factor = self.advice.factor_of_loss(step, margin=margin, gradient=gradient)
+        return self.advice.lower_rate(step, factor, is_lost=is_lost)
+
+    def _judge_start(self, step: Observation, index: int, first: float) -> Alert | None:
+        """Warn of first steps that teach nothing, where the rate is a likely reason."""
+        start = self.start
+        if step.margin is not None and step.has_limit:
+            self._margin = max(self._margin, step.margin.value or 0.0)
+        level = start.margin_full_batch if step.same_data else start.margin
+        is_suspect = self._margin > level and step.items >= start.items
+        if not is_suspect or self._count <= start.healed:
+            return None
+        shown, loss, limit = "a loss", self._last[-1], first + start.spike * abs(first)
+        if loss <= limit and self._count == start.steps:
+            last = list(self._last)[-start.last :]
+            shown, loss = f"the median of the last {start.last}", statistics.median(last)
+            limit = first + start.rise * abs(first)
+        if loss <= limit or not self._latch.admit("warning", index):
+            return None
+        message = (
+            f"the first losses do not fall: {shown} is {loss:.4g}, the first was {first:.4g} "
+            f"(limit {limit:.4g}), and the stability margin has been up to {self._margin:.2g}. "
+            f"{self._advised(step, margin=self._margin, is_lost=True)}, or with a warm-up."
+        )
+        return alert(self.name, "warning", message, value=loss, limit=limit, step=index)
+
+    def _loss_of(self, step: Observation) -> tuple[float | None, int]:
+        if step.settled is not None and step.settled.loss is not None:
+            return step.settled.loss, step.settled.step
+        return step.loss, step.index
+
+    def _update(self, loss: float) -> tuple[float, float]:
+        """Take in a loss; return the mean and the first one."""
+        if self._first is None:
+            self._first = loss
+        self._count += 1
+        self._mean = self.smoothing * self._mean + (1 - self.smoothing) * loss
+        # Differences of successive losses, because a trend is no noise.
+        deviation = abs(loss - self._last[-1]) / math.sqrt(2) if self._last else 0.0
+        self._last.append(loss)
+        if self._count > self.young:  # a blow-up must not pass for noise: no step counts for much
+            deviation = min(deviation, self.noise * math.sqrt(self._noise()))
+        self._variance *= self.noise_smoothing
+        self._variance += (1 - self.noise_smoothing) * deviation * deviation
+        smooth = self._mean / (1 - self.smoothing**self._count)
+        if self._count >= self.least:
+            self._lowest = smooth if self._lowest is None else min(self._lowest, smooth)
+        return smooth, self._first
+
+    def _noise(self) -> float:
+        """Return the variance of a single loss."""
+        return self._variance / (1 - self.noise_smoothing ** max(self._count, 1))
