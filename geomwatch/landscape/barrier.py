@@ -42,7 +42,8 @@ def barrier(
     Straight, w(alpha) = (1 - alpha) A + alpha B in parameters and floating-point buffers; whole
     numbers and flags are those of the nearer end. `max_loss` is the paper's B = max L(w(alpha)),
     ends included, so that two bad solutions have a large one; `height` is the most by which the
-    path rises above (1 - alpha) L(A) + alpha L(B) (Frankle et al. 2020; Entezari et al. 2022).
+    path rises above (1 - alpha) L(A) + alpha L(B) (Frankle et al. 2020; Entezari et al. 2022). Both
+    are in units of the loss.
 
     In mode "eval" the running statistics of BatchNorm are taken anew at each point, ends included:
     those of A or B, or their mean, belong to no point in between. Costs a forward pass over
@@ -63,6 +64,15 @@ def barrier(
     Raises:
         UsageError: a state is not of this model, both are its live weights, or an option does not
             fit.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> a, b = ({"weight": torch.tensor([pair])} for pair in ([1.0, 0.0], [0.0, 1.0]))
+        >>> ring = lambda m, x: (m.weight.square().sum() - 1) ** 2
+        >>> found = barrier(model, a, b, ring, [torch.ones(1, 2)], points=5)
+        >>> found.losses.tolist(), found.height, found.argmax_height
+        ([0.0, 0.140625, 0.25, 0.140625, 0.0], 0.25, 0.5)
     """
     check_count("points", points, 3)
     if align and curve is not None:

@@ -78,7 +78,8 @@ class Evaluator:
         self._passes += 1
         losses, weights = [], []
         for batch in self._data:
-            for piece in self._pieces(batch):
+            size = self._how.micro_batch
+            for piece in [batch] if size is None else batches.chunks(batch, size):
                 weights.append(float(self._weigh(piece)))
                 losses.append(self.evaluate(piece))
         self._items = sum(weights)
@@ -90,11 +91,6 @@ class Evaluator:
     def restore(self) -> None:
         """Put back weights, buffers and random state."""
         self._snapshot.restore()
-
-    def forward_all(self, data: Batches) -> None:
-        """Evaluate each batch for what it does to the model's buffers."""
-        for batch in data:
-            self.evaluate(batch)
 
     def evaluate(self, batch: Any) -> Tensor:
         """Return the loss of one batch where the weights are now, without a graph."""
@@ -126,19 +122,6 @@ class Evaluator:
                         p.data.add_(v, alpha=a)
 
         return move
-
-    def warn_of_changes(self) -> None:
-        """Name in the log what the loss has changed and no one can put back."""
-        for name in self._snapshot.changed_objects():
-            logger.warning(
-                "evaluating the loss changes %s, which can't be put back. Pass a loss_fn= that "
-                "leaves it alone, or name its owner in also=(...).",
-                name,
-            )
-
-    def _pieces(self, batch: Any) -> list[Any]:
-        size = self._how.micro_batch
-        return [batch] if size is None else batches.chunks(batch, size)
 
     def _needs_graph(self) -> bool:
         """Tell whether the loss is another one without a graph, on a few items.
@@ -184,8 +167,7 @@ def evaluating(
     others = [*how.also, *captured_by(loss_fn), *given.generators]
     with contextlib.ExitStack() as stack:
         if layout is None:
-            layout = _everything(model)
-            stack.callback(_put_back, _copies_of_frozen(model))
+            layout = stack.enter_context(_everything(model))
         if how.micro_batch is not None:
             check_micro_batches(Subject(model, loss_fn, layout, how, Ranks()), given.first())
         autocast = how.precision == "training"
@@ -198,27 +180,27 @@ def evaluating(
             stand_in = stack.enter_context(recast(snapshot.modules, cast))
             layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
             snapshot = Snapshot([model, *others])
-        evaluator = Evaluator(model, loss_fn, given, how, layout, snapshot, cast)
-        yield evaluator
-        evaluator.warn_of_changes()
+        yield Evaluator(model, loss_fn, given, how, layout, snapshot, cast)
+        for name in snapshot.changed_objects():
+            logger.warning(
+                "evaluating the loss changes %s, which can't be put back. Pass a loss_fn= that "
+                "leaves it alone, or name its owner in also=(...).",
+                name,
+            )
 
 
-def _everything(model: nn.Module) -> Layout:
+@contextlib.contextmanager
+def _everything(model: nn.Module) -> Iterator[Layout]:
+    """Lay out all parameters, and put back frozen ones, which a snapshot leaves out when large."""
     named = dict(model.named_parameters())
     if not named:
         raise UsageError(f"model must have parameters, got {type(model).__name__} without any.")
-    return Layout(tuple(named), tuple(named.values()))
-
-
-def _copies_of_frozen(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Copy what a snapshot leaves out where it is large: a probe never moves frozen parameters."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return [(p, p.detach().clone()) for p in frozen]
-
-
-def _put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for tensor, values in copies:
-        tensor.data.copy_(values)
+    frozen = [(p, p.detach().clone()) for p in named.values() if not p.requires_grad]
+    try:
+        yield Layout(tuple(named), tuple(named.values()))
+    finally:
+        for p, values in frozen:
+            p.data.copy_(values)
 
 
 def _scalar(loss: object, device: torch.device) -> Tensor:

@@ -9,17 +9,18 @@ from geomwatch.rules.message import alert
 
 RULE = "flat_but_isolated"
 _SHARPNESS = "normalized_sharpness_linf"
-_OF_THE_LOSS = 0.1  # that a wall must at least add to the mean loss of the ends
 
 
-def judge_isolation(record: Record, barrier: Barrier, *, wall: float = 20.0) -> Alert | None:
+def judge_isolation(
+    record: Record, barrier: Barrier, *, wall: float = 20.0, rise: float = 0.1
+) -> Alert | None:
     """Tell whether a minimum is flat nearby and yet walled off from another one.
 
     The paper's rule, normalised sharpness <= 1e-4 and barriers >= 1, without its units: the
     barrier's `height` must be at least `wall` times `normalized_sharpness_linf`, the most that
-    moving each weight by 1 % of itself adds to the loss, and add a tenth to the mean loss of its
-    ends. Six kinds of small nets: two seeds 28 to 170, two runs that share their first half less
-    than 1, their first five steps up to 8.
+    moving each weight by 1 % of itself adds to the loss, and add more than `rise` of the mean loss
+    of its ends. Six kinds of small nets: two seeds 28 to 170, two runs that share their first half
+    less than 1, their first five steps up to 8. Costs nothing.
 
     Args:
         record: `geomwatch.measure(model, loss_fn, batch, how=Measurement(mode="eval",
@@ -32,6 +33,16 @@ def judge_isolation(record: Record, barrier: Barrier, *, wall: float = 20.0) -> 
     Raises:
         UsageError: the record lacks the sharpness, one of the two has no value, or `wall` is not
             positive.
+
+    Example:
+        >>> import numpy as np
+        >>> from geomwatch.records import Estimate
+        >>> record = Record(0, 0.1, (), 0.0, {"normalized_sharpness_linf": Estimate(0.01)})
+        >>> path = np.linspace(0, 1, 3), np.array([0.1, 0.9, 0.1]), "linear", False, 0.1, 0.1
+        >>> found = Barrier(*path, 0.9, 0.5, 0.8, 0.5, 0, path[1], {})
+        >>> alert = judge_isolation(record, found)
+        >>> alert.severity, alert.value, alert.limit  # the height, and 20 x the sharpness
+        ('info', 0.8, 0.2)
     """
     if not wall > 0:
         raise UsageError(f"wall must be positive, got {wall!r}.")
@@ -42,7 +53,7 @@ def judge_isolation(record: Record, barrier: Barrier, *, wall: float = 20.0) -> 
             "two checkpoints."
         )
     ends = (barrier.loss_a + barrier.loss_b) / 2
-    if height < wall * sharpness or height <= _OF_THE_LOSS * abs(ends):
+    if height < wall * sharpness or height <= rise * abs(ends):
         return None
     ratio = height / sharpness if sharpness > 0 else float("inf")
     kind = "aligned" if barrier.aligned else "not aligned"

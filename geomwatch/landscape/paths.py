@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -68,7 +67,7 @@ class Path:
             def place(t: float) -> None:
                 place_on(tensors, states, t)
                 if norms:
-                    _recalibrate(norms, lambda: evaluator.forward_all(data))
+                    _recalibrate(norms, evaluator, data)
 
             found = scan(
                 lambda t: evaluator.loss(lambda: place(t)),
@@ -125,7 +124,7 @@ def _with_statistics(model: nn.Module) -> list[_NormBase]:
     ]
 
 
-def _recalibrate(norms: Sequence[_NormBase], forward_all: Callable[[], None]) -> None:
+def _recalibrate(norms: Sequence[_NormBase], evaluator: Evaluator, data: Batches) -> None:
     """Set running statistics to the mean over the batches of what they are at these weights.
 
     At weights between those of two nets the statistics of either are wrong, so wrong that most of
@@ -137,7 +136,7 @@ def _recalibrate(norms: Sequence[_NormBase], forward_all: Callable[[], None]) ->
         m.reset_running_stats()
         m.momentum = None  # the plain mean, instead of one that forgets
         m.training = True
-    with torch.no_grad():
-        forward_all()
+    for batch in data:
+        evaluator.evaluate(batch)
     for m, momentum, training in before:
         m.momentum, m.training = momentum, training

@@ -77,19 +77,14 @@ class Partial:
         self._path = None if path is None else Path(path).absolute()
         if self._path is None:
             return
-        own = json.loads(json.dumps({**header, "loss": repr(loss)}))
-        if self._path.exists() and self._path.stat().st_size:
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            self._compare(_read(whole[0]) if whole else None, own)
-            for line in whole[1:]:
-                index, value = json.loads(line)
-                self.known[int(index)] = float(value)
-            if len(whole) < len(lines):  # go on behind the last whole line
-                self._path.write_text("".join(whole), encoding="utf-8")
-        else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(own) + "\n", encoding="utf-8")
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        own = json.dumps({**header, "loss": repr(loss)})
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        if text:
+            self._compare(_read(whole[0]) if whole else None, json.loads(own))
+        self.known = {int(index): float(value) for index, value in map(json.loads, whole[1:])}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(whole) or f"{own}\n", encoding="utf-8")
 
     def add(self, index: int, loss: float) -> None:
         """Keep one more point."""

@@ -73,6 +73,8 @@ def load(path: str | Path) -> Result:
 
     Raises:
         UsageError: a file is missing, is no result, or the two do not belong together.
+
+    Example: see `save`.
     """
     npz, described = _files(path)
     for file in (npz, described):

@@ -128,6 +128,13 @@ def grid_around(
 
     Raises:
         UsageError: there are fewer than two points on an axis.
+
+    Example:
+        >>> way = np.array([[8.0, 0.0], [0.0, 4.0]])
+        >>> path = Trajectory(way, np.zeros(2), np.zeros(2), (0.8, 0.2), ("one", "two"), {})
+        >>> alphas, betas = grid_around(path, points=3)
+        >>> alphas.tolist(), betas.tolist()
+        ([-2.0, 4.0, 10.0], [-1.0, 2.0, 5.0])
     """
     check_count("points", points, 2)
     low = np.minimum(path.coordinates.min(axis=0), 0.0)

@@ -39,6 +39,13 @@ def plot_comparison(
 
     Raises:
         UsageError: there is no net, or something that is no result.
+
+    Example:
+        >>> alphas = np.linspace(-1, 1, 9)
+        >>> lines = [Slice(alphas, k * alphas**2, 0.0, "mine", 0, {}) for k in (1, 2)]
+        >>> figure = plot_comparison({"MLP": lines[:1], "ResNet": lines[1:]}, share=True)
+        >>> len(figure.axes)  # a slice and its residual for each
+        4
     """
     results = [result for found in nets.values() for result in found]
     unknown = [type(r).__name__ for r in results if not isinstance(r, _KINDS)]

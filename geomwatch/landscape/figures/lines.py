@@ -39,6 +39,12 @@ def plot_slice(*slices: Slice, labels: Sequence[str] | None = None, degree: int 
     Raises:
         UsageError: there is no slice, or labels are not one for each.
         ImportError: matplotlib is not installed; so with all figures.
+
+    Example:
+        >>> alphas = np.linspace(-1, 1, 9)
+        >>> figure = plot_slice(Slice(alphas, 3 * alphas**2, 0.0, "mine", 0, {}))
+        >>> figure.get_size_inches().tolist()  # figure.savefig("slice.pdf") keeps it
+        [3.4, 3.1]
     """
     figure = new_figure(COLUMN, 3.1)
     draw_slices(figure, slices, labels, degree)

@@ -29,6 +29,13 @@ def plot_plane(plane: Plane, path: Trajectory | None = None) -> Any:
 
     Raises:
         UsageError: the trajectory is of another plane, or no point is finite.
+
+    Example:
+        >>> axis = np.linspace(-1, 1, 5)
+        >>> bowl = Plane(axis, axis, axis[:, None] ** 2 + axis**2, 0.0, ("one", "two"), 0, {})
+        >>> figure = plot_plane(bowl)
+        >>> [ax.get_xlabel() for ax in figure.axes]
+        ['α, one']
     """
     figure = new_figure(COLUMN, 2.8)
     ax = draw_plane(figure, plane)
@@ -46,6 +53,12 @@ def plot_surface(plane: Plane) -> Any:
 
     Raises:
         UsageError: no point is finite.
+
+    Example:
+        >>> axis = np.linspace(-1, 1, 5)
+        >>> bowl = Plane(axis, axis, axis[:, None] ** 2 + axis**2, 0.0, ("one", "two"), 0, {})
+        >>> plot_surface(bowl).axes[0].get_zlabel()
+        'loss'
     """
     figure = new_figure(COLUMN, 3.0)
     draw_surface(figure, plane)
