@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from geomwatch.observation.observer import Observer
 from geomwatch.rules import Observation, Rule, default_rules
 from harness.codec import decode
 from harness.run import Run
@@ -32,10 +33,10 @@ class Difference:
 
 def replay(story: Story, rules: Rules = default_rules) -> Story:
     """Return the story with the alerts that these rules raise on its stored observations."""
-    fresh = list(rules())
+    fresh, observer = list(rules()), Observer()
     alerts: list[dict[str, Any]] = []
     for shown in story.data["observations"]:
-        seen: Observation = decode(Observation, shown["seen"])
+        seen = observer(decode(Observation, shown["seen"]))
         for rule in fresh:
             alert = rule(seen)
             if alert is not None:

@@ -27,7 +27,7 @@ class Dispatch(Resumable):
     """
 
     _observer: Kept[Observer]
-    _remembering: Kept[list[Any]]
+    _rules: Kept[list[Any]]  # those with a memory
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class Dispatch(Resumable):
         on_alert: Callable[[Alert], None] | None,
         control: Conductor,
     ) -> None:
-        self._rules = resolve(rules)
-        self._remembering = [rule for rule in self._rules if hasattr(rule, "state_dict")]
+        self._judges = resolve(rules)
+        self._rules = [rule for rule in self._judges if hasattr(rule, "state_dict")]
         self._observer = Observer()
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
@@ -52,7 +52,7 @@ class Dispatch(Resumable):
         """Judge one step; return its record, if any, with what it led to."""
         step = self._observer(step, self._control.cap)
         judged = step if step.cap == math.inf else step.applied
-        asked = [rule for rule in self._rules if is_due(rule, judged)]
+        asked = [rule for rule in self._judges if is_due(rule, judged)]
         verdicts = [self._safely(rule, judged) for rule in asked]
         alerts = [alert for alert in verdicts if alert is not None]
         adjustments = self._control(step, alerts)
@@ -94,7 +94,7 @@ class Dispatch(Resumable):
     @property
     def rule_names(self) -> list[str]:
         """The rules by name, in their order."""
-        return [rule.name for rule in self._rules]
+        return [rule.name for rule in self._judges]
 
     def _safely(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """Call a part; a full disk or a bug in a callback must not stop a training run."""

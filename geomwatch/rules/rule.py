@@ -64,7 +64,7 @@ class Latch(Resumable):
     _calm_since: Kept[int | None]
     _quiet_until: Kept[int]
 
-    def __init__(self, once: Once) -> None:
+    def __init__(self, once: Once = Once()) -> None:
         self._once = once
         self.severity = ""
         self._calm_since = None
