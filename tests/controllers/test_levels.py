@@ -12,6 +12,7 @@ import pytest
 
 from geomwatch.controllers import BatchSizeScaler, GradientClipper, Knobs, LearningRateCap
 from geomwatch.observation.documented import Documented, fields_of
+from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Alert, Estimate
 
@@ -99,9 +100,9 @@ def wild(seed: int) -> list[tuple[Observation, list[Alert]]]:
 def decided(kind: Any, options: dict[str, Any]) -> list[Any]:
     found = []
     for seed in range(12):
-        controller, batch = kind(**options), 1.0
+        controller, observer, batch = kind(**options), Observer(), 1.0
         for seen, alerts in wild(seed):
-            moves = controller(seen, alerts, Knobs({"batch_scale": batch}))
+            moves = controller(observer(seen), alerts, Knobs({"batch_scale": batch}))
             batch = next((m.to for m in moves if m.knob == "batch_scale"), batch)
             found.append([(m.knob, m.to, m.advice) for m in moves])
     return found
