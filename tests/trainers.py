@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from geomwatch import Measurement
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -132,7 +133,7 @@ def make(
 
 def loss_only(**options: Any) -> GeomwatchCallback:
     """A callback that probes every second step, and does little."""
-    settings = {"every": 2, "schedule": "fixed", "quantities": ["loss"]}
+    settings = {"how": Measurement(quantities=["loss"]), "every": 2}
     return GeomwatchCallback(**{**settings, **options})
 
 

@@ -1,4 +1,19 @@
-"""geomwatch in Lightning: Trainer(callbacks=[GeomwatchCallback(every=100)])."""
+"""geomwatch in Lightning: `Trainer(callbacks=[GeomwatchCallback(every=100)])`.
+
+The loop of a Trainer, with what is done where:
+
+    for batch in train_dataloader:
+        on_train_batch_start
+        loss = training_step(batch, batch_idx)        # batch, random state and loss are kept
+        zero_grad()                                   # first batch of an accumulation window
+        on_before_backward; (loss / accumulate_grad_batches).backward(); on_after_backward
+        if the window is complete:
+            on_before_optimizer_step                  # gradients unscaled
+            configure_gradient_clipping
+            <the monitor is stepped here>             # the gradient is that of the coming step
+            optimizer.step()
+        on_train_batch_end                            # records are logged; saves or stops
+"""
 
 from __future__ import annotations
 
@@ -9,31 +24,23 @@ from typing import Any, Literal
 from typing_extensions import Self, Unpack
 
 from geomwatch.curvature.objective import LossFn
-from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._host.critical import wanted
-from geomwatch.integrations._host.early import check_early
+from geomwatch.integrations._host.options import HostCallback, Options
 from geomwatch.integrations._lightning.host import (
     losses_by_name,
-    refuse_own_fetching,
-    refuse_several,
-    refuse_unknown_gradients,
+    refuse_what_no_probe_can_follow,
     steps_taken,
 )
 from geomwatch.integrations._lightning.names import as_callback, remade, written
-from geomwatch.integrations._lightning.reports import (
-    publish,
-    react,
-    tell_of_a_short_run,
-    tell_of_no_training,
-)
+from geomwatch.integrations._lightning.reports import publish, react, tell_of_no_training
 from geomwatch.integrations._lightning.run import Run
+from geomwatch.monitoring.face import is_disabled
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
-from geomwatch.monitoring.options import Options, is_disabled
+from geomwatch.quantities.measurement import Measurement
 from geomwatch.sinks import logger
 
 
-class GeomwatchCallback:
+class GeomwatchCallback(HostCallback):
     """Watches the geometry of the loss that a Trainer trains on, and warns before it goes wrong.
 
     Nothing else needs to be done: no change to the LightningModule, of `lightning` or of
@@ -43,12 +50,13 @@ class GeomwatchCallback:
     the same batch and random state; at the first step loss and gradient are compared.
 
     Args:
+        how: how to measure: a `geomwatch.Measurement`.
         loss_fn: (module, batch) -> loss, instead of training_step; needed with manual
             optimisation. With several optimizers a dict that names one for each, in the order of
             `configure_optimizers()`. A module may offer a method `geometry_loss(batch)` instead.
         prefix: in front of the names of quantities in the logs.
         on_critical: at a critical alert "save" a checkpoint, or "stop" the training.
-        **options: those of `Monitor`.
+        **options: every, budget, rules, controllers, sinks, on_alert: those of `Monitor`.
 
     Raises:
         UsageError: (a ValueError) an option can't work; at construction, when fit() begins, or at
@@ -70,21 +78,16 @@ class GeomwatchCallback:
 
     def __init__(
         self,
+        how: Measurement | None = None,
         *,
         loss_fn: LossFn | Mapping[str, LossFn] | None = None,
         prefix: str = "geom/",
         on_critical: Literal["save", "stop"] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if on_critical not in (None, "save", "stop"):
-            raise UsageError(f'on_critical must be "save", "stop" or None, got {on_critical!r}.')
-        if not isinstance(prefix, str):
-            raise UsageTypeError(f"prefix must be a string, got {type(prefix).__name__}.")
-        for given in loss_fn.values() if isinstance(loss_fn, Mapping) else [loss_fn]:
-            check_early("GeomwatchCallback", options, given)
-        self._loss_fn, self._prefix, self._on_critical = loss_fn, prefix, on_critical
-        self._options: Options = options
-        self._trainer: weakref.ref[Any] | None = None
+        losses = loss_fn.values() if isinstance(loss_fn, Mapping) else [loss_fn]
+        super().__init__(how, options, losses, prefix, on_critical)
+        self._loss_fn = loss_fn
         self._run: Run | None = None  # of the present fit() or the last one
         self._states: dict[str, Any] = {}  # of monitors, from a checkpoint or a fit() before
         self._module: weakref.ref[Any] | None = None  # of that fit()
@@ -108,13 +111,7 @@ class GeomwatchCallback:
                 tell_of_no_training(getattr(stage, "value", stage))
             self._told = True
             return
-        if self._trainer is not None and self._trainer() is not trainer:
-            raise UsageError(
-                "GeomwatchCallback must belong to one Trainer, got a second one. Make a callback "
-                "for each."
-            )
-        refuse_several(trainer, GeomwatchCallback)
-        self._trainer = weakref.ref(trainer)
+        self._belong_to(trainer, trainer.callbacks)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what can't be watched.
@@ -124,14 +121,12 @@ class GeomwatchCallback:
         """
         if is_disabled():
             return
-        refuse_unknown_gradients(trainer)
-        refuse_own_fetching(pl_module)
+        refuse_what_no_probe_can_follow(trainer, pl_module)
         losses_by_name(pl_module, self._loss_fn, len(trainer.optimizers))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
         if not is_disabled():
-            tell_of_a_short_run(trainer, self._options.get("every") or 100)
             self._begin(trainer, pl_module)
 
     def on_train_batch_start(
@@ -174,8 +169,7 @@ class GeomwatchCallback:
             return
         for name, record in run.batch_ends(batch_idx):
             publish(trainer, pl_module, f"{self._prefix}{name}/" if name else self._prefix, record)
-        alerts, step = run.new_alerts(), steps_taken(trainer)
-        react(trainer, wanted(self._on_critical, alerts, run.ranks, step))
+        react(trainer, self._reaction(run.new_alerts(), run.ranks, steps_taken(trainer)))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave module and Trainer as they were."""

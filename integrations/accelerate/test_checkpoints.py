@@ -14,7 +14,7 @@ from torch import nn
 import geomwatch
 from geomwatch.integrations.accelerate import AcceleratedMonitor, watch
 
-FIXED: dict[str, Any] = {"schedule": "fixed", "every": 2}
+FIXED: dict[str, Any] = {"every": 2}
 
 
 def micro_batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -43,7 +43,8 @@ def go(accelerator, model, optimizer, monitor, batches) -> None:
 
 
 def test_a_resumed_run_agrees_with_the_uninterrupted_one(make_accelerator, tmp_path):
-    options = {**FIXED, "quantities": ["lambda_max", "stability_margin", "difficulty"]}
+    names = ["lambda_max", "stability_margin", "difficulty"]
+    options = {**FIXED, "how": geomwatch.Measurement(quantities=names)}
     accelerator = make_accelerator(gradient_accumulation_steps=2)
     model, optimizer, monitor = start(accelerator, **options)
     batches = micro_batches(32)
@@ -130,7 +131,10 @@ def test_register_for_checkpointing_takes_a_monitor_too(make_accelerator, tmp_pa
 
 def test_several_monitors_get_their_own_state_back(make_accelerator, tmp_path):
     def two(accelerator) -> list[tuple[nn.Module, Any, AcceleratedMonitor]]:
-        return [start(accelerator, **FIXED), start(accelerator, seed=1, **FIXED)]
+        return [
+            start(accelerator, **FIXED),
+            start(accelerator, how=geomwatch.Measurement(seed=1), **FIXED),
+        ]
 
     accelerator = make_accelerator()
     (model, optimizer, monitor), (other_model, other_optimizer, other) = two(accelerator)
@@ -153,7 +157,7 @@ def test_state_of_other_rules_is_refused(make_accelerator, tmp_path):
     accelerator.save_state(str(tmp_path))
     other = make_accelerator()
     start_again = start(other, rules=[])
-    with pytest.raises(geomwatch.UsageError, match=r"state must hold 0 rules, got \d"):
+    with pytest.raises(geomwatch.UsageError, match=r"state must be of rules \[\], got"):
         other.load_state(str(tmp_path))
     start_again[2].close()
 
@@ -167,4 +171,4 @@ def test_the_first_window_after_a_checkpoint_within_one_may_be_shorter(make_acce
     again, second, resumed = start(other, **FIXED)
     other.load_state(str(Path(tmp_path)))
     go(other, again, second, resumed, micro_batches(5))
-    assert [record.step for record in resumed.history] == [2]
+    assert [record.step for record in resumed.history] == [1, 2]

@@ -20,7 +20,7 @@ import geomwatch
 from geomwatch.integrations.accelerate import watch
 from geomwatch.rules import Observation
 
-FIXED = {"schedule": "fixed", "every": 1}
+FIXED = {"every": 1}
 
 
 class Listener:
@@ -177,7 +177,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, None), (2, 0.5), (3, None)])
 def test_training_is_bit_identical_when_watched(make_accelerator, precision, accumulation, clip):
     runs = []
-    for options in ({}, {"every": 3}):
+    for options in ({}, {"every": 2}):
         accelerator = make_accelerator(
             mixed_precision=precision, gradient_accumulation_steps=accumulation
         )
@@ -249,9 +249,9 @@ def test_geomwatch_disable_ties_nothing_to_the_accelerator(accelerator, monkeypa
 # The window that an optimizer step averages over
 
 
-def test_a_fixed_schedule_counts_optimizer_steps_not_micro_batches(accelerator):
+def test_every_counts_optimizer_steps_not_micro_batches(accelerator):
     listener = Listener()
-    result = run(accelerator, schedule="fixed", every=3, rules=[listener])
+    result = run(accelerator, every=3, rules=[listener])
     result["monitor"].close()
     steps = 2 * math.ceil(math.ceil(200 / 16) / 2)
     assert len(listener.losses) == steps == 14
@@ -294,8 +294,8 @@ def test_a_shorter_micro_batch_counts_as_much_as_accelerate_makes_it(accelerator
 
     expected = lambda_max(geomwatch.measure(model, mean_of_both, parts))
     joined = lambda_max(geomwatch.measure(model, parity, digits(32)))
-    options = {} if micro_batch is None else {"micro_batch": micro_batch}
-    found = one_window(accelerator, model, [24, 8], **options)
+    how = geomwatch.Measurement(micro_batch=micro_batch)
+    found = one_window(accelerator, model, [24, 8], how=how)
     assert found == pytest.approx(expected, rel=1e-5)
     assert found != pytest.approx(joined, rel=1e-3)
 
@@ -316,7 +316,9 @@ def test_observe_and_a_step_at_the_end_of_the_window_do_too(make_accelerator):
 
 def test_a_probe_batch_is_measured_instead(accelerator):
     fixed = digits(50)
-    monitor, model, optimizer = prepare(accelerator, mlp(64, 8, 10), probe_batch=fixed, **FIXED)
+    monitor, model, optimizer = prepare(
+        accelerator, mlp(64, 8, 10), how=geomwatch.Measurement(batch=fixed), **FIXED
+    )
     expected = cross_entropy(model, fixed).item()
     _, record = one_step(accelerator, monitor, model, optimizer, cut([8, 8]))
     assert record.loss == pytest.approx(expected, rel=1e-6)

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import geomwatch
+from geomwatch import Measurement
 from geomwatch.integrations.accelerate import AcceleratedMonitor, watch
 
 ranks.preload("accelerate")
 
 TRAIN = Path(__file__).with_name("train.py")
 CURVATURE = ["loss", "grad_norm", "lambda_max", "stability_margin"]
-ONE = {"every": 1, "schedule": "fixed", "quantities": CURVATURE}
+ONE = {"how": Measurement(quantities=CURVATURE), "every": 1}
 
 
 def net(*, dropout: float = 0.0) -> nn.Module:
@@ -256,7 +257,7 @@ def resumed(rank: int, folder: str) -> Any:
             loop.accelerator.save_state(folder)
             loop.train(monitor, list(loop.loader)[2:])
         history = {r.step: (r.loss, r["stability_margin"].value) for r in monitor.history}
-        rules = monitor.state_dict()["rules"][:2]
+        rules = monitor.state_dict()["dispatch"]["rules"][:2]
         # A probe from a cold start is within a percent of a warm one.
         known = rules[1].pop("margin")
         found.append((history, rules, known))

@@ -85,7 +85,7 @@ def test_processes_that_do_not_average_their_gradients_are_refused(accelerator):
         ({"loss_fn": 3}, r"loss_fn must be callable as loss_fn\(model, batch\), got int"),
         ({"model": 3}, r"model must be a torch.nn.Module, got int"),
         ({"every": 0}, r"every must be an integer >= 1, got 0"),
-        ({"mode": "test"}, r'mode must be "train" or "eval"'),
+        ({"mode": "eval"}, r"optimizer, Measurement\(mode='eval'\)"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused_and_nothing_is_tied(accelerator, options, message):
@@ -179,7 +179,7 @@ def test_a_first_window_may_be_what_is_left_of_an_epoch(make_accelerator):
     accelerator = make_accelerator(gradient_accumulation_steps=4)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*digits(8)), batch_size=8)
     loader = accelerator.prepare(loader)
-    model, optimizer, monitor = watched(accelerator, every=50)
+    model, optimizer, monitor = watched(accelerator, every=1)
     for _ in range(2):
         for batch in loader:
             with accelerator.accumulate(model):
@@ -191,7 +191,7 @@ def test_a_first_window_may_be_what_is_left_of_an_epoch(make_accelerator):
 
 
 def test_every_larger_than_the_run_is_told_of_at_its_end(accelerator, caplog):
-    model, optimizer, monitor = watched(accelerator, every=50, schedule="fixed")
+    model, optimizer, monitor = watched(accelerator, every=50)
     for _ in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(cross_entropy(model, digits(8)))

@@ -134,7 +134,7 @@ def test_a_scheduler_of_accumulation_keeps_its_knob(Net, fit, host):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_checkpoint_holds_the_users_rate_and_a_resumed_run_the_cap(Net, fit, host, tmp_path):
     def run(epochs: int, **options: Any) -> Any:
-        callback = GeomwatchCallback(controllers=[LearningRateCap()])
+        callback = GeomwatchCallback(controllers=[LearningRateCap()], every=4)
         checkpoints = host.callbacks.ModelCheckpoint(tmp_path, save_last=True)
         module = Net(dropout=0.0, lr=20.0)
         fit(

@@ -9,7 +9,7 @@ import pytest
 from geomwatch import UsageError
 from geomwatch.integrations.lightning import GeomwatchCallback
 
-ONE = {"every": 1, "schedule": "fixed"}
+ONE = {"every": 1}
 
 
 def told(caplog: Any, words: str) -> int:
@@ -20,8 +20,10 @@ def told(caplog: Any, words: str) -> int:
 
 
 def test_an_unknown_option_is_refused_at_once():
-    with pytest.raises(TypeError, match="must be given options of Monitor, got evry"):
+    with pytest.raises(UsageError, match=r"has no argument 'evry'. Did you mean 'every'"):
         GeomwatchCallback(evry=10)
+    with pytest.raises(UsageError, match=r"Write:\n    GeomwatchCallback\(budget=0.05\)"):
+        GeomwatchCallback(max_overhead=0.05)
 
 
 def test_options_that_can_not_work_are_refused_at_once():
@@ -82,12 +84,14 @@ def test_a_callback_added_after_training_began_joins_in_and_says_so(Net, fit, ca
 
     fit(Late(), accumulate_grad_batches=accumulate)
     assert told(caplog, "it watches from step") == 1
-    assert [r.step for r in callback.monitor.history] == ([4, 6] if accumulate == 1 else [2])
+    assert [r.step for r in callback.monitor.history] == ([3, 4, 6] if accumulate == 1 else [2])
 
 
 def test_every_larger_than_the_run_is_told_of(Net, fit, caplog):
     fit(Net(), [GeomwatchCallback(every=100)])
-    assert told(caplog, "every=100 is more than the 8 steps of this run") == 1
+    assert (
+        told(caplog, "every=100 makes one probe only, at the first of the 8 steps of this run") == 1
+    )
     caplog.clear()
     fit(Net(), [GeomwatchCallback(every=4)])
     assert told(caplog, "steps of this run") == 0

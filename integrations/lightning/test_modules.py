@@ -12,7 +12,7 @@ from torch import nn
 from geomwatch import UsageError
 from geomwatch.integrations.lightning import GeomwatchCallback
 
-ONE = {"every": 1, "schedule": "fixed"}
+ONE = {"every": 1}
 
 
 def told(caplog: Any, words: str) -> int:

@@ -43,7 +43,7 @@ class Named(GeomwatchCallback):
 def test_a_callback_can_be_pickled_for_processes_that_are_spawned(Net, fit, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, ModuleType(__name__)))
     monkeypatch.setattr(sys.modules[__name__], "Named", Named, raising=False)
-    callback = kind(every=3, schedule="fixed")
+    callback = kind(every=3)
     fit(Net(), [callback])
     copied = pickle.loads(pickle.dumps(callback))
     assert type(copied) is type(callback)

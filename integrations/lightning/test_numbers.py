@@ -12,10 +12,11 @@ from problems import digits
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch import Measurement
 from geomwatch.integrations.lightning import GeomwatchCallback
 from geomwatch.rules import NonFinite
 
-LOSS_ONLY = {"every": 1, "schedule": "fixed", "quantities": ["loss", "grad_norm"]}
+LOSS_ONLY = {"how": Measurement(quantities=["loss", "grad_norm"]), "every": 1}
 cross_entropy = geomwatch.supervised(F.cross_entropy)
 
 
@@ -43,8 +44,8 @@ def mean_of_means(net: nn.Module, window: list[Any]) -> Tensor:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_lambda_max_is_that_of_measure_on_the_window(Noted, fit, load, accumulate):
     # few enough directions for Lanczos to be exact in a probe's budget
-    watch = {"every": 1, "schedule": "fixed", "quantities": ["lambda_max"], "params": "*4.bias"}
-    callback = GeomwatchCallback(**watch)
+    how = Measurement(quantities=["lambda_max"], params="*4.bias")
+    callback = GeomwatchCallback(how, every=1)
     module = Noted()
     # the last micro-batch is shorter
     fit(module, [callback], loader=load(250, 32), accumulate_grad_batches=accumulate)
@@ -53,7 +54,7 @@ def test_lambda_max_is_that_of_measure_on_the_window(Noted, fit, load, accumulat
             net,
             mean_of_means,
             window,
-            how=geomwatch.Measurement(quantities=["lambda_max"], params="4.bias"),
+            how=Measurement(quantities=["lambda_max"], params="4.bias"),
         )
         for net, window, _ in module.steps
     ]
@@ -64,11 +65,11 @@ def test_lambda_max_is_that_of_measure_on_the_window(Noted, fit, load, accumulat
 
 def test_lambda_max_of_all_weights_is_right_to_its_error(Noted, fit):
     module = Noted()
-    callback = GeomwatchCallback(how=geomwatch.Measurement(quantities=["lambda_max"]), every=1)
+    callback = GeomwatchCallback(how=Measurement(quantities=["lambda_max"]), every=1)
     fit(module, [callback], accumulate_grad_batches=2)
     for record, (net, window, _) in zip(callback.monitor.history, module.steps, strict=True):
         exact = geomwatch.measure(
-            net, mean_of_means, window, how=geomwatch.Measurement(quantities=["lambda_max"])
+            net, mean_of_means, window, how=Measurement(quantities=["lambda_max"])
         )
         found = record["lambda_max"]
         assert abs(found.value - exact["lambda_max"].value) <= found.error + 1e-4
@@ -103,7 +104,8 @@ def test_under_autocast_it_is_that_loss_to_the_rounding_of_bfloat16(Noted, fit):
     found = [record.loss for record in callback.monitor.history]
     assert found == pytest.approx(trained, rel=1e-2)
     assert found != trained
-    again = GeomwatchCallback(how=geomwatch.Measurement(precision="training"), **LOSS_ONLY)
+    how = Measurement(quantities=["loss", "grad_norm"], precision="training")
+    again = GeomwatchCallback(how, every=1)
     module = Noted()
     fit(module, [again], precision="bf16-mixed")
     trained = [loss for *_, loss in module.steps]
@@ -137,7 +139,7 @@ def test_the_margin_is_that_of_the_clipped_gradient_and_the_norm_that_before(Not
             return torch.optim.Adam(self.parameters(), lr=1e-2)
 
     rule, module = Listening(), Adam()
-    wanted = {"quantities": ["stability_margin"], "every": 100}
+    wanted = {"how": Measurement(quantities=["stability_margin"]), "every": 100}
     callback = GeomwatchCallback(rules=[rule], **wanted)
     fit(module, [callback], gradient_clip_val=1e-6)
     net, window, _ = module.steps[0]
@@ -160,7 +162,8 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(Noted, fit):
     module = Noted()
     probe_batch = digits(20)
     start = copy.deepcopy(module.layers)
-    callback = GeomwatchCallback(how=geomwatch.Measurement(batch=probe_batch), **LOSS_ONLY)
+    how = Measurement(quantities=["loss", "grad_norm"], batch=probe_batch)
+    callback = GeomwatchCallback(how, every=1)
     fit(module, [callback], precision="64-true")  # the batch is cast as those of the loader
     record = callback.monitor.history[0]
     assert record.provenance["items"] == 20

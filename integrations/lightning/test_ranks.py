@@ -33,7 +33,7 @@ ranks.preload("pytorch_lightning", "torchmetrics")
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 CURVATURE = ["loss", "grad_norm", "lambda_max", "stability_margin"]
-ONE = {"every": 1, "schedule": "fixed", "quantities": CURVATURE}
+ONE = {"how": Measurement(quantities=CURVATURE), "every": 1}
 
 
 class Net(pl.LightningModule):
@@ -300,7 +300,7 @@ def resumed(rank: int, folder: Path) -> Any:
         {r.step: (r.loss, r["stability_margin"].value) for r in callback.monitor.history}
         for callback in (whole, rest)
     ]
-    rules = [callback.monitor.state_dict()["rules"] for callback in (whole, rest)]
+    rules = [callback.monitor.state_dict()["dispatch"]["rules"] for callback in (whole, rest)]
     weights = [list(trainer.lightning_module.parameters()) for trainer in (one, two)]
     return margins, rules, same(*weights)
 

@@ -12,7 +12,7 @@ import torch
 import geomwatch
 from geomwatch.integrations.lightning import GeomwatchCallback
 
-FIXED = {"every": 3, "schedule": "fixed"}
+FIXED = {"every": 3}
 BOTH = pytest.mark.parametrize("host", ["lightning.pytorch", "pytorch_lightning"], indirect=True)
 
 
@@ -24,16 +24,14 @@ class Alarm(geomwatch.rules.NonFinite):
         self._at, self._rule = at, name
 
     def __call__(self, seen: Any) -> Any:
-        if seen.step == self._at and seen.fresh:
-            return geomwatch.Alert(self._rule, "critical", "alarm", 1.0, 0.5, seen.step)
+        if seen.index == self._at and seen.fresh:
+            return geomwatch.Alert(self._rule, "critical", "alarm", 1.0, 0.5, seen.index)
         return None
 
 
 @BOTH
 @pytest.mark.parametrize(("every", "steps", "records"), [(3, 8, 3), (4, 8, 2)])
-def test_a_fixed_schedule_gives_one_record_each_so_many_optimizer_steps(
-    Net, fit, every, steps, records
-):
+def test_every_gives_one_record_each_so_many_optimizer_steps(Net, fit, every, steps, records):
     callback = GeomwatchCallback(every=every)
     fit(Net(), [callback], max_epochs=-1, max_steps=steps, accumulate_grad_batches=2)
     assert [r.step for r in callback.monitor.history] == [i * every for i in range(records)]
@@ -107,7 +105,7 @@ def test_a_checkpoint_of_a_run_without_geomwatch_is_resumed_at_its_step(Net, fit
     fit(Net(), [keeper], enable_checkpointing=True)
     callback = GeomwatchCallback(**FIXED)
     fit(Net(), [callback], max_epochs=2, ckpt_path=keeper.best_model_path)
-    assert [record.step for record in callback.monitor.history] == [9, 12, 15]
+    assert [record.step for record in callback.monitor.history] == [8, 9, 12, 15]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -118,15 +116,22 @@ def test_a_checkpoint_of_a_run_with_geomwatch_is_resumed_without(Net, fit, host,
     assert trainer.global_step == 16
 
 
-def test_a_part_of_a_checkpoint_that_can_not_be_read_costs_no_run(Net, fit, make_trainer, caplog):
-    callback = GeomwatchCallback(**FIXED)
-    callback.load_state_dict({"monitors": {"": {"rules": []}}})
-    with pytest.raises(geomwatch.UsageError, match=r"state must hold 11 rules, got 0"):
-        fit(Net(), [callback])
+def test_a_checkpoint_of_other_rules_is_refused_before_training(Net, fit):
+    first = GeomwatchCallback(**FIXED)
+    fit(Net(), [first])
     callback = GeomwatchCallback(**FIXED, rules=[])
+    callback.load_state_dict(first.state_dict())
+    with pytest.raises(
+        geomwatch.UsageError, match=r"state must be of rules \[\], got \['non_finite"
+    ):
+        fit(Net(), [callback])
+
+
+def test_a_checkpoint_of_another_version_costs_no_run(Net, fit, caplog):
+    callback = GeomwatchCallback(**FIXED)
     callback.load_state_dict({"monitors": {"": {"rules": [], "nothing": 0}}})
     fit(Net(), [callback])
-    assert "geomwatch's part of the checkpoint can't be read (KeyError" in caplog.text
+    assert "is from another version of it, so that its rules and controllers start" in caplog.text
     assert [record.step for record in callback.monitor.history] == [0, 3, 6]
 
 

@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import geomwatch
+from geomwatch import Measurement
 from geomwatch.integrations.lightning import GeomwatchCallback
 
-LOSS_ONLY = {"every": 1, "schedule": "fixed", "quantities": ["loss", "grad_norm"]}
+LOSS_ONLY = {"how": Measurement(quantities=["loss", "grad_norm"]), "every": 1}
 cross_entropy = geomwatch.supervised(F.cross_entropy)
 
 
 def test_pieces_of_micro_batches_give_the_same_loss(Noted, fit, load):
     losses = []
-    for options in ({}, {"micro_batch": 5}):
-        callback = GeomwatchCallback(**LOSS_ONLY, **options)
+    for pieces in (None, 5):
+        how = Measurement(quantities=["loss", "grad_norm"], micro_batch=pieces)
+        callback = GeomwatchCallback(how, every=1)
         torch.manual_seed(2)
         fit(Noted(), [callback], loader=load(250, 32), accumulate_grad_batches=2)
         losses.append([record.loss for record in callback.monitor.history])

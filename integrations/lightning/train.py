@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from geomwatch import JsonLines
+from geomwatch import JsonLines, Measurement
 from geomwatch.integrations.lightning import GeomwatchCallback
 
 RESNET_18 = ResNetConfig(
@@ -101,9 +101,8 @@ def main() -> pl.Trainer:
     warnings.filterwarnings("ignore", category=FutureWarning, module="pytorch_lightning")
     pl.seed_everything(0, verbose=False)
 
-    watch = {"every": 50} if args.full else {"every": 4, "schedule": "fixed"}
-    if not args.full:
-        watch["quantities"] = ["loss", "grad_norm", "stability_margin", "lambda_max"]
+    quick = Measurement(quantities=["loss", "grad_norm", "stability_margin", "lambda_max"])
+    watch = {"every": 50} if args.full else {"how": quick, "every": 4}
     log = pl.loggers.CSVLogger(args.out, name="")
     records = JsonLines(Path(log.log_dir) / "records.jsonl")
     trainer = pl.Trainer(

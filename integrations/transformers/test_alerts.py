@@ -14,9 +14,9 @@ class Alarm(geomwatch.rules.NonFinite):
     name = "alarm"
 
     def __call__(self, seen):
-        if seen.step != 2:
+        if seen.index != 2:
             return None
-        return geomwatch.Alert(self.name, "critical", "as asked", 2.0, 1.0, seen.step)
+        return geomwatch.Alert(self.name, "critical", "as asked", 2.0, 1.0, seen.index)
 
 
 def test_a_critical_alert_can_save_a_checkpoint(tmp_path):

@@ -12,12 +12,13 @@ from torch import nn
 from trainers import causal, classifier, labelled, lora, make
 
 import geomwatch
+from geomwatch import Measurement
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 # peft asks transformers for a name that the latter is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
-LOSS_ONLY = {"every": 1, "schedule": "fixed", "quantities": ["loss", "grad_norm"]}
+LOSS_ONLY = {"how": Measurement(quantities=["loss", "grad_norm"]), "every": 1}
 
 
 class Sum(transformers.Trainer):
@@ -118,12 +119,13 @@ def test_under_autocast_it_is_that_loss_to_the_rounding_of_bfloat16(tmp_path):
 @pytest.mark.parametrize("path", ["the model's loss", "a classifier's", "compute_loss is a mean"])
 def test_pieces_of_micro_batches_add_up_to_the_same_loss(tmp_path, path):
     options = {"path": path, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 6}
+    in_pieces = {**LOSS_ONLY, "how": Measurement(quantities=["loss"], micro_batch=4)}
     if path == "compute_loss is a mean":  # over labels, of which pieces have unlike numbers
         with pytest.raises(geomwatch.UsageError, match="micro_batch must leave the loss as it is"):
-            watched(tmp_path, watch={**LOSS_ONLY, "micro_batch": 4}, **options)
+            watched(tmp_path, watch=in_pieces, **options)
         return
     _, whole = watched(tmp_path, watch=LOSS_ONLY, **options)
-    _, pieces = watched(tmp_path, watch={**LOSS_ONLY, "micro_batch": 4}, **options)
+    _, pieces = watched(tmp_path, watch=in_pieces, **options)
     assert [r.loss for r in pieces] == pytest.approx([r.loss for r in whole], rel=1e-5)
 
 
@@ -196,7 +198,8 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(tmp_path):
     torch.manual_seed(2)
     probe_batch = {"input_ids": torch.randint(1, 128, (6, 10))}
     probe_batch["labels"] = probe_batch["input_ids"].clone()
-    _, records = watched(tmp_path, watch={**LOSS_ONLY, "probe_batch": probe_batch})
+    how = Measurement(quantities=["loss", "grad_norm"], batch=probe_batch)
+    _, records = watched(tmp_path, watch={**LOSS_ONLY, "how": how})
     torch.manual_seed(1)
     expected = causal()(**probe_batch).loss.item()
     assert records[0].loss == pytest.approx(expected, rel=1e-5)

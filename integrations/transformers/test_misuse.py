@@ -10,7 +10,7 @@ import torch
 import transformers
 from trainers import causal, loss_only, make, sentences
 
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 from geomwatch.integrations._host.parallelism import check_parallelism
 from geomwatch.integrations.transformers import GeomwatchCallback
 
@@ -147,10 +147,10 @@ def test_several_devices_in_one_process_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evry": 3}, r"GeomwatchCallback must be given options of Monitor, got evry. It knows"),
+        ({"evry": 3}, r"GeomwatchCallback has no argument 'evry'. Did you mean 'every'"),
         ({"every": 0}, r"every must be an integer >= 1, got 0"),
-        ({"schedule": "daily"}, r"schedule must be .* got 'daily'"),
-        ({"quantities": ["sharpness"]}, r"list of known names, got 'sharpness'"),
+        ({"schedule": "fixed"}, r"Write:\n    GeomwatchCallback\(every=100\)"),
+        ({"how": "ggn"}, r"how must be a geomwatch.Measurement, got 'ggn'"),
         ({"on_critical": "halt"}, r'on_critical must be "save", "stop" or None, got \'halt\''),
         ({"prefix": None}, r"prefix must be a string, got NoneType"),
         ({"loss_fn": 3}, r"loss_fn must be callable as loss_fn\(model, batch\), got int"),
@@ -165,4 +165,4 @@ def test_an_option_that_can_not_work_is_refused_where_it_is_written(options, mes
 
 def test_params_that_fit_nothing_are_refused_when_training_begins(tmp_path):
     with pytest.raises(UsageError, match="params must match at least one trainable parameter"):
-        make(tmp_path, loss_only(params="head.*")).train()
+        make(tmp_path, loss_only(how=Measurement(params="head.*"))).train()

@@ -17,14 +17,14 @@ from trainers import causal, classifier, equal, labelled, make, traces
 from transformers.distributed import DistributedConfig
 
 import geomwatch
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 _MODELS = ("gpt2.modeling_gpt2", "bert.modeling_bert", "llama.modeling_llama")
 ranks.preload("trainers", *(f"transformers.models.{name}" for name in _MODELS))
 
 CURVATURE = ["loss", "grad_norm", "lambda_max", "stability_margin"]
-ONE = {"every": 1, "schedule": "fixed", "quantities": CURVATURE}
+ONE = {"how": Measurement(quantities=CURVATURE), "every": 1}
 
 
 def fit(folder: Path, callback: Any = None, *, resume: Any = None, **options: Any) -> Any:
@@ -235,7 +235,7 @@ def resumed(rank: int, folder: Path) -> Any:
             folder, callback, resume=resume, max_steps=12, save_strategy="steps", save_steps=6
         )
         history = {r.step: (r.loss, r["stability_margin"].value) for r in callback.monitor.history}
-        found.append((history, callback.monitor.state_dict()["rules"][:2]))
+        found.append((history, callback.monitor.state_dict()["dispatch"]["rules"][:2]))
         weights.append(trainer.model.state_dict())
     return found, equal(*weights)
 

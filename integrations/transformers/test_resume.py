@@ -14,7 +14,7 @@ from trainers import causal, equal, make, traces
 import geomwatch
 from geomwatch.integrations.transformers import GeomwatchCallback
 
-WATCH = {"every": 4, "schedule": "fixed"}
+WATCH = {"every": 4}
 SAVING = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6}
 
 
@@ -53,7 +53,8 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restor
     assert after["difficulty"].value == pytest.approx(before["difficulty"].value, rel=1e-3)
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     state = saved["stateful_callbacks"]["GeomwatchCallback"]["attributes"]["saved_state"]
-    assert (state["step"], state["prober"]["plan"]["probes"]) == (12, 3)
+    plan = state["watch"]["prober"]["prober"]["plan"]
+    assert (state["step"], plan["probes"]) == (12, 3)
 
 
 def test_what_json_can_not_hold_is_taken_from_the_users_own_callback(tmp_path):
@@ -81,26 +82,30 @@ def test_a_callback_that_the_checkpoint_does_not_know_counts_from_there_and_is_s
     train(tmp_path, None)
     callback = GeomwatchCallback(**WATCH)
     train(tmp_path, callback, resume=True)
-    assert [record.step for record in callback.monitor.history] == [8]
+    assert [record.step for record in callback.monitor.history] == [6, 8]
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())
     assert "GeomwatchCallback" in saved["stateful_callbacks"]
 
 
-def test_a_checkpoint_that_can_not_be_read_is_told_of_and_training_goes_on(tmp_path, caplog):
+@pytest.mark.parametrize("damage", ["an entry", "a tensor"])
+def test_a_damaged_checkpoint_is_refused_before_training(tmp_path, damage):
     train(tmp_path, GeomwatchCallback(**WATCH))
     path = tmp_path / "checkpoint-6" / "trainer_state.json"
     state = json.loads(path.read_text())
-    state["stateful_callbacks"]["GeomwatchCallback"]["attributes"]["saved_state"].pop("guard")
+    saved = state["stateful_callbacks"]["GeomwatchCallback"]["attributes"]["saved_state"]
+    if damage == "an entry":
+        del saved["watch"]
+    else:
+        saved["lr"] = {"tensor": "AAA", "dtype": "float32", "shape": [1]}
     path.write_text(json.dumps(state))
-    callback = GeomwatchCallback(**WATCH)
-    train(tmp_path, callback, resume=True)
-    assert "can't be read (KeyError: 'guard'): it starts afresh" in caplog.text
-    assert [record.step for record in callback.monitor.history] == [8]
+    told = "has no 'watch'" if damage == "an entry" else "must hold tensors as geomwatch has saved"
+    with pytest.raises(geomwatch.UsageError, match=told):
+        train(tmp_path, GeomwatchCallback(**WATCH), resume=True)
 
 
 def test_other_rules_than_those_saved_are_refused(tmp_path):
     train(tmp_path, GeomwatchCallback(**WATCH))
-    with pytest.raises(geomwatch.UsageError, match="state must hold 0 rules, got 11"):
+    with pytest.raises(geomwatch.UsageError, match=r"state must be of rules \[\], got"):
         train(tmp_path, GeomwatchCallback(**WATCH, rules=[]), resume=True)
 
 

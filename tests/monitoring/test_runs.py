@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch import Monitor
-from geomwatch.monitoring.options import Options
 
 
 def convnet(*, norm: bool) -> nn.Module:
@@ -109,9 +107,3 @@ def test_a_rate_that_is_ramped_until_it_breaks_is_warned_of_before(build, start)
     train(model, optimizer, monitor, 230, before=ramp, loss_fn=loss_fn)
     blow_up = next(t for t, x in enumerate(losses) if t > 10 and not x <= losses[0] + 0.5)
     assert loud(monitor.alerts)[0].step < blow_up
-
-
-def test_the_options_that_hosts_pass_on_are_those_of_the_monitor() -> None:
-    own = [name for name in inspect.signature(Monitor).parameters if name != "gone"]
-    assert own == ["model", "loss_fn", "optimizer", *Options.__annotations__]
-    assert len(own) == 10

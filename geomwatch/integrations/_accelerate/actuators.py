@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from geomwatch.controllers.actuators import BATCH, Actuator, Memory
-from geomwatch.controllers.resizable import SampledBatches, Windows, samplers_of
+from geomwatch.controllers.resizable import SampledBatches, samplers_of
+from geomwatch.integrations._host.actuators import HostAccumulation
 
 _SPLIT = (
     "With split_batches=True the shards of a batch are cut to one size when an epoch begins: use "
@@ -24,15 +24,15 @@ def actuators_of(accelerator: Any) -> list[Actuator]:
     return [LoopAccumulation(accelerator)]
 
 
-class LoopAccumulation(Windows):
-    """Sets `accelerator.gradient_accumulation_steps` at the end of a window of either length.
+class LoopAccumulation(HostAccumulation):
+    """Sets `accelerator.gradient_accumulation_steps` before the step that a window ends with.
 
     Only loops in `with accelerator.accumulate(model):` look at it, and only in those does the
     accelerator count micro-batches: until it has counted one, nothing is changed.
     """
 
     def __init__(self, accelerator: Any) -> None:
-        super().__init__(accelerator.gradient_accumulation_steps)
+        super().__init__(accelerator, "gradient_accumulation_steps")
         self._accelerator = accelerator
         self._counts = False
 
@@ -44,16 +44,6 @@ class LoopAccumulation(Windows):
             return ""
         return "This loop does not accumulate: put its body into accelerator.accumulate(model)"
 
-    def value(self, rates: Sequence[float]) -> float:
-        """Return the multiple that is in force."""
-        return float(self._accelerator.gradient_accumulation_steps / self._base)
-
     def refresh(self) -> None:
-        """Make the change before the step of a window that ends where one of the new ones does."""
-        counted, present = self._accelerator.step, self._accelerator.gradient_accumulation_steps
-        if present != self.wanted and counted > 0 and counted % self.wanted == 0:
-            self._accelerator.gradient_accumulation_steps = self.wanted
-
-    def close(self) -> None:
-        """Give the accelerator its own number back."""
-        self._accelerator.gradient_accumulation_steps = self._base
+        """Make the change, if both windows end with this micro-batch."""
+        self.counted(self._accelerator.step)

@@ -43,7 +43,7 @@ def check_prepared(accelerator: Any, model: Any, loss_fn: Any, optimizer: Any) -
         )
     _check_model(accelerator, model, optimizer)
     inner = unwrap(optimizer)
-    if any(monitor.watches(inner) for monitor in Ties.monitors(accelerator)):
+    if any(tied.optimizer is inner for tied in Ties.tied_to(accelerator)):
         raise UsageError(
             "watch() must be called once for an optimizer, got one that is watched. Use the "
             "monitor that the first call returned, or close() it before."

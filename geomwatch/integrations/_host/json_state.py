@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomwatch.errors import UsageError
+
 _TENSOR = "tensor"
 
 
@@ -28,10 +30,19 @@ def to_json(state: Any) -> Any:
 
 
 def from_json(state: Any) -> Any:
-    """Undo `to_json`; tuples come back as lists."""
+    """Undo `to_json`; tuples come back as lists.
+
+    Raises:
+        UsageError: a tensor is damaged.
+    """
     if isinstance(state, Mapping) and _TENSOR in state:
-        array = np.frombuffer(base64.b64decode(state[_TENSOR]), dtype=state["dtype"])
-        return torch.from_numpy(array.copy().reshape(state["shape"]))
+        try:
+            array = np.frombuffer(base64.b64decode(state[_TENSOR]), dtype=state["dtype"])
+            return torch.from_numpy(array.copy().reshape(state["shape"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the state must hold tensors as geomwatch has saved them, got one with {error}."
+            ) from error
     if isinstance(state, Mapping):
         return {key: from_json(value) for key, value in state.items()}
     if isinstance(state, list):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from geomwatch.errors import UsageError
+from geomwatch.isolation.snapshot import RandomState
 from geomwatch.parallel.ranks import Ranks
 
 
@@ -23,21 +28,17 @@ def steps_to_come(trainer: Any) -> float:
     return steps - steps_taken(trainer) if steps >= 0 else float("inf")
 
 
-def refuse_several(trainer: Any, kind: type[Any]) -> None:
-    """Refuse a second callback, or the same one twice.
+def refuse_what_no_probe_can_follow(trainer: Any, module: Any) -> None:
+    """Refuse a Trainer whose gradients, or a module whose batches, can't be known.
 
     Raises:
-        UsageError: there are several.
+        UsageError: it is one.
     """
-    count = sum(isinstance(held, kind) for held in trainer.callbacks)
-    if count > 1:
-        raise UsageError(
-            f"Trainer must have one GeomwatchCallback, got {count}. Both would measure and log the "
-            "same; leave one out."
-        )
+    _refuse_unknown_gradients(trainer)
+    _refuse_own_fetching(module)
 
 
-def refuse_unknown_gradients(trainer: Any) -> None:
+def _refuse_unknown_gradients(trainer: Any) -> None:
     """Refuse strategies that leave less than the whole gradient of the step in `p.grad`.
 
     Raises:
@@ -64,7 +65,34 @@ def trained_model(trainer: Any) -> Any:
     return trainer.strategy.model
 
 
-def refuse_own_fetching(module: Any) -> None:
+def gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """Return what a GradScaler has the gradient multiplied by: fused optimizers divide by it."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+
+
+def prepared(trainer: Any, batch: Any) -> Any:
+    """Treat a batch of the user's as the training loop treats those of its loader."""
+    random = RandomState()  # hooks may augment
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    random.restore()
+    return batch
+
+
+def names_of(optimizer: Any, module: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
+    """Return the names, as patterns, of the optimizer's parameters that these patterns match."""
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in module.named_parameters() if id(p) in own]
+    if wanted is not None:
+        names = [n for n in names if any(fnmatch.fnmatchcase(n, w) for w in wanted)]
+    return [glob.escape(name) for name in names]
+
+
+def _refuse_own_fetching(module: Any) -> None:
     """Refuse a training_step that takes its batches from the loader itself.
 
     Raises:

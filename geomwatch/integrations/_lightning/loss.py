@@ -6,16 +6,15 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from geomwatch.curvature import batches
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._host.unknown import Unknown
+from geomwatch.integrations._host.loss import HostLoss
+from geomwatch.integrations._host.tap import replaced, silence
 from geomwatch.integrations._lightning.names import dummy_logger, host_of
 from geomwatch.integrations._lightning.tap import StepCall
 from geomwatch.isolation.isolation import captured_by
@@ -25,73 +24,41 @@ _REMEDY = (
     "the module a method geometry_loss(batch)."
 )
 _MUTED = ("log", "log_dict", "print")
-_ABSENT = object()
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """The batch of a training step, whole or a piece of it.
-
-    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast. The rest is passed
-    through, so a piece knows what it is a piece of.
-    """
-
-    batch: Any
-    items: int  # of the whole
-    call: StepCall | None = None
-
-    @classmethod
-    def of(cls, call: StepCall) -> MicroBatch:
-        """Return the whole batch of a call."""
-        return cls(call.batch, batches.items(call.batch), call)
-
-    @property
-    def share(self) -> float:
-        """How much of the whole this is: 1, or less for a piece."""
-        return batches.items(self.batch) / self.items if self.items else 1.0
-
-
-class StepLoss:
+class StepLoss(HostLoss):
     """loss_fn(module, batch) on the micro-batches of a Trainer.
 
-    training_step is called as in training: with its batch and batch_idx, its random state (hence
-    the same dropout masks), inside the Trainer's precision plugin. Every micro-batch counts the
-    same, as Lightning divides each by their number, and a piece of one by its items.
+    training_step is called as in training, with its batch and batch_idx, inside the Trainer's
+    precision plugin.
     """
 
-    # Without a __dict__ there is nothing in here that a probe would have to watch.
-    __slots__ = ("_dtype", "_given", "_rest", "_step", "_trainer")
+    __slots__ = ("_dtype", "_rest", "_step", "_trainer")
 
     def __init__(
         self, trainer: Any, module: nn.Module, step: Callable[..., Any], given: LossFn | None
     ) -> None:
-        self._trainer, self._step, self._given = trainer, step, given
+        super().__init__(given)
+        self._trainer, self._step = trainer, step
         self._dtype = _dtype(module)
         self._rest = _rest_of(step)
 
-    def weight(self, micro: MicroBatch | Unknown) -> float:
-        """Return what a micro-batch, or a piece of one, counts for in the mean over a window."""
-        return micro.share
-
-    def __call__(self, module: nn.Module, micro: MicroBatch | Unknown) -> Tensor:
-        """Return the loss of a micro-batch or of a piece of it.
+    def evaluate(
+        self, module: nn.Module, batch: Any, call: StepCall | None, share: float
+    ) -> Tensor:
+        """Return the loss of a batch, or of a share of it.
 
         Raises:
             UsageError: evaluating it steps an optimizer, calls manual_backward or gives no loss.
         """
-        if isinstance(micro, Unknown):
-            micro.evaluate()
-        call = micro.call
-        if call is not None and micro.share == 1:
-            call.random.restore()
         with quiet(self._trainer, module), self._precision(module):
-            if self._given is not None:
-                return self._given(module, micro.batch)
-            return _loss_in(self._step(micro.batch, *(self._rest if call is None else call.rest)))
+            if self.given is not None:
+                return self.given(module, batch)
+            return _loss_in(self._step(batch, *(self._rest if call is None else call.rest)))
 
     def isolates(self) -> list[object]:
         """Return what evaluating the loss may change beside the module."""
-        carried = [] if self._given is None else captured_by(self._given)
+        carried = [] if self.given is None else captured_by(self.given)
         return [self._trainer, *carried]
 
     @contextlib.contextmanager
@@ -112,15 +79,15 @@ def quiet(trainer: Any, module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             if isinstance(part, kind):
                 for name in _MUTED:
-                    stack.enter_context(_replaced(part, name, _say_nothing))
-                stack.enter_context(_replaced(part, "manual_backward", _refuse_backward))
+                    stack.enter_context(replaced(part, name, silence))
+                stack.enter_context(replaced(part, "manual_backward", _refuse_backward))
             for name, state in _metric_states(part):
-                stack.enter_context(_replaced(part, name, state.clone()))
+                stack.enter_context(replaced(part, name, state.clone()))
         for stepper in _steppers(trainer, module):
-            stack.enter_context(_replaced(stepper, "step", _refuse_step))
+            stack.enter_context(replaced(stepper, "step", _refuse_step))
         if trainer.world_size > 1:
             gather = functools.partial(_as_if_alike, trainer.world_size)
-            stack.enter_context(_replaced(trainer.strategy, "all_gather", gather))
+            stack.enter_context(replaced(trainer.strategy, "all_gather", gather))
         loggers = trainer.loggers
         trainer.loggers = [dummy_logger(trainer) for _ in loggers]
         stack.callback(setattr, trainer, "loggers", loggers)
@@ -139,24 +106,6 @@ def _steppers(trainer: Any, module: Any) -> list[Any]:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     wrappers = wrapped if isinstance(wrapped, list) else [wrapped]
     return [*trainer.optimizers, *wrappers, *schedulers]
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner)
-    before = own.get(name, _ABSENT)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            own.pop(name, None)
-        else:
-            own[name] = before
-
-
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 def _as_if_alike(ranks: int, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

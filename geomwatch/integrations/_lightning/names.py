@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -9,7 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from geomwatch.integrations.extras import missing
+from geomwatch.integrations._host.extras import missing
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -25,20 +26,12 @@ def hosts() -> list[ModuleType]:
     """
     used = [sys.modules[name] for name in _NAMES if name in sys.modules]
     used = [host for host in used if hasattr(host, "Trainer")]
-    return used or _imported()
-
-
-def _imported() -> list[ModuleType]:
-    found = []
-    cause: ImportError | None = None
-    for name in _NAMES:
-        try:
-            found.append(importlib.import_module(name))
-        except ImportError as error:
-            cause = error
-    if not found:
-        raise missing("lightning or pytorch-lightning", "lightning") from cause
-    return found
+    for name in () if used else _NAMES:
+        with contextlib.suppress(ImportError):
+            used.append(importlib.import_module(name))
+    if not used:
+        raise missing("lightning or pytorch-lightning", "lightning")
+    return used
 
 
 def host_of(trainer: object) -> ModuleType:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from geomwatch.integrations._lightning.host import steps_taken, steps_to_come
+from geomwatch.integrations._host.watch import survived
+from geomwatch.integrations._lightning.host import steps_taken
 from geomwatch.records import Record
 from geomwatch.sinks import logger
 
@@ -17,16 +18,8 @@ def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
     """
     metrics = record.scalars(prefix)
     for tracker in trainer.loggers if trainer.is_global_zero else ():
-        try:
+        with survived(f"the record of step {record.step} did not reach {type(tracker).__name__}"):
             tracker.log_metrics(metrics, step=steps_taken(trainer))
-        except Exception as error:  # out of reach, say
-            logger.warning(
-                "the record of step %d did not reach %s: %s: %s",
-                record.step,
-                type(tracker).__name__,
-                type(error).__name__,
-                error,
-            )
     if trainer.barebones:  # which allows no module.log
         return
     for name, value in metrics.items():
@@ -60,19 +53,6 @@ def tell_of_no_training(stage: str) -> None:
         "see. Leave it out of a Trainer that does not train.",
         stage,
     )
-
-
-def tell_of_a_short_run(trainer: Any, every: int) -> None:
-    """Tell that probes will be too far apart, if so."""
-    steps = steps_to_come(trainer)
-    if every > steps > 0 and not trainer.fast_dev_run:
-        logger.warning(
-            "every=%d is more than the %d steps of this run, which are hardly measured. Choose "
-            "every=%d or less.",
-            every,
-            steps,
-            max(1, int(steps) // 10),
-        )
 
 
 def _checkpoint_folder(trainer: Any) -> Path:

@@ -1,29 +1,138 @@
-"""One fit() of a Trainer, watched: a monitor for each optimizer, fed by a Tap on the module."""
+"""One fit() of a Trainer, watched: a monitor for each optimizer, fed by a tap on the module."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.controllers.actuators import Actuator
 from geomwatch.curvature.objective import LossFn
-from geomwatch.errors import UsageError
-from geomwatch.integrations._lightning.check import difference_to_training, refuse
-from geomwatch.integrations._lightning.host import steps_taken, trained_model
-from geomwatch.integrations._lightning.loss import MicroBatch, StepLoss
-from geomwatch.integrations._lightning.tap import StepCall, Tap
-from geomwatch.integrations._lightning.watch import Watch
+from geomwatch.integrations._host.actuators import HostAccumulation
+from geomwatch.integrations._host.loss import MicroBatch, mean_of
+from geomwatch.integrations._host.options import MonitorOptions
+from geomwatch.integrations._host.watch import HostWatch, tell_of_a_short_run
+from geomwatch.integrations._lightning.actuators import actuators_of
+from geomwatch.integrations._lightning.check import check_window
+from geomwatch.integrations._lightning.host import (
+    gradient_scale,
+    names_of,
+    prepared,
+    steps_taken,
+    steps_to_come,
+    trained_model,
+)
+from geomwatch.integrations._lightning.loss import StepLoss
+from geomwatch.integrations._lightning.tap import StepCall, StepTap
+from geomwatch.integrations._lightning.window import Window, is_comparable
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
-from geomwatch.monitoring.options import Options
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
 from geomwatch.sinks import logger
 
 
-class Run:
+class OptimizerWatch(HostWatch[StepLoss]):
+    """Watches one optimizer; of several, by its own parameters and under its name.
+
+    Raises:
+        UsageError: an option can't work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        trainer: Any,
+        module: nn.Module,
+        optimizer: Any,
+        loss: StepLoss,
+        options: MonitorOptions,
+    ) -> None:
+        self.name, self.optimizer, self.loss = name, optimizer, loss
+        self._trainer, self._module, self._options = trainer, module, options
+        self._accumulations: list[HostAccumulation] = []
+        super().__init__(self._new_monitor(), loss, Ranks.of(trained_model(trainer)))
+        self.window = Window(trainer, optimizer)
+
+    def restart(self) -> None:
+        """Make another monitor that goes on, where other parameters are trained from now on."""
+        before = self.monitor
+        before.release()
+        self.monitor = self._new_monitor()
+        self.monitor.succeed(before)
+
+    def check(self) -> None:
+        """At the first step, make sure that a probe measures the loss trained on.
+
+        Raises:
+            UsageError: it would measure another one.
+        """
+        params, calls = self.window.params, self.window.calls
+        if not self.is_checked and params and self.ranks.all(is_comparable(calls)):
+            window = self._micro_batches(calls)
+            self.check_once(
+                lambda: check_window(self._module, self.loss, window, params, self.ranks)
+            )
+
+    def step(self, calls: Sequence[StepCall], norm: Tensor | None, *, known: bool) -> Record | None:
+        """Watch the coming step, whose gradient had this norm before clipping.
+
+        Calls that are not `known` can't be made again.
+        """
+        scale = gradient_scale(self._trainer, self.optimizer)
+        return self.watch_step(
+            self._micro_batches(calls)
+            if known
+            else "training_step has changed this batch in place",
+            loss=mean_of([call.loss for call in calls]),
+            grad_norm=None if norm is None else norm / scale,
+            grad_scale=scale,
+        )
+
+    def batch_ends(self, index: int) -> None:
+        """Change the accumulation, if a controller wants it and a window ends; check the steps.
+
+        Raises:
+            UsageError: the first step was taken behind Lightning's back.
+        """
+        for accumulation in self._accumulations:
+            accumulation.counted(index + 1)
+        self.window.check_steps()
+
+    def close(self) -> None:
+        """Leave the optimizer as it was; the history stays."""
+        self.window.close()
+        super().close()
+
+    def _micro_batches(self, calls: Sequence[StepCall]) -> list[MicroBatch]:
+        return [self.loss.micro_batch(call.batch, call) for call in calls]
+
+    def _new_monitor(self) -> Monitor:
+        how, own = self._options.how, dict[str, Any]()
+        if how.batch is not None:
+            own["batch"] = self.loss.micro_batch(prepared(self._trainer, how.batch))
+        names = names_of(self.optimizer, self._module, how.params)
+        if not names:
+            logger.warning(
+                "configure_optimizers() gives %s no parameter of the module that is to be "
+                "measured: there are no steps to probe before.",
+                type(self.optimizer).__name__,
+            )
+        elif self.name:
+            own["params"] = names
+        model = trained_model(self._trainer)
+        return self._options.monitor(
+            model, self.loss, self.optimizer, actuators=self._actuators, **own
+        )
+
+    def _actuators(self) -> list[Actuator]:
+        found = actuators_of(self._trainer, self._module, self.optimizer)
+        self._accumulations = [knob for knob in found if isinstance(knob, HostAccumulation)]
+        return found
+
+
+class Run(StepTap):
     """Feeds the monitors while a Trainer fits; `close` leaves module and optimizers as they were.
 
     Under automatic optimisation the window of a step are the batches since the last one for which
@@ -36,26 +145,25 @@ class Run:
         trainer: Any,
         module: Any,
         losses: Mapping[str, LossFn | None],
-        options: Options,
+        options: MonitorOptions,
         states: Mapping[str, Any],
     ) -> None:
-        self._trainer, self._module, self._options = trainer, module, options
+        super().__init__(trainer, module)
+        self._module = module
         self.ranks = Ranks.of(trained_model(trainer))
         self._automatic = bool(module.automatic_optimization)
-        self._users_own = any(given is not None for given in losses.values())
-        self._checked = not self._automatic  # else the loss of a step is not known
         self._trainable = _trainable(module)
         self._records: list[tuple[str, Record]] = []
-        self.watches: list[Watch] = []
-        self.is_open = True
-        self._tap = Tap(trainer, module, self)
+        self.watches: list[OptimizerWatch] = []
+        if not trainer.fast_dev_run:
+            tell_of_a_short_run(options.given.get("every"), steps_to_come(trainer))
         try:
             for (name, given), optimizer in zip(losses.items(), trainer.optimizers, strict=True):
-                loss = StepLoss(trainer, module, self._tap.training_step, given)
-                watch = Watch(name, trainer, module, optimizer, loss)
+                loss = StepLoss(trainer, module, self.training_step, given)
+                watch = OptimizerWatch(name, trainer, module, optimizer, loss, options)
+                watch.is_checked = not self._automatic  # where the loss of a step is not known
                 self.watches.append(watch)
-                watch.start(options)
-                watch.take_up(states.get(name), steps_taken(trainer))
+                watch.go_on_from(states.get(name), steps_taken(trainer))
         except BaseException:
             self.close()
             raise
@@ -69,12 +177,12 @@ class Run:
 
     def batch_begins(self, index: int) -> None:
         """Note that another batch begins; the first of an epoch may train other parameters."""
-        self._tap.next_batch()
+        self.next_batch()
         if index == 0 and _trainable(self._module) != self._trainable:
             self._trainable = _trainable(self._module)
             logger.info("other parameters are trained from now on, and measured.")
             for watch in self.watches:
-                watch.restart(self._options)
+                watch.restart()
 
     def batch_ends(self, index: int) -> list[tuple[str, Record]]:
         """Return the records of this batch, each with the name of its optimizer.
@@ -83,7 +191,6 @@ class Run:
             UsageError: the module has stepped an optimizer itself.
         """
         for watch in self.watches:
-            watch.check_steps()
             watch.batch_ends(index)
         records, self._records = self._records, []
         return records
@@ -93,66 +200,45 @@ class Run:
         return [alert for watch in self.watches for alert in watch.new_alerts()]
 
     def trained_on(self, call: StepCall) -> None:
-        """Hear of a training_step that has returned a loss."""
+        """Add a call of training_step to the window."""
         if self._automatic:
-            self.watches[0].add(call)
+            self.watches[0].window.add(call)
 
     def backward_begins(self) -> None:
-        """Forget the batches whose gradients have been zeroed."""
+        """Forget the batches whose gradients have been zeroed by hand."""
         for watch in self.watches:
-            if not self._automatic and not watch.params:
-                watch.window.clear()
+            if not self._automatic and not watch.window.params:
+                watch.window.take()
 
     def backward_ends(self) -> None:
-        """Note for each optimizer whether this batch has left it a gradient."""
-        call = self._tap.present
-        if self._automatic or call is None:
-            return
+        """Note for each optimizer whether a backward pass by hand has left it a gradient."""
         for watch in self.watches:
-            if watch.params:
-                watch.add(call)
+            if not self._automatic and self.present is not None and watch.window.params:
+                watch.window.add(self.present)
 
-    def gradient_complete(self, optimizer: Any) -> None:
-        """At the first step, make sure that a probe measures the loss trained on.
+    def gradient_complete(self, optimizer: Any) -> Tensor | None:
+        """Check against training, at the first step; return the norm of the gradient.
 
         Raises:
-            UsageError: it would measure another one.
+            UsageError: a probe would measure another loss.
         """
         watch = self._watch_of(optimizer)
-        if self._checked or watch is None or not watch.params:
-            return
-        if not self.ranks.all(_is_finite(watch.window)):
-            return
-        self._checked = True
-        window = [MicroBatch.of(call) for call in watch.window]
-        try:
-            with self.ranks.refused_together():
-                loss, gradient = difference_to_training(
-                    self._module, watch.loss, window, watch.params, self.ranks
-                )
-        except UsageError:
-            raise
-        except Exception as error:  # a probe will say more, and training goes on
-            logger.warning(
-                "whether the loss measured is the loss trained on could not be checked: %s: %s",
-                type(error).__name__,
-                error,
-            )
-            return
-        self._tell(loss, gradient)
+        if watch is None:
+            return None
+        watch.check()
+        return watch.window.norm()
 
     def stepping(self, optimizer: Any, norm: Tensor | None) -> None:
         """Watch the coming step."""
         watch = self._watch_of(optimizer)
-        if watch is None or not watch.is_new_step():
+        if watch is None or not watch.window.is_new_step():
             return
-        window, watch.window = watch.window, []
-        if not window and not self._automatic and self._tap.present is not None:
-            window = [self._tap.present]  # a second step on the same batch, or a plain backward()
-        if not window or not watch.params:  # training_step has left the step out
+        calls = watch.window.take()
+        if not calls and not self._automatic and self.present is not None:
+            calls = [self.present]  # a second step on the same batch, or a plain backward()
+        if not calls or not watch.window.params:  # training_step has left the step out
             return
-        known = self._tap.settle(window)
-        record = watch.step(window, norm, known=known)
+        record = watch.step(calls, norm, known=self.settle(calls))
         if record is not None:
             self._records.append((watch.name, record))
 
@@ -162,35 +248,12 @@ class Run:
 
     def close(self) -> None:
         """Leave the module and its optimizers as they were."""
-        self.is_open = False
-        self._tap.close()
+        super().close()
         for watch in self.watches:
             watch.close()
 
-    def _tell(self, loss: str, gradient: str) -> None:
-        if loss and not self._users_own:
-            refuse(loss)
-        if loss:
-            logger.warning(
-                "loss_fn gives %s. Curvature is measured of loss_fn, and the stability margin is "
-                "right for that loss only.",
-                loss,
-            )
-        if gradient:
-            logger.warning(
-                "the gradient that is stepped with lies %s: a hook, a callback or the module's own "
-                "backward() changes it. Curvature is measured of the loss alone.",
-                gradient,
-            )
-
-    def _watch_of(self, optimizer: Any) -> Watch | None:
+    def _watch_of(self, optimizer: Any) -> OptimizerWatch | None:
         return next((watch for watch in self.watches if watch.optimizer is optimizer), None)
-
-
-def _is_finite(window: list[StepCall]) -> bool:
-    losses = [call.loss for call in window if not call.is_spoilt]
-    finite = [loss for loss in losses if loss is not None and math.isfinite(float(loss))]
-    return len(finite) == len(window) > 0
 
 
 def _trainable(module: nn.Module) -> frozenset[int]:

@@ -1,33 +1,17 @@
-"""What a LightningModule is asked for in each step, seen by shadowing two of its methods."""
+"""What a LightningModule is asked for in each step, seen by standing around two of its methods."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from geomwatch.curvature import batches
+from geomwatch.integrations._host.tap import Method, Tap
 from geomwatch.isolation.isolation import is_probing
 from geomwatch.isolation.snapshot import RandomState
-from geomwatch.monitoring.progress import gradient_norm
 from geomwatch.sinks import logger
-
-_Method: TypeAlias = Callable[..., Any]
-
-
-class Listener(Protocol):
-    """Who a Tap speaks to."""
-
-    def trained_on(self, call: StepCall) -> None:
-        """Hear of a training_step that has returned a loss."""
-
-    def gradient_complete(self, optimizer: Any) -> None:
-        """Hear that all hooks have run; clipping has not."""
-
-    def stepping(self, optimizer: Any, norm: Tensor | None) -> None:
-        """Hear that the step comes next; `norm` is that of the gradient before clipping."""
 
 
 class StepCall:
@@ -61,36 +45,33 @@ class StepCall:
         self._marks = []
 
 
-class Tap:
-    """Notes each training_step, and speaks up when the gradient is complete.
+class StepTap(Tap):
+    """Notes each training_step, and tells when the gradient is complete.
 
-    `training_step` and `configure_gradient_clipping` are shadowed on the instance, and do what they
-    did before. Under automatic optimisation Lightning calls the latter before each step, clipping
-    or not, and after all other hooks. `close` takes the shadows away.
+    It stands around `training_step` and `configure_gradient_clipping`. Under automatic optimisation
+    Lightning calls the latter before each step, clipping or not, and after all other hooks. Whoever
+    wants to be told overrides the three methods at the end.
     """
 
-    def __init__(self, trainer: Any, module: Any, listener: Listener) -> None:
-        self._trainer, self._listener = trainer, listener
-        self.training_step: _Method = module.training_step
+    def __init__(self, trainer: Any, module: Any) -> None:
+        super().__init__()
+        self._trainer = trainer
+        self.training_step: Method = module.training_step
         self.present: StepCall | None = None  # of this batch, or the last one
-        self.turn = 0  # batches so far
+        self._turn = 0  # batches so far
         self._copying = True  # until a window has shown that training_step leaves its batch alone
         self._told = False
-        self._undo = [
-            shadow(module, "training_step", self._around_step),
-            shadow(module, "configure_gradient_clipping", self._around_clip),
-        ]
+        self.stand_around(module, "training_step", self._around_step)
+        self.stand_around(module, "configure_gradient_clipping", self._around_clip)
 
     def close(self) -> None:
         """Leave the module as it was."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
+        super().close()
         self.present = None
 
     def next_batch(self) -> None:
         """Note that another batch begins."""
-        self.turn += 1
+        self._turn += 1
         self.present = None
 
     def settle(self, window: Sequence[StepCall]) -> bool:
@@ -110,62 +91,34 @@ class Tap:
             )
         return not spoilt
 
-    def _around_step(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _around_step(self, original: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         # a validation_step may well call training_step
         if not self._trainer.training or is_probing():
             return original(*args, **kwargs)
         batch, *rest = (*args, *kwargs.values())
-        call = self.present = StepCall(batch, rest, copied=self._copying, turn=self.turn)
+        call = self.present = StepCall(batch, rest, copied=self._copying, turn=self._turn)
         output = original(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if isinstance(loss, Tensor):
             call.loss = loss.detach()
-            self._listener.trained_on(call)
+            self.trained_on(call)
         return output
 
-    def _around_clip(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _around_clip(self, original: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         optimizer = args[0] if args else kwargs["optimizer"]
-        self._listener.gradient_complete(optimizer)
-        norm = _norm_of(optimizer)
+        norm = self.gradient_complete(optimizer)
         result = original(*args, **kwargs)
-        self._listener.stepping(optimizer, norm)
+        self.stepping(optimizer, norm)
         return result
 
+    def trained_on(self, call: StepCall) -> None:
+        """Hear of a training_step that has returned a loss."""
 
-class Shadow:
-    """A method of one instance with something around it; the bare method when copied or pickled."""
+    def gradient_complete(self, optimizer: Any) -> Tensor | None:
+        """Hear that all hooks have run, clipping has not; return the norm of the gradient."""
 
-    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        self._owner, self._name, self._around = owner, name, around
-        self._original = getattr(owner, name)
-        functools.update_wrapper(self, self._original)  # Lightning looks at signatures
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method, through what is around it."""
-        return self._around(self._original, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._owner, self._name)
-
-
-def shadow(owner: Any, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Put `around` an instance's method; return what takes it away again."""
-    own = vars(owner)
-    before = {name: own[name]} if name in own else {}
-    mine = own[name] = Shadow(owner, name, around)
-
-    def undo() -> None:
-        if own.get(name) is mine:  # else somebody has put another around it, which still calls it
-            del own[name]
-            own.update(before)
-
-    return undo
-
-
-def _norm_of(optimizer: Any) -> Tensor | None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    params = [p for p in params if p.grad is not None]
-    return gradient_norm(params) if params else None
+    def stepping(self, optimizer: Any, norm: Tensor | None) -> None:
+        """Hear that the step comes next, and the norm that its gradient had before clipping."""
 
 
 def _version(tensor: Tensor) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geomwatch.curvature import batches
 from geomwatch.curvature.objective import LossFn
-from geomwatch.integrations._host.unknown import Unknown
+from geomwatch.integrations._host.loss import HostLoss, MicroBatch, Unknown
+from geomwatch.integrations._host.tap import replaced, silence
 from geomwatch.integrations._transformers.tap import LossCall, TrainingStep
 from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.snapshot import RandomState
 
 
 class Window:
@@ -48,80 +48,68 @@ class Window:
         computed = sum(abs(_number(step.call)) for step in self.steps)
         return 1.0 if abs(trained - computed / count) < abs(trained - computed) else float(count)
 
-    def micro_batches(self) -> list[MicroBatch]:
-        """Return the batches for `TrainerLoss`."""
-        return [MicroBatch(s.inputs, s, batches.items(s.inputs), self) for s in self.steps]
 
+class StepOfWindow:
+    """A training step in its window: what is asked of a call that is to be made again."""
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The inputs of a training step, whole or a piece of them.
+    __slots__ = ("step", "window")
 
-    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast in its inputs. The
-    rest is passed through, so a piece knows what it is a piece of.
-    """
-
-    inputs: Any
-    step: TrainingStep
-    items: int  # of the whole micro-batch
-    window: Window
+    def __init__(self, step: TrainingStep, window: Window) -> None:
+        self.step, self.window = step, window
 
     @property
-    def share(self) -> float:
-        """How much of the micro-batch this is: 1, or less for a piece."""
-        return batches.items(self.inputs) / self.items if self.items else 1.0
+    def random(self) -> RandomState | None:
+        """The random state before it, if that is kept."""
+        return self.step.random
 
 
-class TrainerLoss:
+class TrainerLoss(HostLoss):
     """loss_fn(model, batch) on the micro-batches of a Trainer.
 
-    A micro-batch is evaluated by the very call of compute_loss that training has made: with its
-    inputs, its keywords and its random state, hence the same dropout masks. What compute_loss makes
-    of `num_items_in_batch`, the number of labels in the window, needs not be known: a piece of a
-    micro-batch gets its share of that number, so that the pieces of a sum add up to it and those of
-    a mean average to it. The mean over a window, times `Window.factor`, is the loss stepped on.
+    A micro-batch is evaluated by the very call of compute_loss that training has made, with its
+    inputs and its keywords. What compute_loss makes of `num_items_in_batch`, the number of labels
+    in the window, needs not be known: a piece of a micro-batch gets its share of that number, so
+    that the pieces of a sum add up to it and those of a mean average to it. The mean over a window,
+    times `Window.factor`, is the loss stepped on.
+
+    Micro-batches count alike, as a Trainer sums over them and averages over ranks (where it counts
+    tokens across devices, each rank's loss is its share of their sum already). Those of a loss_fn
+    of the user's count by their items, or by what it says itself.
     """
 
-    # Without a __dict__ there is nothing in here that a probe would have to watch.
-    __slots__ = ("_compute_loss", "_loss_fn", "_trainer")
+    __slots__ = ("_compute_loss", "_trainer")
 
-    def __init__(self, trainer: Any, compute_loss: Any, loss_fn: LossFn | None) -> None:
-        self._trainer, self._compute_loss, self._loss_fn = trainer, compute_loss, loss_fn
+    def __init__(self, trainer: Any, given: LossFn | None) -> None:
+        super().__init__(given)
+        self._trainer, self._compute_loss = trainer, trainer.compute_loss
 
     def weight(self, batch: Any) -> float:
-        """Return what a batch counts for in the mean over a window, and over ranks.
+        """Return what a batch counts for in the mean over a window, and over ranks."""
+        if self.given is None or isinstance(batch, Unknown):
+            return super().weight(batch)
+        weigh: Any = getattr(self.given, "weight", self.weigh)
+        return float(weigh(batch.batch if isinstance(batch, MicroBatch) else batch))
 
-        Each micro-batch the same, as a Trainer sums over them and averages over ranks (where it
-        counts tokens across devices, each rank's loss is its share of their sum already); by its
-        items, or by what it says itself, for a loss_fn of the user's.
-        """
-        if isinstance(batch, Unknown):
-            return batch.share
-        if self._loss_fn is not None:
-            weigh: Any = getattr(self._loss_fn, "weight", batches.items)
-            return float(weigh(batch.inputs if isinstance(batch, MicroBatch) else batch))
-        return batch.share if isinstance(batch, MicroBatch) else batches.items(batch)
+    def micro_batches(self, window: Window) -> list[MicroBatch]:
+        """Return the batches of a window as this loss knows them."""
+        return [self.micro_batch(step.inputs, StepOfWindow(step, window)) for step in window.steps]
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the loss of a micro-batch, of a piece of one, or of plain inputs."""
-        if isinstance(batch, Unknown):
-            batch.evaluate()
-        if not isinstance(batch, MicroBatch):
-            return self._evaluate(model, batch, {})
-        share, step = batch.share, batch.step
-        if step.random is not None and share == 1:
-            step.random.restore()
-        if step.call is None or self._loss_fn is not None:
-            return self._evaluate(model, batch.inputs, {})
-        keywords = dict(step.call.keywords)
+    def evaluate(
+        self, model: nn.Module, inputs: Any, call: StepOfWindow | None, share: float
+    ) -> Tensor:
+        """Return the loss of a micro-batch, of a share of one, or of plain inputs."""
+        if self.given is not None:
+            with _mute(self._trainer):
+                return self.given(model, inputs)
+        made = None if call is None else call.step.call
+        if call is None or made is None:
+            return self._compute(model, inputs, {})
+        keywords = dict(made.keywords)
         if share < 1 and keywords.get("num_items_in_batch") is not None:
             keywords["num_items_in_batch"] = share * keywords["num_items_in_batch"]
-        return batch.window.factor * self._evaluate(model, batch.inputs, keywords)
+        return call.window.factor * self._compute(model, inputs, keywords)
 
-    def _evaluate(self, model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> Tensor:
-        if self._loss_fn is not None:
-            with _mute(self._trainer):
-                return self._loss_fn(model, inputs)
+    def _compute(self, model: nn.Module, inputs: Any, keywords: dict[str, Any]) -> Tensor:
         with _mute(self._trainer), self._trainer.compute_loss_context_manager():
             returned = self._compute_loss(model, inputs, **keywords)
         loss: Tensor = returned[0] if isinstance(returned, tuple) else returned
@@ -135,8 +123,8 @@ class TrainerLoss:
         """
         modules = [m for m in vars(self._trainer).values() if isinstance(m, nn.Module)]
         parts = [self._compute_loss, getattr(self._trainer, "compute_loss_func", None)]
-        if self._loss_fn is not None:
-            parts = [self._loss_fn]
+        if self.given is not None:
+            parts = [self.given]
         written = [part for part in parts if part is not None and not _is_the_hosts(part)]
         return [*modules, *(found for part in written for found in captured_by(part))]
 
@@ -149,20 +137,15 @@ def _mute(trainer: Any) -> Iterator[None]:
     out otherwise than in training, which is found out before the first probe.
     """
     accelerator, ranks = trainer.accelerator, trainer.accelerator.num_processes
-    asks_nobody: dict[str, Any] = {"log": _silence}
+    asks_nobody: dict[str, Any] = {"log": silence}
     if ranks > 1:
         gather = functools.partial(_gather_from_alike, ranks)
         asks_nobody |= {"gather": gather, "gather_for_metrics": gather}
         asks_nobody["reduce"] = functools.partial(_reduce_over_alike, ranks)
     with contextlib.ExitStack() as stack:
-        for owner, methods in ((trainer, {"log": _silence}), (accelerator, asks_nobody)):
-            for name, method in methods.items():
-                own = vars(owner)
-                if name in own:
-                    stack.callback(setattr, owner, name, own[name])
-                else:
-                    stack.callback(delattr, owner, name)
-                setattr(owner, name, method)
+        stack.enter_context(replaced(trainer, "log", silence))
+        for name, method in asks_nobody.items():
+            stack.enter_context(replaced(accelerator, name, method))
         yield
 
 
@@ -182,10 +165,6 @@ def _reduce_over_alike(ranks: int, data: Any, reduction: str = "sum", scale: flo
     if isinstance(data, Mapping):
         return {k: _reduce_over_alike(ranks, v, reduction, scale) for k, v in data.items()}
     return type(data)(_reduce_over_alike(ranks, v, reduction, scale) for v in data)
-
-
-def _silence(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
 
 
 def _number(call: LossCall | None) -> float:

@@ -1,17 +1,15 @@
-"""What a Trainer computes in each step, seen by shadowing three methods of one instance."""
+"""What a Trainer computes in each step, seen by standing around three of its methods."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from geomwatch.curvature import batches
+from geomwatch.integrations._host.tap import Method, Tap, named
 from geomwatch.isolation.snapshot import RandomState
-
-_Method: TypeAlias = Callable[..., Any]
 
 
 class LossCall:
@@ -52,26 +50,23 @@ class TrainingStep:
         return self._random if self.call is None else self.call.random
 
 
-class Tap:
+class TrainerTap(Tap):
     """Notes the losses of a Trainer's training steps and the gradient norm before its clipping.
 
-    `training_step`, `compute_loss` and the accelerator's `clip_grad_norm_` are shadowed on the
-    instances, and do what they did before; losses computed outside of a training step, as in an
-    evaluation, are left alone. `close` takes the shadows away. The random state before a
-    training_step is kept on request only: to take it down costs 0.1 ms.
+    It stands around `training_step`, `compute_loss` and the accelerator's `clip_grad_norm_`; losses
+    computed outside of a training step, as in an evaluation, are left alone. The random state
+    before a training_step is kept on request only: to take it down costs 0.1 ms.
     """
 
     def __init__(self, trainer: Any, *, keeps_random: bool) -> None:
+        super().__init__()
         self._keeps_random = keeps_random
-        self.compute_loss: _Method = trainer.compute_loss
         self._steps: list[TrainingStep] = []
         self._norm: Tensor | float | None = None
         self._current: TrainingStep | None = None
-        self._undo = [
-            _shadow(trainer, "training_step", self._around_step),
-            _shadow(trainer, "compute_loss", self._around_loss),
-            _shadow(trainer.accelerator, "clip_grad_norm_", self._around_clip),
-        ]
+        self.stand_around(trainer, "training_step", self._around_step)
+        self.stand_around(trainer, "compute_loss", self._around_loss)
+        self.stand_around(trainer.accelerator, "clip_grad_norm_", self._around_clip)
 
     def take(self) -> tuple[list[TrainingStep], Tensor | float | None]:
         """Return the training steps since the last call, and the norm of their gradient."""
@@ -79,64 +74,31 @@ class Tap:
         self._steps, self._norm = [], None
         return steps, norm
 
-    def close(self) -> None:
-        """Leave the Trainer as it was."""
-        for undo in self._undo:
-            undo()
-        self._undo = []
-
-    def _around_step(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        named = _named(("model", "inputs", "num_items_in_batch"), args, kwargs)
+    def _around_step(self, original: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        given = named(("model", "inputs", "num_items_in_batch"), args, kwargs)
         random = RandomState() if self._keeps_random else None
-        step = self._current = TrainingStep(named.get("inputs"), random)
+        step = self._current = TrainingStep(given.get("inputs"), random)
         try:
             step.loss = original(*args, **kwargs)
         finally:
             self._current = None
-        if self._undo:
+        if self.is_open:
             self._steps.append(step)
         return step.loss
 
-    def _around_loss(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _around_loss(self, original: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._current is None:
             return original(*args, **kwargs)
         names = ("model", "inputs", "return_outputs", "num_items_in_batch")
-        named = _named(names, args, kwargs)
-        keywords = {k: v for k, v in named.items() if k not in ("model", "inputs")}
-        call = LossCall(named["inputs"], keywords)
+        given = named(names, args, kwargs)
+        keywords = {k: v for k, v in given.items() if k not in ("model", "inputs")}
+        call = LossCall(given["inputs"], keywords)
         self._current.calls.append(call)
         returned = original(*args, **kwargs)
         loss = returned[0] if isinstance(returned, tuple) else returned
         call.loss = loss.detach() if isinstance(loss, Tensor) else None
         return returned
 
-    def _around_clip(self, original: _Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _around_clip(self, original: Method, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         self._norm = original(*args, **kwargs)
         return self._norm
-
-
-def _shadow(
-    owner: Any, name: str, around: Callable[[_Method, Sequence[Any], dict[str, Any]], Any]
-) -> Callable[[], None]:
-    """Put `around` an instance's method; return what takes it away again."""
-    original = getattr(owner, name)
-    was_own = name in vars(owner)
-
-    @functools.wraps(original)
-    def shadow(*args: Any, **kwargs: Any) -> Any:
-        return around(original, args, kwargs)
-
-    def undo() -> None:
-        if vars(owner).get(name) is not shadow:
-            return  # somebody else has put another around ours, which goes on passing calls through
-        if was_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
-
-    setattr(owner, name, shadow)
-    return undo
-
-
-def _named(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,15 +1,21 @@
-"""The Trainer that a callback is in: found, as events don't name it; refused; logged to."""
+"""The Trainer that a callback is in: found, or refused; and what it lets controllers turn."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
+from geomwatch.controllers.actuators import BATCH, Actuator, Memory
+from geomwatch.controllers.resizable import SampledBatches, samplers_of
 from geomwatch.errors import UsageError
+from geomwatch.integrations._host.actuators import HostClip
 from geomwatch.integrations._host.parallelism import check_parallelism
-from geomwatch.records import Record
-from geomwatch.sinks import logger
+
+_FIXED = (
+    "A Trainer counts its epochs by the batch and the accumulation it starts with: pass "
+    "gradient_accumulation_steps to TrainingArguments, or let get_train_dataloader() draw from a "
+    "ResizableBatchSampler"
+)
 
 
 def find_trainer(kind: type[Any], callback: object) -> Any:
@@ -28,21 +34,7 @@ def find_trainer(kind: type[Any], callback: object) -> Any:
 
 def holds(trainer: Any, callback: object) -> bool:
     """Tell whether a Trainer calls this very callback."""
-    return any(held is callback for held in _callbacks(trainer))
-
-
-def refuse_several(trainer: Any, kind: type[Any]) -> None:
-    """Refuse a second callback, or the same one twice.
-
-    Raises:
-        UsageError: there are several.
-    """
-    count = sum(isinstance(held, kind) for held in _callbacks(trainer))
-    if count > 1:
-        raise UsageError(
-            f"{type(trainer).__name__} must have one GeomwatchCallback, got {count}. Both would "
-            "measure and log the same; leave one out."
-        )
+    return any(held is callback for held in callbacks_of(trainer))
 
 
 def trained_model(trainer: Any) -> Any:
@@ -64,18 +56,13 @@ def refuse_unknown_gradients(trainer: Any) -> None:
     check_parallelism(trainer.accelerator, trained_model(trainer), "GeomwatchCallback")
 
 
-def publish(log: Callable[[Any, Any], None], trainer: Any, record: Record, prefix: str) -> None:
-    """Log a record as the Trainer logs its losses, to `log_history` and all trackers."""
-    try:
-        log(trainer, record.scalars(prefix))
-    except Exception as error:  # a tracker that is out of reach, say
-        logger.warning(
-            "the record of step %d did not reach all trackers: %s: %s",
-            record.step,
-            type(error).__name__,
-            error,
-        )
-
-
-def _callbacks(trainer: Any) -> list[Any]:
+def callbacks_of(trainer: Any) -> list[Any]:
+    """Return what a Trainer calls at its events."""
     return list(getattr(getattr(trainer, "callback_handler", None), "callbacks", ()))
+
+
+def actuators_of(trainer: Any) -> list[Actuator]:
+    """Return the knobs of a Trainer, those that can't be turned with the reason why."""
+    loader = trainer.callback_handler.train_dataloader
+    batch = SampledBatches(loader) if samplers_of(loader) else Memory(BATCH, obstacle=_FIXED)
+    return [HostClip(trainer.args, "max_grad_norm"), batch]

@@ -1,45 +1,100 @@
-"""The loss of a window, evaluated once more with training's own kernels and random state."""
+"""Is the loss that a probe computes the one that the host trains on? Asked once, before the first.
+
+With the same kernels, random state and precision loss and gradient agree to rounding.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss
-from geomwatch.curvature.objective import LossFn
+from geomwatch.integrations._host.loss import HostLoss, MicroBatch
 from geomwatch.isolation.isolation import isolated
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.parallel.sync_norm import is_synchronised
+from geomwatch.sinks import logger
 from geomwatch.vectors.fsdp import is_sharded, reshard
 from geomwatch.vectors.layout import whole
 
+SAME = "on the same batch, weights and random state"
 
-def replay(
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The loss of a window evaluated again, where it is not the one that was trained on."""
+
+    loss: float
+    trained: float
+    is_here: bool  # or else on another rank
+
+
+def check_against_training(
     model: nn.Module,
-    loss_fn: LossFn,
-    window: Iterable[tuple[float, Any]],
+    loss_fn: HostLoss,
+    window: Sequence[MicroBatch],
+    trained: float,
     *,
     params: Sequence[Tensor],
-    isolates: Sequence[object],
+    ranks: Ranks,
+    tolerance: float,
+    refuse: Callable[[Difference], NoReturn],
+    judge_angle: Callable[[float], None],
+) -> None:
+    """Evaluate a window again as in training, whose loss was `trained`, and compare.
+
+    `params` hold the gradient that is stepped with, clipped or not. All ranks call it at once and
+    come to the same verdict. Costs a forward and a backward pass for each micro-batch, and two
+    vectors of the model's size.
+
+    Args:
+        tolerance: of the loss, relative to it.
+        refuse: called where the host's own loss differs; a loss_fn of the user's is told of.
+        judge_angle: called with the distance between the directions of the two gradients, where
+            the losses agree; 0 where they can't be compared.
+
+    Raises:
+        UsageError: the loss is no scalar, or exchanges tensors with other ranks; or what the two
+            functions raise.
+    """
+    loss, gradient = _replay(model, loss_fn, window, params, ranks)
+    apart = math.isfinite(trained) and abs(loss - trained) > tolerance * abs(trained) + 1e-6
+    if not ranks.any(apart):
+        judge_angle(_turned(gradient, params))
+    elif loss_fn.given is None:
+        refuse(Difference(loss, trained, apart))
+    else:
+        logger.warning(
+            "loss_fn gives %.6g where the Trainer trains on %.6g, %s. Curvature is measured of "
+            "loss_fn, and the stability margin is right for that loss only.",
+            loss,
+            trained,
+            SAME,
+        )
+
+
+def _replay(
+    model: nn.Module,
+    loss_fn: HostLoss,
+    window: Sequence[MicroBatch],
+    params: Sequence[Tensor],
     ranks: Ranks,
 ) -> tuple[float, list[Tensor]]:
-    """Return the loss of a window of (share, micro-batch) pairs, and its gradient by `params`.
+    """Return the loss of a window, and its gradient by `params`.
 
     In the precision of training, and not twice differentiable: what comes out must be what training
     itself has computed. The loss is this rank's own, the gradient the mean over ranks, as that in
-    `p.grad` is. All ranks call it at the same moment.
-
-    Raises:
-        UsageError: the loss is no scalar, or exchanges tensors with other ranks.
-        RankError: it failed on another rank.
+    `p.grad` is.
     """
+    weights = [loss_fn.weight(micro) for micro in window]
     loss = 0.0
     gradient = [torch.zeros_like(p) for p in params]
     sharded = is_sharded(params)
@@ -48,13 +103,18 @@ def replay(
     with (
         ranks.together(),
         isolated(
-            model, params, others=isolates, mode="train", autocast=True, second_order=False
+            model,
+            params,
+            others=loss_fn.isolates(),
+            mode="train",
+            autocast=True,
+            second_order=False,
         ) as snapshot,
         _on_its_own(model, ranks),
     ):
         snapshot.restore()
-        for share, micro in window:
-            part = share * check_loss(loss_fn(model, batches.fresh_copy(micro)))
+        for weight, micro in zip(weights, window, strict=True):
+            part = weight / sum(weights) * check_loss(loss_fn(model, batches.fresh_copy(micro)))
             loss += float(part.detach())
             found = _through_hosts(part, params) if sharded else _directly(part, params)
             for total, g in zip(gradient, found, strict=True):
@@ -63,7 +123,7 @@ def replay(
     return loss, gradient if sharded else ranks.mean(gradient)
 
 
-def turned(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> float:
+def _turned(gradient: Sequence[Tensor], params: Sequence[Tensor]) -> float:
     """Return the distance between the directions of `gradient` and of the one that is stepped with.
 
     Clipping has changed the length of the latter. Hooks on parameters bend it, and the first steps
