@@ -11,9 +11,10 @@ architectures but one and judged there by Spearman's correlation:
     B1   B0, and loss and gradient norm at 10 %
     geo  B1, and margin, trace per parameter, roughness residual, effective rank, difficulty so far
 
-The hypothesis holds if geo beats B1 by 0.05 or more with a 95 % bootstrap interval above 0.
+The hypothesis holds if geo beats B1 by 0.05 or more with a 95 % bootstrap interval above 0. Writes
+docs/benchmarks/difficulty.md.
 
-    python benchmarks/difficulty.py            # what is missing, then docs/benchmarks/difficulty.md
+    python benchmarks/difficulty.py            # what is missing, then the page
     python benchmarks/difficulty.py --quick    # a few short runs, writes nothing
     python benchmarks/difficulty.py --report   # from the runs there are
 """
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness.version import written_by
 from scipy.stats import rankdata, spearmanr
 from tasks import TASKS
 from tasks.rates import rates
@@ -239,7 +241,7 @@ def report(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Does early curvature predict difficulty?",
         "",
-        "Written by `python benchmarks/difficulty.py`. The paper's hypothesis H5, with targets "
+        f"{written_by('difficulty.py')} The paper's hypothesis H5, with targets "
         f"fixed beforehand: {len(runs)} runs ({tasks} architectures, rates x {rates_} of the tuned "
         f"one, first weights x {scales}, SGD with momentum, {STEPS} steps), of which {failed} "
         "leave more than a third unlearnt. Everything is measured in the first tenth of a run.",

@@ -1,9 +1,12 @@
-"""How much memory a probe needs beside a training step, whole and in micro-batches.
+"""How much memory does a probe need beside a training step, whole and in micro-batches?
 
 Trains a GPT-2-like net with AdamW and counts the bytes of live tensors from torch's own record of
 allocations, above what is held between steps (weights, their gradients and the optimizer's state).
 Resident memory would count what the allocator keeps, which says nothing. Writes
-docs/benchmarks/memory.md. A few minutes; `--quick` in seconds, which prints only.
+docs/benchmarks/memory.md.
+
+    python benchmarks/memory.py            # a few minutes
+    python benchmarks/memory.py --quick    # seconds, prints only
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.version import written_by
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import geomwatch
 
-OUT = Path("docs/benchmarks/memory.md")
+OUT = Path(__file__).parents[1] / "docs/benchmarks/memory.md"
 PROBES = 2  # the first, which also checks the model, and a recurring one
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     table: list[Any] = [
         "# Memory of a probe",
         "",
-        "Written by `python benchmarks/memory.py`. GPT-2-like nets with AdamW on a CPU; the most "
+        f"{written_by('memory.py')} GPT-2-like nets with AdamW on a CPU; the most "
         "bytes of tensors alive at once, above what is held between steps (weights, gradients, "
         "optimizer state), and in units of a training step's. All default quantities.",
         "",

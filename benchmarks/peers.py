@@ -1,7 +1,8 @@
-"""geomwatch beside curvlinops, hessian-eigenthings and PyHessian; writes docs/benchmarks/peers.md.
+"""Are curvlinops, hessian-eigenthings and PyHessian right, and cheaper, where geomwatch is?
 
 The same model, loss and batch for all. First the error and the cost of lambda_max and the trace,
-then cases of real training code: does the product H v come out right?
+then cases of real training code: does the product H v come out right? Writes
+docs/benchmarks/peers.md.
 
 The peers must not bring a torch of their own, so install them without their dependencies,
 next to the environment rather than into it (curvlinops is in the `dev` environment already):
@@ -37,6 +38,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness.version import written_by
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -678,7 +680,7 @@ def main() -> None:
     versions = ", ".join(f"{lib.name} {version(lib)}".strip() for lib in LIBRARIES)
     text = f"""# Beside other libraries
 
-Written by `benchmarks/peers.py`, every cell measured in one run with these versions:
+{written_by("peers.py")} Every cell measured in one run with these versions:
 {versions}, torch {torch.__version__}.
 
 ## Error and cost

@@ -9,7 +9,7 @@ stopped and started again. Writes docs/benchmarks/rescue.md.
     python benchmarks/rescue.py --quick        # a few cheap runs; touches no docs
     python benchmarks/rescue.py list           # what there is, and how long it will take
     python benchmarks/rescue.py report         # from the runs there are
-    python benchmarks/rescue.py try --policies cap cap:c_bs=1.5   # settings, on one set
+    python benchmarks/rescue.py --policies cap cap:c_bs=1.5   # settings beside one another
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from harness.grid import (
     rescue,
 )
 from harness.policies import BASELINES, BATCHES, TUNED
-from harness.program import Options, Question, Verb, written
-from harness.run import Run, Setting
+from harness.program import Options, Question, written
+from harness.run import Run
 from harness.store import Job, Store
 from harness.story import read
 from harness.tables import control
@@ -47,22 +47,19 @@ class Rescue(Question):
     usage = __doc__
 
     def options(self, parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--large", action="store_true", help="with the large nets")
-        add("--schedules", default="constant,cosine", help="try: comma-separated")
-        add("--multiples", default="0.25,1,8,30", help="try: comma-separated")
-        add("--part", default="development", choices=tuple(SEEDS), help="try: which set")
-
-    @property
-    def verbs(self) -> dict[str, Verb]:
-        return {**super().verbs, "try": self._try}
+        parser.add_argument("--large", action="store_true", help="with the large nets")
 
     def jobs(self, options: Options) -> list[Job]:
+        if options.policies:  # on the set that settings may be chosen on
+            runs = [r for r in _runs(options) if r.part == "development"]
+            return [(r, p) for r in runs for p in ("none", *options.policies)]
         extras = [job for part in _extras(options).values() for job in part]
         return [*_grid(options), *_tunings(options), *extras]
 
     def later(self, options: Options, store: Store) -> list[Job]:
         """The best warm-up of each setting and schedule, on the seeds of the others."""
+        if options.policies:
+            return []
         found = Cells(read(store, _tunings(options)))
         jobs: list[Job] = []
         for setting, schedule in found.pairs():
@@ -75,6 +72,8 @@ class Rescue(Question):
     def report(self, options: Options, store: Store, out: Path) -> str | None:
         from harness import plots  # matplotlib, which training does without
 
+        if options.policies:
+            return control.settings(Cells(read(store, self.jobs(options))), options.policies)
         jobs = [*_grid(options), *self.later(options, store)]
         found = read(store, jobs)
         if not found:
@@ -88,27 +87,17 @@ class Rescue(Question):
         plots.what_is_left(Cells(found), out / "rescue.png")
         return page(by_set, extras, written(self.name, [*found, *beside], wanted))
 
-    def _try(self, options: Options, store: Store) -> int:
-        """Compare settings of the cap on one set, by default that which they are chosen on."""
-        policies = options.policies or ["cap"]
-        multiples = {float(multiple) for multiple in options.multiples.split(",")}
-        runs = rescue([s for s in _settings(options) if s.part == options.part])
-        runs = [r for r in runs if r.recipe.schedule in options.schedules.split(",")]
-        jobs = [(r, p) for r in runs if r.multiple in multiples for p in ("none", *policies)]
-        well = self.do(options, store, jobs)
-        print(control.settings(Cells(read(store, jobs)), policies))
-        return int(not well)
 
-
-def _settings(options: Options) -> list[Setting]:
-    own = [s for s in RESCUE if options.large or not s.costly]
+def _runs(options: Options) -> list[Run]:
     if options.quick:
-        own = [s for s in RESCUE if s.label in QUICK]
-    return [s for s in own if options.only in s.label]
+        runs = rescue([s for s in RESCUE if s.label in QUICK], few=True, seeds=1)
+    else:
+        runs = rescue([s for s in RESCUE if options.large or not s.costly])
+    return [run for run in runs if options.only in run.name]
 
 
 def _grid(options: Options) -> list[Job]:
-    runs = rescue(_settings(options), few=options.quick, seeds=1 if options.quick else 3)
+    runs = _runs(options)
     jobs = [(run, policy) for run in runs for policy in ("none", "cap")]
     return jobs + [(run, policy) for run in runs if _is_compared(run) for policy in BASELINES]
 
@@ -124,7 +113,7 @@ def _tunings(options: Options) -> list[Job]:
     """Warm-ups in front of each schedule, at rates to choose from, on a seed of their own."""
     if options.quick:
         return []
-    pairs = dict.fromkeys((r.setting, r.recipe.schedule) for r in rescue(_settings(options)))
+    pairs = dict.fromkeys((r.setting, r.recipe.schedule) for r in _runs(options))
     return [
         (multiplied(setting, schedule, multiple, CALIBRATION), TUNED)
         for setting, schedule in pairs

@@ -1,6 +1,9 @@
 """Does SGD sample a Gibbs distribution, and does it prefer flat minima? On a loss of two basins.
 
-Writes docs/benchmarks/sgd_sampler.md. Takes about five minutes on one core; `--quick` one.
+Writes docs/benchmarks/sgd_sampler.md.
+
+    python benchmarks/sgd_sampler.py            # about five minutes on one core
+    python benchmarks/sgd_sampler.py --quick    # one, prints only
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from harness.version import written_by
 from torch import Tensor, nn
 
 import geomwatch
@@ -321,6 +325,7 @@ def report(steps: int) -> str:
     deeper, kept, unstable = deeper_rows(steps), remembering_rows(steps), instability_rows()
     gone = "\n".join(f"| {' | '.join(map(str, row))} |" for row in unstable)
     return PAGE.format(
+        written=written_by("sgd_sampler.py"),
         flat=FLAT,
         sharp=SHARP,
         steps=steps,
@@ -349,7 +354,7 @@ def report(steps: int) -> str:
 
 PAGE = """# SGD as a sampler, on a loss with two basins
 
-Written by `benchmarks/sgd_sampler.py`. The loss is L(x, y) = (x² - 1)² + k(x) |y|² / 2 with y in n
+{written} The loss is L(x, y) = (x² - 1)² + k(x) |y|² / 2 with y in n
 dimensions and k growing exponentially with x: two equally deep basins, a flat one at x = -1
 (k = {flat:g}) and a sharp one at x = +1 (k = {sharp:g}), a ridge of height 1 between them. SGD runs
 {steps:,} steps, 2,000 chains, from both basins by halves; ± is one standard error. On a noisy

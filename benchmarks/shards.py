@@ -1,11 +1,13 @@
-"""What the two ways to measure a model that fully_shard has cut take: a replica, or local shards.
+"""What does each way to measure a model that fully_shard has cut take: a replica, or local shards?
+
+Trains an MLP of 4.2 million weights with AdamW on a CPU, over gloo, and tells what a training step
+and a probe take on the first rank: seconds, and memory in units of a whole vector, the peak above
+what is held before. Writes docs/benchmarks/shards.md. Linux. A minute.
 
     MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 benchmarks/shards.py
 
-Trains an MLP of 4.2 million weights with AdamW on a CPU, over gloo, and prints what a training step
-and a probe take on the first rank: seconds, and memory in units of a whole vector, the peak above
-what is held before. The threshold gives blocks back as they are freed, so that resident memory is
-that of tensors (the profiler misses what gloo's threads free). Linux. A minute.
+The threshold gives blocks back as they are freed, so that resident memory is that of tensors (the
+profiler misses what gloo's threads free).
 """
 
 from __future__ import annotations
@@ -18,14 +20,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from harness.version import written_by
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import geomwatch
 
+OUT = Path(__file__).parents[1] / "docs/benchmarks/shards.md"
 WIDTH, BLOCKS, ITEMS = 512, 8, 64
 WAYS = {"replica": "double_backward", "local shards": "finite_difference"}
 QUANTITIES = ["loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness", "trace"]
+PAGE = """# Measuring a model that fully_shard has cut
+
+{written} MLP of 4.2 million weights, AdamW, {ranks} ranks over gloo on
+a CPU that others use too. Memory is the peak above what is held between steps, on the first rank,
+in whole vectors.
+
+| way | {columns} |
+{line}|
+{rows}
+"""
 
 
 class Block(nn.Module):
@@ -97,15 +111,31 @@ def resident(kind: str) -> int:
 
 
 def main() -> None:
-    """Measure both ways."""
+    """Measure both ways and write the table."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for name, hvp in WAYS.items():
-        found = measure(hvp)
-        if dist.get_rank() == 0:
-            rows = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
-            print(f"{dist.get_world_size()} ranks, {name}: {rows}", flush=True)
+    found = {name: measure(hvp) for name, hvp in WAYS.items()}
+    if dist.get_rank() == 0:
+        text = report(found, dist.get_world_size())
+        print(text)
+        OUT.write_text(text, encoding="utf-8")
     dist.destroy_process_group()
+
+
+def report(found: dict[str, dict[str, Any]], ranks: int) -> str:
+    """Return the page: a row a way."""
+    columns = list(next(iter(found.values())))
+    rows = [
+        f"| {way} | " + " | ".join(f"{values[c]:.4g}" for c in columns) + " |"
+        for way, values in found.items()
+    ]
+    return PAGE.format(
+        written=written_by("shards.py"),
+        ranks=ranks,
+        columns=" | ".join(columns),
+        line="|---" * (len(columns) + 1),
+        rows="\n".join(rows),
+    )
 
 
 if __name__ == "__main__":

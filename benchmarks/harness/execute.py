@@ -61,6 +61,7 @@ def execute(run: Run, policy: str) -> dict[str, Any]:
         "grad_norms": trace.grad_norms,
         "rates": trace.rates,
         "taken": trace.taken,
+        "scores": trace.scores,
         "seconds": {
             "bare": trace.seconds,
             "policy": watch.seconds,

@@ -17,56 +17,29 @@ from harness.run import Run, Setting, Shape
 SEEDS: dict[Part, tuple[int, ...]] = {"development": (0, 1), "validation": (2, 3, 4)}
 
 
-def _setting(
-    part: Part,
-    name: str,
-    optimizer: str,
-    batch: int | None,
-    steps: int | None = None,
-    *,
-    costly: bool = False,
-) -> Setting:
-    return Setting(part, name, optimizer, batch, steps or TASKS[name].steps, costly)
+def _settings(name: str, *trained: tuple[str, int | None], costly: bool = False) -> list[Setting]:
+    return [Setting(name, *how, TASKS[name].steps, costly) for how in trained]
 
 
 # Which failures are announced?
 
 FORECAST = (
-    _setting("development", "mlp-digits", "sgd", 64),
-    _setting("development", "mlp-digits", "sgd", 16),
-    _setting("development", "mlp-digits", "sgd", 4),
-    _setting("development", "mlp-digits", "sgd", None),
-    _setting("development", "mlp-digits", "adam", 64),
-    _setting("development", "mlp-digits", "adam", None, costly=True),
-    _setting("development", "mlp-digits", "adamw", 16),
-    _setting("development", "encoder-digits", "sgd", 64),
-    _setting("development", "encoder-digits", "sgd", 16),
-    _setting("development", "encoder-digits", "adam", 16),
-    _setting("development", "encoder-digits", "adamw", 64),
-    _setting("development", "conv-mnist", "sgd", 64),
-    _setting("development", "conv-mnist", "sgd", 16),
-    _setting("development", "conv-mnist", "adamw", 64),
-    _setting("development", "lstm-kjv", "sgd", 16),
-    _setting("development", "lstm-kjv", "adamw", 16),
-    _setting("validation", "mlp-mnist", "sgd", 64),
-    _setting("validation", "mlp-mnist", "sgd", 16),
-    _setting("validation", "mlp-mnist", "sgd", 4),
-    _setting("validation", "mlp-mnist", "sgd", None, costly=True),
-    _setting("validation", "mlp-mnist", "adam", 64),
-    _setting("validation", "mlp-mnist", "adam", None, costly=True),
-    _setting("validation", "mlp-mnist", "adamw", 16),
-    _setting("validation", "resnet-mnist", "sgd", 64),
-    _setting("validation", "resnet-mnist", "sgd", 16, costly=True),
-    _setting("validation", "resnet-mnist", "adamw", 64, costly=True),
-    _setting("validation", "gpt-kjv", "sgd", 16, costly=True),
-    _setting("validation", "gpt-kjv", "adamw", 16),
-    _setting("validation", "gpt-kjv", "adam", 4, costly=True),
-    _setting("validation", "minilm-verses", "adamw", 16, costly=True),
+    *_settings("mlp-digits", ("sgd", 64), ("sgd", 16), ("sgd", 4), ("sgd", None)),
+    *_settings("mlp-digits", ("adam", 64), ("adamw", 16)),
+    *_settings("mlp-digits", ("adam", None), costly=True),
+    *_settings("encoder-digits", ("sgd", 64), ("sgd", 16), ("adam", 16), ("adamw", 64)),
+    *_settings("conv-mnist", ("sgd", 64), ("sgd", 16), ("adamw", 64)),
+    *_settings("lstm-kjv", ("sgd", 16), ("adamw", 16)),
+    *_settings("mlp-mnist", ("sgd", 64), ("sgd", 16), ("sgd", 4), ("adam", 64), ("adamw", 16)),
+    *_settings("mlp-mnist", ("sgd", None), ("adam", None), costly=True),
+    *_settings("resnet-mnist", ("sgd", 64)),
+    *_settings("resnet-mnist", ("sgd", 16), ("adamw", 64), costly=True),
+    *_settings("gpt-kjv", ("adamw", 16)),
+    *_settings("gpt-kjv", ("sgd", 16), ("adam", 4), costly=True),
+    *_settings("minilm-verses", ("adamw", 16), costly=True),
 )
-FULL_BATCH = (  # gradient descent at the edge of stability: the same data at each step
-    _setting("development", "gd-digits", "gd", None),
-    _setting("validation", "gd-mnist", "gd", None),
-)
+# Gradient descent at the edge of stability: the same data at each step.
+FULL_BATCH = (*_settings("gd-digits", ("gd", None)), *_settings("gd-mnist", ("gd", None)))
 # Healthy and failing ones in either list: the first is for the first seed of a set, the second
 # for the second. Costly settings make do with the first seven of each.
 FIRST = (
@@ -144,34 +117,31 @@ def _edges(settings: Sequence[Setting]) -> Iterator[Run]:
 # Which runs does a controller rescue?
 
 RESCUE = (
-    _setting("development", "mlp-digits", "sgd", 64, 600),
-    _setting("development", "mlp-digits", "adamw", 16, 600),
-    _setting("development", "conv-mnist", "sgd", 64, 300),
-    _setting("development", "conv-mnist", "adamw", 64, 300),
-    _setting("validation", "mlp-mnist", "sgd", 64, 600),
-    _setting("validation", "mlp-mnist", "adamw", 16, 600),
-    _setting("validation", "encoder-digits", "sgd", 64, 400),
-    _setting("validation", "encoder-digits", "adamw", 64, 400),
-    _setting("validation", "resnet-mnist", "sgd", 64, 400, costly=True),
-    _setting("validation", "resnet-mnist", "adamw", 64, 400, costly=True),
-    _setting("validation", "gpt-kjv", "sgd", 16, 600, costly=True),
-    _setting("validation", "gpt-kjv", "adamw", 16, 600, costly=True),
-    _setting("validation", "minilm-verses", "adamw", 16, 100, costly=True),
+    Setting("mlp-digits", "sgd", 64, 600),
+    Setting("mlp-digits", "adamw", 16, 600),
+    Setting("conv-mnist", "sgd", 64, 300),
+    Setting("conv-mnist", "adamw", 64, 300),
+    Setting("encoder-digits", "sgd", 64, 400),
+    Setting("encoder-digits", "adamw", 64, 400),
+    Setting("mlp-mnist", "sgd", 64, 600),
+    Setting("mlp-mnist", "adamw", 16, 600),
+    Setting("resnet-mnist", "sgd", 64, 400, costly=True),
+    Setting("resnet-mnist", "adamw", 64, 400, costly=True),
+    Setting("gpt-kjv", "sgd", 16, 600, costly=True),
+    Setting("gpt-kjv", "adamw", 16, 600, costly=True),
+    Setting("minilm-verses", "adamw", 16, 100, costly=True),
 )
 LONG = (  # what control costs over a run of some length
-    _setting("validation", "resnet-mnist", "sgd", 64, 1000, costly=True),
-    _setting("validation", "encoder-digits", "adamw", 64, 1000),
+    Setting("resnet-mnist", "sgd", 64, 1000, costly=True),
+    Setting("encoder-digits", "adamw", 64, 1000),
 )
 NOISY = (  # batches too small for rates that suit batches of 64, and that batch
-    _setting("development", "mlp-digits", "sgd", 16, 1200),
-    _setting("development", "mlp-digits", "sgd", 64, 1200),
-    _setting("validation", "mlp-mnist", "sgd", 16, 1200),
-    _setting("validation", "mlp-mnist", "sgd", 64, 1200),
+    Setting("mlp-digits", "sgd", 16, 1200),
+    Setting("mlp-digits", "sgd", 64, 1200),
+    Setting("mlp-mnist", "sgd", 16, 1200),
+    Setting("mlp-mnist", "sgd", 64, 1200),
 )
-EDGES = (
-    _setting("development", "gd-digits", "gd", None, 2000),
-    _setting("validation", "gd-mnist", "gd", None, 2000),
-)
+EDGES = (Setting("gd-digits", "gd", None, 2000), Setting("gd-mnist", "gd", None, 2000))
 MULTIPLES = (0.25, 1.0, 4.0, 8.0, 16.0, 30.0)
 SCHEDULES = ("constant", "cosine", "onecycle", "warmup")
 DECISIVE = (("constant", "cosine"), (1.0, 8.0, 30.0))  # the part of the grid that decides

@@ -55,8 +55,8 @@ class Nothing:
         return {}
 
     def norm(self) -> float:
-        gradients = [p.grad for p in self.loop.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.loop.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def clip(self, norm: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.loop.model.parameters(), norm)
+        torch.nn.utils.clip_grad_norm_(self.loop.parameters(), norm)

@@ -63,8 +63,6 @@ class Question(ABC):
     def _run(self, options: Options, store: Store) -> int:
         well = self.do(options, store, self.jobs(options))
         well &= self.do(options, store, self.later(options, store))
-        if options.only and not (options.quick or options.folder):
-            return int(not well)  # the docs are of all runs
         return self._report(options, store) or int(not well)
 
     def _list(self, options: Options, store: Store) -> int:
@@ -78,7 +76,8 @@ class Question(ABC):
         return 0
 
     def _report(self, options: Options, store: Store) -> int:
-        out = store.folder if options.quick or options.folder else DOCS
+        part = options.quick or options.folder or options.only or options.policies
+        out = store.folder if part else DOCS  # the docs are of all runs
         text = self.report(options, store, out)
         if text is None:
             print(f"no runs under {store.folder}", file=sys.stderr)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tasks import TASKS, Task
+from tasks.optimizers import FAMILIES
 from tasks.rates import Rates, rates
-from tasks.sets import Part
+from tasks.sets import PART, Part
 from tasks.training import Recipe
 
 
@@ -15,7 +16,6 @@ from tasks.training import Recipe
 class Setting:
     """A task with its optimizer, its batch, and how long it is trained; fewer runs if `costly`."""
 
-    part: Part
     task_name: str
     optimizer: str
     batch: int | None
@@ -25,6 +25,10 @@ class Setting:
     @property
     def task(self) -> Task:
         return TASKS[self.task_name]
+
+    @property
+    def part(self) -> Part:
+        return PART[self.task_name]
 
     @property
     def rates(self) -> Rates:
@@ -47,7 +51,7 @@ class Setting:
             shape.hidden,
             shape.clip,
         )
-        return Run(self.part, self.task_name, shape.label, recipe)
+        return Run(self.task_name, shape.label, recipe)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,6 @@ class Shape:
 class Run:
     """One training, whatever stands beside it."""
 
-    part: Part
     task_name: str
     shape: str
     recipe: Recipe
@@ -101,7 +104,11 @@ class Run:
     @property
     def setting(self) -> Setting:
         r = self.recipe
-        return Setting(self.part, self.task_name, r.optimizer, r.batch, r.steps)
+        return Setting(self.task_name, r.optimizer, r.batch, r.steps)
+
+    @property
+    def part(self) -> Part:
+        return PART[self.task_name]
 
     @property
     def rates(self) -> Rates:
@@ -126,7 +133,4 @@ class Run:
     @property
     def adaptive(self) -> bool:
         """Whether the optimizer scales each weight's step by its gradients."""
-        return self.recipe.optimizer in ADAPTIVE
-
-
-ADAPTIVE = ("adam", "adamw", "nadam", "rmsprop", "adagrad")
+        return self.recipe.optimizer in FAMILIES["adaptive"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from tasks.task import EVERY
 from tqdm import tqdm
 
 from harness.outcome import DIVERGED, Outcome, judge
@@ -55,9 +56,9 @@ class Story:
 
     @property
     def accuracy(self) -> float:
-        """On held-out data; 0 of a net that ended in NaN."""
+        """On held-out data; 0 of a model that ended in NaN, or of a task without right answers."""
         found = self.data["evaluation"]
-        return found["accuracy"] if found else 0.0
+        return (found["accuracy"] or 0.0) if found else 0.0
 
     @property
     def left(self) -> float:
@@ -74,12 +75,18 @@ class Story:
         pairs = zip(self.data["taken"], self.data["rates"], strict=True)
         return [round(taken / planned, 5) if planned else 1.0 for taken, planned in pairs]
 
+    @property
+    def course(self) -> list[float]:
+        """How good the model is at each step: its scores, where the loss does not tell."""
+        scores = self.data.get("scores")
+        return [scores[t // EVERY] for t in range(len(self.losses))] if scores else self.losses
+
     @cached_property
     def outcome(self) -> Outcome:
         """Judged anew from the losses whenever a story is read."""
         run = self.run
         return judge(
-            self.losses,
+            self.course,
             run.rates,
             items=run.task.items(run.recipe.batch),
             left=self.left,

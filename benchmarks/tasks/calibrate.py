@@ -1,16 +1,19 @@
 """Finds the learning rates of each task, optimizer and batch size; writes rates.json.
 
-Constant rates a factor of two apart, up from a guess until two in a row fail, down from it until
-two in a row train worse than the best; two seeds each that no benchmark uses. About 35 minutes on
-one core in all; what is known already is skipped.
+Constant rates a factor of two apart (three for the tasks of kinds/), up from a guess until two in
+a row fail, down from it until two in a row train worse than the best; two seeds each that no
+benchmark uses. About an hour on one core in all; what is known already is skipped, so that it can
+be stopped and started again.
 
     python benchmarks/tasks/calibrate.py [--only TASK]
+    python benchmarks/tasks/calibrate.py --optimizers lion muon   # of the tasks of kinds/
     python benchmarks/tasks/calibrate.py --time    # only measure again how long runs take
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -23,14 +26,29 @@ if __name__ == "__main__":
 
 import torch
 
-from tasks import TASKS
+from tasks import TASKS, classifiers
 from tasks.rates import PATH, derive, fails, key
 from tasks.task import Task
 from tasks.training import Recipe, prepare, tail, train
 
 SEEDS = (1000, 1001)
-GUESS = {"gd": 0.1, "sgd": 0.1, "adam": 4e-3, "adamw": 4e-3}
-RUNGS = 8  # at most, up and down from the guess
+# Those of SGD differ by 1 - momentum, so that a step goes equally far in the end.
+GUESS = {
+    "gd": 0.1,
+    "sgd0": 1.0,
+    "sgd50": 0.5,
+    "sgd": 0.1,
+    "sgd95": 0.05,
+    "nesterov": 0.1,
+    "adam": 4e-3,
+    "adamw": 4e-3,
+    "nadam": 4e-3,
+    "rmsprop": 1e-3,
+    "adagrad": 0.02,
+    "lion": 4e-4,
+    "muon": 4e-3,
+}
+RUNGS = 14  # at most, up and down from the guess: what is normalised survives a lot
 
 Combination = tuple[str, str, int | None]  # task, optimizer, batch size
 COMBINATIONS: list[Combination] = [
@@ -66,6 +84,7 @@ COMBINATIONS: list[Combination] = [
     ("gd-digits", "gd", None),
     ("gd-mnist", "gd", None),
 ]
+KINDS = [task for task in TASKS.values() if task not in classifiers.TASKS]
 
 
 class Ladder:
@@ -89,6 +108,11 @@ class Ladder:
     def floor(self) -> float:
         return min(statistics.fmean(losses) for losses in self.tried.values())
 
+    @functools.cached_property
+    def useful(self) -> float:
+        """What something has been learnt below: above, one rate is as bad as another."""
+        return 0.9 * self.task.chance()
+
     def _run(self, rate: float, seed: int) -> float:
         recipe = Recipe(self.optimizer, rate, self.batch, seed, self.task.steps)
         trace = train(prepare(self.task, recipe))
@@ -97,12 +121,12 @@ class Ladder:
 
 def climb(task: Task, optimizer: str, batch: int | None) -> Ladder:
     """Try rates down from a guess until two in a row are worse, up until two in a row fail."""
-    ladder = Ladder(task, optimizer, batch)
+    ladder, apart = Ladder(task, optimizer, batch), 3 if task in KINDS else 2
     guess = 1e-4 if task.name.startswith("minilm") else GUESS[optimizer]
     ladder.mean(guess)
     for worse in (
-        lambda rung: ladder.mean(guess / 2**rung) > ladder.floor,
-        lambda rung: ladder.fails(guess * 2**rung),
+        lambda rung: ladder.mean(guess / apart**rung) > ladder.floor < ladder.useful,
+        lambda rung: ladder.fails(guess * apart**rung),
     ):
         in_a_row = 0
         for rung in range(1, RUNGS + 1):
@@ -137,10 +161,12 @@ def seconds(task: Task, optimizer: str, batch: int | None) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="combinations whose name contains this")
+    parser.add_argument("--optimizers", nargs="+", choices=GUESS, default=["sgd", "adam"])
     parser.add_argument("--time", action="store_true", help="only measure durations again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for combination in COMBINATIONS:
+    kinds = [(task.name, name, task.batch) for task in KINDS for name in options.optimizers]
+    for combination in (*COMBINATIONS, *kinds):
         label = key(*combination)
         if options.only not in label or (label in _known()) != options.time:
             continue

@@ -36,7 +36,7 @@ def digits() -> Table:
 
     inputs, targets = load_digits(return_X_y=True)
     pixels = torch.tensor(inputs / 16, dtype=torch.float32)
-    return _split((pixels, torch.tensor(targets, dtype=torch.long)), 1437)
+    return split((pixels, torch.tensor(targets, dtype=torch.long)), 1437)
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def mnist() -> Table:
     raw = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
     pixels = raw[:, :-1].float().div(255).view(-1, 1, 28, 28)
     pixels = (pixels - pixels.mean()) / pixels.std()
-    return _split((pixels, raw[:, -1].long()), 4000)
+    return split((pixels, raw[:, -1].long()), 4000)
 
 
 @functools.cache
@@ -56,6 +56,20 @@ def characters() -> tuple[Tensor, int]:
     codes = np.frombuffer(text.encode("latin-1"), dtype=np.uint8)
     used, numbers = np.unique(codes, return_inverse=True)
     return torch.from_numpy(numbers.astype(np.int64)), len(used)
+
+
+@functools.cache
+def topics() -> tuple[Tensor, int]:
+    """Return the Python reference that every Python carries as (465 k,) numbers below 96.
+
+    Of printable ASCII and newlines; all else is a question mark. It differs from version to
+    version of Python, a little.
+    """
+    from pydoc_data.topics import topics as pages
+
+    text = "\n".join(pages.values()).encode("ascii", "replace")
+    codes = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).astype(np.int64))
+    return torch.where((codes < 32) | (codes > 126), 0, codes - 31), 96
 
 
 @functools.cache
@@ -80,7 +94,7 @@ def verses() -> Table:
         return_tensors="pt",
     )
     labels = torch.tensor([testament - 1 for testament, _ in chosen])
-    return _split((tokens["input_ids"], tokens["attention_mask"], labels), 6400)
+    return split((tokens["input_ids"], tokens["attention_mask"], labels), 6400)
 
 
 def minilm_folder() -> Path:
@@ -97,7 +111,7 @@ def passages() -> list[tuple[int, str]]:
     return [(testament, re.sub(r"\d+:\d+ ?", "", passage)) for testament, passage in rows]
 
 
-def _split(columns: tuple[Tensor, ...], train: int) -> Table:
+def split(columns: tuple[Tensor, ...], train: int) -> Table:
     """Shuffle all columns alike: MNIST comes sorted by class, the Bible by book."""
     order = torch.randperm(len(columns[0]), generator=torch.Generator().manual_seed(0))
     mixed = tuple(column[order] for column in columns)

@@ -113,18 +113,18 @@ class _Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class CharacterLSTM(nn.Module):
-    """One LSTM layer between an embedding and the next character's logits."""
+class Characters(nn.Module):
+    """A recurrent layer (LSTM or GRU) between an embedding and the next character's logits."""
 
-    def __init__(self, vocabulary: int, width: int = 96) -> None:
+    def __init__(self, layer: type[nn.RNNBase], vocabulary: int, width: int = 96) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, 32)
-        self.lstm = nn.LSTM(32, width, batch_first=True)
+        self.recurrent = layer(32, width, batch_first=True)
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(items, context) -> (items, context, vocabulary) logits."""
-        hidden, _ = self.lstm(self.embed(tokens))
+        hidden, _ = self.recurrent(self.embed(tokens))
         return self.head(hidden)
 
 

@@ -67,5 +67,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "nadam": torch.optim.NAdam,
     "lion": Lion,
 }
+FAMILIES = {
+    "momentum": ("gd", "sgd0", "sgd50", "sgd", "sgd95", "nesterov"),
+    "adaptive": ("adam", "adamw", "rmsprop", "adagrad", "nadam"),
+    "direction": ("lion", "muon"),  # steps of a constant size
+}
 if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
     OPTIMIZERS["muon"] = Muon

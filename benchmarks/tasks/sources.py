@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tasks.data import Table
 
-Batch = tuple[Any, Tensor]  # inputs, targets
+Batch = Any  # of supervised tasks (inputs, targets)
 
 
 class Source(Protocol):
@@ -101,6 +101,28 @@ class Text:
     def _windows(self, text: Tensor, places: Tensor) -> Batch:
         windows = text[places[:, None] + torch.arange(self.context + 1)]
         return windows[:, :-1], windows[:, 1:]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Batches made up as they are needed, by `draw(generator, size)`."""
+
+    draw: Callable[[torch.Generator, int], Batch]
+    full: int = 256
+
+    def draws(self, seed: int, size: int | None) -> Iterator[Batch]:
+        """Yield batches for ever."""
+        rng = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.train(self.full) if size is None else self.draw(rng, size)
+
+    def train(self, count: int) -> Batch:
+        """Return the same `count` items."""
+        return self.draw(torch.Generator().manual_seed(2**31), count)
+
+    def held_out(self) -> Batch:
+        """Return 1,000 others."""
+        return self.draw(torch.Generator().manual_seed(2**31 + 1), 1000)
 
 
 def _batch(columns: tuple[Tensor, ...]) -> Batch:

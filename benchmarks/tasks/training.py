@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tasks.optimizers import OPTIMIZERS
 from tasks.schedules import Hidden, Schedule, jump_step, scheduler
 from tasks.sources import Batch
-from tasks.task import Task
+from tasks.task import EVERY, Task
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Trace:
     grad_norms: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     taken: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # every 10 steps, of tasks that have them
     seconds: float = 0.0
     norm_seconds: float = 0.0  # of the gradient norms, which only detectors need
 
@@ -69,6 +70,9 @@ class Loop:
     def rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
 
 # step, its batch, its loss; before the step is taken
 Watcher = Callable[[int, Batch, Tensor], None]
@@ -77,7 +81,7 @@ Watcher = Callable[[int, Batch, Tensor], None]
 def prepare(task: Task, recipe: Recipe) -> Loop:
     """Build model, optimizer and scheduler."""
     model = task.build(recipe.seed)
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=recipe.rate)
+    optimizer = OPTIMIZERS[recipe.optimizer](task.parameters(model), lr=recipe.rate)
     plan = Hidden if recipe.hidden else scheduler
     schedule = plan(optimizer, recipe.schedule, recipe.steps, jump=recipe.jump)
     return Loop(task, recipe, model, optimizer, schedule)
@@ -91,7 +95,7 @@ def train(loop: Loop, watch: Watcher | None = None) -> Trace:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         for step in range(recipe.steps):
-            batch = next(batches)
+            batch = _collected(loop, trace, next(batches), step)
             start = time.perf_counter()
             loop.optimizer.zero_grad()
             loss = loop.task.loss_fn(loop.model, batch)
@@ -99,7 +103,7 @@ def train(loop: Loop, watch: Watcher | None = None) -> Trace:
             trace.seconds += time.perf_counter() - start
             _note(trace, loop, loss)
             if recipe.clip is not None:
-                torch.nn.utils.clip_grad_norm_(loop.model.parameters(), recipe.clip)
+                torch.nn.utils.clip_grad_norm_(loop.parameters(), recipe.clip)
             if watch is not None:
                 watch(step, batch, loss.detach())
             trace.seconds += _step(loop)
@@ -112,11 +116,22 @@ def train(loop: Loop, watch: Watcher | None = None) -> Trace:
 def tail(trace: Trace, items: int) -> float:
     """Return the mean loss of the last 20 steps, or of as many as hold 320 items.
 
-    Infinite when the run has ended in a loss that is not finite.
+    Of a task that has scores, their mean over the last 20 steps. Infinite when the run has ended in
+    a loss that is not finite.
     """
     count = max(20, math.ceil(320 / items))
-    losses = trace.losses[-count:]
-    return math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
+    if not all(map(math.isfinite, trace.losses[-count:])):
+        return math.inf
+    ends = trace.scores[-2:] or trace.losses[-count:]
+    return math.fsum(ends) / len(ends)
+
+
+def _collected(loop: Loop, trace: Trace, batch: Batch, step: int) -> Batch:
+    """Score the model when it is time to, and let it make its batch."""
+    task = loop.task
+    if task.score is not None and step % EVERY == 0:
+        trace.scores.append(task.score(loop.model))
+    return task.collect(loop.model, batch) if task.collect is not None else batch
 
 
 def _step(loop: Loop) -> float:
@@ -129,7 +144,7 @@ def _step(loop: Loop) -> float:
 
 def _note(trace: Trace, loop: Loop, loss: Tensor) -> None:
     start = time.perf_counter()
-    gradients = [p.grad for p in loop.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in loop.parameters() if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients)).norm().item()
     trace.norm_seconds += time.perf_counter() - start
     trace.losses.append(loss.item())

@@ -53,8 +53,8 @@ SHORT = Recipe("sgd", 0.1, 16, 0, 40)
 ILL = replace(SHORT, rate=30.0)
 
 
-def a_run(recipe: Recipe = SHORT, shape: str = "constant-1tuned", part="development") -> Run:
-    return Run(part, "mlp-digits", shape, recipe)
+def a_run(recipe: Recipe = SHORT, shape: str = "constant-1tuned", task="mlp-digits") -> Run:
+    return Run(task, shape, recipe)
 
 
 def story(losses, *, alerts=(), norms=None, left=0.0, run=None, margins=()) -> Story:
@@ -177,6 +177,14 @@ def test_losses_count_in_shares_of_what_can_be_learnt():
     text = Rates(tuned=1, breaks=2, floor=2.0, chance=3.0, seconds=1)
     assert event([*np.linspace(3, 2.1, 50), 2.9], text, items=64) == 50
     assert event([*np.linspace(3, 2.1, 50), 2.8], text, items=64) is None
+
+
+@pytest.mark.usefixtures("known_rates")
+def test_a_task_whose_loss_tells_nothing_is_judged_by_its_scores():
+    told = story(np.ones(100), left=1.0, run=a_run(ILL, "ramp", "reinforce-grid"))
+    told.data["scores"] = [2.3, 0.8, 0.3, 0.2, 0.2, 0.2, 2.4, 2.4, 2.4, 2.4]  # every ten steps
+    assert (told.outcome.label, told.outcome.event) == ("failed", 60)
+    assert story(np.ones(100), left=0.1).outcome.label == "healthy"
 
 
 # Detectors
@@ -443,8 +451,8 @@ def test_a_lowered_rate_does_not_reach_the_scheduler():
 def few_runs(monkeypatch) -> list[Run]:
     """Two healthy and two failing ramps of either half, too short for any figure."""
     runs = [
-        a_run(replace(SHORT, rate=rate, schedule="ramp", seed=seed), f"ramp-{rate}", part=part)
-        for part, seed in (("development", 0), ("validation", 2))
+        a_run(replace(SHORT, batch=batch, rate=rate, schedule="ramp"), f"ramp-{rate}", task)
+        for task, batch in (("mlp-digits", 16), ("moe-digits", 32))
         for rate in (0.05, 20.0)
     ]
     monkeypatch.setattr("harness.grid.forecast_quick", lambda: runs)

@@ -24,7 +24,7 @@ from tasks import TASKS
 from tasks.rates import key, load
 from tasks.training import Recipe, prepare, train
 
-DIGITS = Setting("development", "mlp-digits", "sgd", 64, 40)
+DIGITS = Setting("mlp-digits", "sgd", 64, 40)
 
 
 def ended(

@@ -1,0 +1,1 @@
+"""Tasks of one file each: what the first ten are not."""
