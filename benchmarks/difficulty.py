@@ -99,7 +99,7 @@ def execute(run: Run) -> dict[str, Any]:
     loop = prepare(task, recipe)
     _scale(loop.model, run.scale)
     tenth = max(run.steps // 10, 3)
-    options: dict[str, Any] = {"schedule": "fixed", "rules": []}
+    options: dict[str, Any] = {"rules": []}
     first = geomwatch.Monitor(
         loop.model,
         task.loss_fn,

@@ -182,7 +182,7 @@ def _beside(extras: dict[str, Cells]) -> str:
     if "long" in extras:
         text += f"""## What it costs
 
-Lean: `quantities=["loss"], max_overhead=0.05`.
+Lean: `Measurement(quantities="loss"), budget=0.05`.
 
 {control.costs(extras["long"])}
 

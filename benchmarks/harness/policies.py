@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.training import Loop
 
+from geomwatch import Measurement
 from geomwatch.controllers import LearningRateCap
 from harness.baselines import AutoClip, Clip, Plateau, WarmUp, ZClip
 from harness.growing import Batches
@@ -36,19 +37,18 @@ def _cap(loop: Loop, *, monitor: dict[str, Any] | None = None, **settings: Any) 
     return Watch(loop, controllers=[LearningRateCap(**settings)], observe=False, **(monitor or {}))
 
 
-_LEAN = {"quantities": ["loss"], "max_overhead": 0.05}  # sentinels, and hardly anything else
+# Sentinels, and hardly anything else.
+_LEAN = {"how": Measurement(quantities="loss"), "budget": 0.05}
 DEFAULT, ADVICE, TUNED = "default", "advice", "tuned"
-BUDGETS = (DEFAULT, "2%", "5%", "10%", "100%")
+BUDGETS = (DEFAULT, "5%", "10%", "100%")
 BASELINES = ("clip", "autoclip", "zclip", "plateau")
 BATCHES = ("batches", "batches-cap")
 POLICIES = {
     "none": Beside(Nothing, "no control"),
     DEFAULT: _watch("monitor"),
-    "2%": _watch("monitor", 0.02, max_overhead=0.02),
-    "5%": _watch("monitor", 0.05, max_overhead=0.05),
-    "10%": _watch("monitor", 0.10, max_overhead=0.10),
-    # The default schedule would leave most of this budget unused.
-    "100%": _watch("monitor", 1.0, max_overhead=1.0, every=10),
+    "5%": _watch("monitor", 0.05, budget=0.05),
+    "10%": _watch("monitor", 0.10, budget=0.10),
+    "100%": _watch("monitor", 1.0, budget=1.0),
     ADVICE: Beside(Follower, "advice followed", 0.3),
     "cap": Beside(_cap, "**LearningRateCap**", 1.0),
     "lean": Beside(partial(_cap, monitor=_LEAN), "the same, lean", 0.1, _LEAN),

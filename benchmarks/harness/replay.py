@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from geomwatch.observation.observer import Observer
 from geomwatch.rules import Observation, Rule, default_rules
+from geomwatch.rules.rule import is_due
 from harness.codec import decode
 from harness.run import Run
 from harness.store import Store
@@ -38,7 +39,7 @@ def replay(story: Story, rules: Rules = default_rules) -> Story:
     for shown in story.data["observations"]:
         seen = observer(decode(Observation, shown["seen"]))
         for rule in fresh:
-            alert = rule(seen)
+            alert = rule(seen) if is_due(rule, seen) else None
             if alert is not None:
                 alerts.append(heard_at(shown["at"], alert))
     return Story(story.run, story.policy, {**story.data, "alerts": alerts}, dict(story.scores))

@@ -45,7 +45,7 @@ class Store:
             "run": {**asdict(run), "name": run.name, "scenario": run.scenario},
         }
         partial = path.with_suffix(".partial")
-        partial.write_bytes(gzip.compress(json.dumps(head | story).encode(), mtime=0))
+        partial.write_bytes(gzip.compress(json.dumps(head | story, default=str).encode(), mtime=0))
         partial.replace(path)
 
     def load(self, run: Run, policy: str) -> dict[str, Any] | None:

@@ -42,13 +42,6 @@ class Recorder:
         self.seen.append({"at": self.at, "seen": encode(seen)})
         self.seconds += time.perf_counter() - start
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: it remembers for the benchmark, not for the run."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over nothing."""
-
 
 class Watch:
     """A monitor; `options` are its own.
@@ -100,7 +93,6 @@ class Watch:
         return {
             "alerts": self.alerts,
             "adjustments": [[a.step, a.knob, a.after] for a in self.monitor.adjustments],
-            "probe_seconds": self.monitor.probe_seconds,
             "records": [encode(record_line(r)) for r in self.monitor.history],
             "observations": self.recorder.seen,
         }

@@ -86,7 +86,7 @@ def test_a_full_batch_is_the_same_at_each_step(task):
 @every_new_task
 def test_a_task_learns_at_its_tuned_rate(task):
     known = rates(task, "adam", task.batch)
-    recipe = Recipe("adam", known.tuned, task.batch, 0, 100)
+    recipe = Recipe("adam", known.tuned, task.batch, 0, task.steps // 2)
     loop = prepare(task, recipe)
     trace = train(loop)
     assert known.lost(tail(trace, task.batch)) < 0.7
