@@ -119,7 +119,7 @@ def _survival(
     found = np.sort([lead_of(alarm, s) for s in ill])[::-1]
     steps = np.arange(1, 1501)
     share = [(found >= k).mean() if len(found) else 0.0 for k in steps]
-    axis.plot(steps, share, style, color=colour, label=name, linewidth=width)
+    axis.step(steps, share, style, where="pre", color=colour, label=name, linewidth=width)
 
 
 def _panels() -> tuple[Figure, list[Axes]]:

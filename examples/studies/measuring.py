@@ -53,15 +53,15 @@ def measure(store: Store, case: Case, seed: int, stage: str, settings: Settings)
     budget = {
         "max_hvps": max(4, round(share * settings.lanczos)),
         "samples": max(3, round(share * settings.samples)),
-        "seed": seed,
     }
     names = _QUANTITIES if case.variant else _QUANTITIES + _LOCAL
-    record = geomwatch.measure(model, loss_fn, batch, how=Measurement(quantities=names), **budget)
+    record = geomwatch.measure(
+        model, loss_fn, batch, how=Measurement(quantities=names, seed=seed), **budget
+    )
     found = {name: facts(e) for name, e in record.estimates.items()}
     few = budget | {"max_hvps": 3}  # it has no negative eigenvalues to look for
-    gauss_newton = geomwatch.measure(
-        model, loss_fn, batch, how=Measurement(operator="ggn", quantities=_GAUSS_NEWTON), **few
-    )
+    how = Measurement(operator="ggn", quantities=_GAUSS_NEWTON, seed=seed)
+    gauss_newton = geomwatch.measure(model, loss_fn, batch, how=how, **few)
     found |= {f"ggn_{name}": facts(e) for name, e in gauss_newton.estimates.items()}
     found |= _along_random_directions(model, batch, settings, "train", "filter")
     if not case.variant:

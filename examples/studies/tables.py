@@ -34,7 +34,8 @@ def numbers(table: Table) -> str:
         "it says otherwise. The paper gives one number for each, without saying at which step; its "
         "Transformer reads a tiny data set.",
         "",
-        "![The quantities at the start, after a tenth, and at the end](over_time.png)",
+        "![The quantities at the start, after a tenth, and at the end, with standard errors]"
+        "(over_time.png)",
     ]
     for case in table.plain:
         lines += ["", f"### {label(case)}: {_described(table, case)}", ""]
@@ -129,8 +130,9 @@ def parts(table: Table) -> str:
         "",
         "![Ratios with and without parts](parts.png)",
         "",
-        "Ratios at the end of training: with skip connections to without, with normalisation to "
-        "without, the net as it is to one of a quarter of its width.",
+        "Ratios at the end of training, with 95 % intervals over seeds (bars and brackets): with "
+        "skip connections to without, with normalisation to without, the net as it is to one of a "
+        "quarter of its width.",
         "",
     ]
     rows = ((f"{name}, {part}", *_ratios(table, a, b)) for part, name, a, b in comparisons(table))

@@ -34,9 +34,11 @@ class _Bar:
             return
         self._shown = now
         fresh = done - self._first
-        left = (now - self._start) / fresh * (total - done) if fresh > 0 else 0.0
+        left = ""  # nothing is known of it before the first point
+        if fresh > 0:
+            seconds = round((now - self._start) / fresh * (total - done))
+            left = f", {datetime.timedelta(seconds=seconds)} left"
         filled = "=" * round(_WIDTH * done / total)
-        clock = datetime.timedelta(seconds=round(left))
-        end = "\n" if done == total else ""
-        sys.stderr.write(f"\r{self._name} [{filled:<{_WIDTH}}] {done}/{total}, {clock} left {end}")
+        end = "\n" if done == total else " "
+        sys.stderr.write(f"\r{self._name} [{filled:<{_WIDTH}}] {done}/{total}{left}{end}")
         sys.stderr.flush()

@@ -119,7 +119,7 @@ def draw_barriers(
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     if len(names) > 1:
-        above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+        above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.02), "borderaxespad": 0.2}
         tight = {"columnspacing": 0.8, "handletextpad": 0.4, "handlelength": 1.3, "fontsize": 6.3}
         ax.legend(ncols=len(names), **tight, **above)
     return ax
@@ -147,7 +147,7 @@ def draw_densities(
     ax.set_ylim(floor, 3 * largest)
     ax.set_xlabel("eigenvalue of the Hessian")
     ax.set_ylabel("density")
-    ax.legend(loc="upper right", borderaxespad=0)
+    ax.legend(loc="upper right", borderaxespad=0, handlelength=1.0, handletextpad=0.4)
     return ax
 
 
