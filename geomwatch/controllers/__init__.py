@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from geomwatch.controllers.batch_size import BatchSizeScaler
 from geomwatch.controllers.clipping import GradientClipper
-from geomwatch.controllers.learning_rate_cap.base_rate import BaseRateTest
 from geomwatch.controllers.learning_rate_cap.cap import LearningRateCap
+from geomwatch.controllers.learning_rate_cap.history import BaseRateTest, StallTest
 from geomwatch.controllers.learning_rate_cap.limit import CapLimits
-from geomwatch.controllers.learning_rate_cap.stall import StallTest
 from geomwatch.controllers.protocol import Controller, Knobs, Move
 from geomwatch.controllers.resizable import Accumulation, ResizableBatchSampler
 

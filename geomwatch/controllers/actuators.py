@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,14 +68,6 @@ class Memory(Actuator):
     """A knob that nothing hangs on: of a dry run, or of a loop that can't turn it."""
 
 
-@dataclass(slots=True)
-class _Lent:
-    """The rates of the user, while the optimizer steps with others."""
-
-    base: list[Any]
-    applied: list[Any]
-
-
 class LearningRate(Actuator):
     """Keeps the rates of a torch optimizer below a cap, for the duration of each step alone.
 
@@ -97,9 +88,16 @@ class LearningRate(Actuator):
     def __init__(self, optimizer: Any, *, live: bool = True) -> None:
         super().__init__(LR, obstacle=_no_hooks(optimizer) if live else "")
         self._optimizer = optimizer
-        self._lent: _Lent | None = None
-        self._lifted = False
-        self._handles = list(_hooks(optimizer, self)) if live and not self.obstacle else []
+        # group, the user's rate, factor: what a step under way was lent; None outside of steps
+        self._lent: list[tuple[dict[str, Any], Any, float]] | None = None
+        self._handles: list[Any] = []
+        if live and not self.obstacle:
+            before, after = _calling(self, "_lend"), _calling(self, "_restore")
+            self._handles = [
+                optimizer.register_step_pre_hook(before),
+                optimizer.register_step_post_hook(after),
+                optimizer.register_state_dict_pre_hook(after),
+            ]
 
     def value(self, rates: Sequence[float]) -> float:
         """Return the factor that rates are multiplied by."""
@@ -107,9 +105,9 @@ class LearningRate(Actuator):
 
     def lift(self) -> None:
         """Give the user's rates back inside a step, as when a closure calls the monitor."""
-        if self._lent is not None and not self._lifted:
-            _write(self._groups, self._lent.base, unless_changed_from=self._lent.applied)
-            self._lifted = True
+        if self._lent is not None:
+            self._restore()
+            self._lent = []
 
     def refresh(self) -> None:
         """Apply the present cap to the step that is under way, if any."""
@@ -123,30 +121,23 @@ class LearningRate(Actuator):
             handle.remove()
         self._handles = []
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._optimizer.param_groups
-        return groups
-
-    def _before(self) -> None:
-        self._restore()  # of a step that an exception has ended
-        self._lend()
-
     def _lend(self) -> None:
-        self._restore()
-        rates = learning_rates(self._optimizer) if self.setting < math.inf else ()
-        scale = self.value(rates)
-        base: list[Any] = []
-        if scale < 1:
-            base = [_copy(group.get("lr")) for group in self._groups]
-        applied = [None if rate is None else rate * scale for rate in base]
-        _write(self._groups, applied)
-        self._lent = _Lent(base, applied)  # even if empty: a step is under way
+        self._restore()  # also what an exception has left of the step before
+        scale = self.value(learning_rates(self._optimizer)) if self.setting < math.inf else 1.0
+        groups = self._optimizer.param_groups if scale < 1 else []
+        # all are copied before one is written: groups may share a tensor
+        self._lent = [(g, _copy(g["lr"]), scale) for g in groups if g.get("lr") is not None]
+        for group, own, _ in self._lent:
+            _write(group, own * scale)
 
     def _restore(self) -> None:
-        if self._lent is not None and not self._lifted:
-            _write(self._groups, self._lent.base, unless_changed_from=self._lent.applied)
-        self._lent, self._lifted = None, False
+        for group, own, scale in self._lent or ():
+            present = group.get("lr")
+            # a tensor may be of a captured step, which a comparison would wait for; another number
+            # was set inside the step and is somebody's own
+            if isinstance(present, Tensor) or present == own * scale:
+                _write(group, own)
+        self._lent = None
 
 
 class StepClip(Actuator):
@@ -178,13 +169,6 @@ class StepClip(Actuator):
         torch.nn.utils.clip_grad_norm_(params, norm)
 
 
-def _hooks(optimizer: Any, actuator: LearningRate) -> Iterator[Any]:
-    """Register what surrounds a step."""
-    yield optimizer.register_step_pre_hook(_calling(actuator, "_before"))
-    yield optimizer.register_step_post_hook(_calling(actuator, "_restore"))
-    yield optimizer.register_state_dict_pre_hook(_calling(actuator, "_restore"))
-
-
 def _calling(actuator: object, name: str) -> Callable[..., None]:
     """Return a hook that holds the actuator weakly; one that is forgotten does nothing."""
     me = weakref.ref(actuator)
@@ -211,20 +195,10 @@ def _copy(rate: Any) -> Any:
     return rate.clone() if isinstance(rate, Tensor) else rate
 
 
-def _write(
-    groups: Sequence[dict[str, Any]],
-    rates: Sequence[Any],
-    *,
-    unless_changed_from: Sequence[Any] | None = None,
-) -> None:
-    """Write the rates of groups, tensors in place; not those that somebody else has changed."""
-    expected = [None] * len(rates) if unless_changed_from is None else unless_changed_from
-    with torch.no_grad():
-        for group, rate, written in zip(groups, rates, expected, strict=False):
-            present = group.get("lr")
-            if rate is None or present is None:
-                continue
-            if isinstance(present, Tensor):  # also of a captured step; compared it would wait
-                present.copy_(torch.as_tensor(rate))
-            elif unless_changed_from is None or present == written:
-                group["lr"] = rate
+def _write(group: dict[str, Any], rate: Any) -> None:
+    """Set the rate of a group, of a tensor in place."""
+    if isinstance(group["lr"], Tensor):
+        with torch.no_grad():
+            group["lr"].copy_(torch.as_tensor(rate))
+    else:
+        group["lr"] = rate

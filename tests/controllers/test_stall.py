@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from geomwatch.controllers.learning_rate_cap.stall import Stall, StallTest
+from geomwatch.controllers.learning_rate_cap.history import Stall, StallTest
 
 
 def looks(losses) -> list[int]:

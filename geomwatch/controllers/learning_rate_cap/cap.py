@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from geomwatch.controllers.actuators import LR
-from geomwatch.controllers.learning_rate_cap.base_rate import BaseRate, BaseRateTest
+from geomwatch.controllers.learning_rate_cap.history import BaseRate, BaseRateTest, Stall, StallTest
 from geomwatch.controllers.learning_rate_cap.limit import CapLimits, FirstSteps, Limit
-from geomwatch.controllers.learning_rate_cap.stall import Stall, StallTest
 from geomwatch.controllers.protocol import Knobs, Move
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import (
@@ -116,18 +115,13 @@ class LearningRateCap(Documented, Resumable):
     _first_steps: Kept[FirstSteps] = field(init=False)
     _stall: Kept[Stall] = field(init=False)
     _base_rate: Kept[BaseRate] = field(init=False)
-    # what the loss has lowered the limit to, of the usual one
-    _settled: Kept[float] = field(init=False, default=1.0)
-    # small-batch limits that the limit of this run is
-    _unit: Kept[float] = field(init=False, default=1.0)
-    # the cap as a factor, and the rates that it multiplies
-    _scale: Kept[float] = field(init=False, default=math.inf)
+    _settled: Kept[float] = field(init=False, default=1.0)  # what the loss has left of the limit
+    _unit: Kept[float] = field(init=False, default=1.0)  # of the limit, over that of small batches
+    _scale: Kept[float] = field(init=False, default=math.inf)  # the cap over these rates:
     _reference: Kept[tuple[float, ...]] = field(init=False, default=())
-    # what was last asked for, the floor included
-    _sent: Kept[float] = field(init=False, default=math.inf)
+    _sent: Kept[float] = field(init=False, default=math.inf)  # the cap last asked for
     _binds: Kept[bool] = field(init=False, default=False)
-    # steps: of the last trusted measurement, of the last time that the cap went down, and since
-    # when the target is below the rate
+    # Steps: the last trusted measurement, the last way down, since when the rate is too high.
     _measured: Kept[int | None] = field(init=False, default=None)
     _lowered: Kept[int | None] = field(init=False, default=None)
     _above: Kept[int | None] = field(init=False, default=None)
@@ -164,9 +158,8 @@ class LearningRateCap(Documented, Resumable):
     def _measure(self, step: Observation) -> bool:
         """Take in what was measured at this step; tell whether there is something new."""
         along = step.gradient_fresh and self._along.update(step.gradient_margin, step.lr)
-        top = self.c_lambda is not None and step.fresh
-        top = top and self._top.update(step.margin, step.lr, with_error=True)
-        return along or top
+        wanted = step.fresh and self.c_lambda is not None
+        return (wanted and self._top.update(step.margin, step.lr, with_error=True)) or along
 
     def _recognise_full_batch(self, step: Observation) -> None:
         """Take over the limit of full batches where every step has turned out to see the same."""
