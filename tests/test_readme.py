@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import cross_entropy, digits, mlp
+from problems import cross_entropy, digits
 from torch import nn
 
-from geomwatch.quantities.table import DEFAULT, QUANTITIES, SLOW
+from geomwatch.quantities.table import QUANTITIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
@@ -24,7 +25,8 @@ def host_of(block: str) -> str | None:
 
 def in_a_loop() -> dict[str, Any]:
     """What a reader's own script has by the names that the blocks use."""
-    model, loader = mlp(64, 16, 10), [digits(32) for _ in range(3)]
+    encoder, loader = nn.Sequential(nn.Linear(64, 16), nn.Tanh()), [digits(32)] * 3
+    model = nn.Sequential(OrderedDict(encoder=encoder, head=nn.Linear(16, 10)))
     return {
         "model": model,
         "loss_fn": cross_entropy,
@@ -68,13 +70,13 @@ def test_a_block_runs_in_its_host(host, tmp_path, monkeypatch):
     assert {"trainer", "monitor"} & set(namespace)
 
 
+WHEN = {"dense": "by default", "usual": "by default", "slow": "now and then", "asked": "on request"}
+
+
 def test_the_quantities_are_listed_by_when_they_are_measured():
-    rows = re.findall(r"^\| (`.*?) \| .* \| (.*?) \|$", README, flags=re.MULTILINE)
-    listed: dict[str, set[str]] = {}
-    for names, measured in rows:
-        listed.setdefault(measured, set()).update(re.findall(r"`(\w+)`", names))
-    assert listed == {
-        "by default": set(DEFAULT) - set(SLOW),
-        "now and then": set(SLOW),
-        "on request": set(QUANTITIES) - set(DEFAULT),
+    listed = {
+        name: when
+        for names, when in re.findall(r"^\| (`.*?) \| .* \| (.*?) \|$", README, flags=re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
     }
+    assert listed == {name: WHEN[quantity.pace] for name, quantity in QUANTITIES.items()}
