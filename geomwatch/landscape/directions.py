@@ -14,8 +14,8 @@ from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import check_micro_batches, choose_backend
 from geomwatch.errors import UsageError
-from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.lanczos import lanczos
+from geomwatch.estimators.roughness import filter_normalised
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.direction import Direction, as_direction
 from geomwatch.landscape.provenance import steadiness

@@ -13,10 +13,10 @@ from torch import nn
 
 import geomwatch
 from geomwatch.curvature.objective import Objective
-from geomwatch.estimators.directions import filter_normalised
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import (
     Slices,
+    filter_normalised,
     micro_scale,
     roughness,
     roughness_residual,
