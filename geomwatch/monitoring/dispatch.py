@@ -13,7 +13,7 @@ from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
-from geomwatch.rules import resolve
+from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule, is_due
 from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
 

@@ -30,7 +30,7 @@ from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
 from geomwatch.records import Adjustment, Alert, Record
-from geomwatch.rules import Rule
+from geomwatch.rules.rule import Rule
 from geomwatch.sinks import Sink, as_sinks, run_line
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout

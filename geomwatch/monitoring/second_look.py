@@ -9,8 +9,8 @@ from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.batch_noise import NOISE, noise_ratio
 from geomwatch.observation.gradient_level import GRADIENT
 from geomwatch.observation.observer import Observer
+from geomwatch.observation.step import Observation
 from geomwatch.records import Estimate
-from geomwatch.rules import Observation
 
 _SHARE, _SHARE_CONTROLLED = 0.43, 0.13  # of the level, from where on it matters
 _EARLY, _AGAIN = 5, 8  # steps of the looks at a start

@@ -2,18 +2,15 @@
 
 May import observation, estimators, stability, isolation, records and errors. A newcomer would
 change something here to be warned of another thing: a class with a name, its levels as fields and
-its words in one file, its page beside it in `pages`, and a line in `DEFAULT`.
+its words in one file, its page beside it in `pages`, and a line in `default`.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
-from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.observation.step import Observation
 from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch_size import CriticalBatchSize
+from geomwatch.rules.default import DEFAULT, default_rules, resolve
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
 from geomwatch.rules.gradient_margin import GradientMargin
@@ -43,55 +40,3 @@ __all__ = [
     "default_rules",
     "resolve",
 ]
-
-DEFAULT = (
-    NonFinite,
-    LossRise,
-    StabilityMargin,
-    GradientMargin,
-    BatchNoise,
-    PlannedRate,
-    RateJump,
-    GradNormSpike,
-    FlatButRough,
-    CriticalBatchSize,
-    UntrustedProbe,
-)
-
-
-def default_rules() -> list[Rule]:
-    """Return the rules a monitor uses unless told otherwise."""
-    return [kind() for kind in DEFAULT]
-
-
-def resolve(rules: Rule | Iterable[Rule] | None) -> list[Rule]:
-    """Return the rules to judge by: the default ones, or those given, or the one that was given.
-
-    Of two that have a name in common the later one counts, in the place of the earlier.
-
-    Raises:
-        UsageError: one of them is no rule; the message shows the line to write.
-    """
-    if rules is None:
-        return default_rules()
-    alone = callable(rules) or isinstance(rules, str) or not isinstance(rules, Iterable)
-    given: list[Rule] = [rules] if alone else list(rules)  # type: ignore[list-item, arg-type]
-    for rule in given:
-        if isinstance(rule, type) or not callable(rule):
-            raise UsageTypeError(
-                f"rules must hold rules, got {rule!r}. Write rules=[{_repaired(rule)}], or "
-                f"rules=[*default_rules(), {_repaired(rule)}] to change one of the default ones."
-            )
-        if not isinstance(getattr(rule, "name", None), str):
-            raise UsageError(f'a rule must have a name, got none: {rule!r}. Give it name = "...".')
-    return list({rule.name: rule for rule in given}.values())
-
-
-def _repaired(given: object) -> str:
-    if isinstance(given, type):
-        return f"{given.__name__}()"
-    ours = {kind.name: kind.__name__ for kind in DEFAULT}
-    wanted = str(given).lower().replace("-", "_")
-    near = difflib.get_close_matches(wanted, [*ours, *map(str.lower, ours.values())], 1, cutoff=0.3)
-    by_class = {name.lower(): name for name in ours.values()}
-    return f"{(ours | by_class)[near[0]] if near else 'StabilityMargin'}()"

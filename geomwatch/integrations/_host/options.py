@@ -19,7 +19,7 @@ from geomwatch.monitoring.monitor import Monitor
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.records import Alert
-from geomwatch.rules import Rule
+from geomwatch.rules.rule import Rule
 from geomwatch.sinks import Sink, logger
 
 
