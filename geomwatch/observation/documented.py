@@ -25,7 +25,7 @@ def level(default: Any, what: str, *, source: str, check: Check | None = None) -
         check: refuses values that can't work; by default what is not above 0, or no integer where
             the default is one. None passes where it is the default.
     """
-    if check is None and isinstance(default, int | float):
+    if check is None and isinstance(default, int | float | None):
         check = whole(1) if isinstance(default, int) else above(0)
     return _declared(default, what, source, check)
 
@@ -138,9 +138,10 @@ def at_least(least: float) -> Check:
     return _numbers(lambda value: value >= least, f"a number at least {least:g}")
 
 
-def between(low: float, high: float) -> Check:
-    """Return what refuses all but numbers between these, neither of them included."""
-    return _numbers(lambda value: low < value < high, f"a number between {low:g} and {high:g}")
+def between(low: float, high: float, *, last: bool = False) -> Check:
+    """Return what refuses all but numbers between these; of the two at most the `last` may be."""
+    wanted = f"a number between {low:g} and {high:g}"
+    return _numbers(lambda value: low < value < high or (last and value == high), wanted)
 
 
 def whole(least: int) -> Check:

@@ -31,11 +31,6 @@ _SAME = 1e-9  # relative: caps that differ by less are one
 _AT = 0.99  # of what a limit allows: a cap from there on is held by that limit
 
 
-def _up_to_one(name: str, value: object) -> None:
-    if value != 1:
-        between(0, 1)(name, value)
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class LearningRateCap(Documented, Resumable):
     """Caps the rate where the small-batch gradient margin would exceed `c_bs`.
@@ -58,9 +53,9 @@ class LearningRateCap(Documented, Resumable):
     `FirstSteps`).
 
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
-    loss up, as any rate that is never lowered does. While the user's rate is above half the limit
-    and the loss has stopped falling (`Stall`), the limit is lowered by `factor`, at most once in
-    150 steps; it is not raised again.
+    loss up, as any rate that is never lowered does. While the user's rate is high and the loss has
+    stopped falling (see `StallTest`), the limit is lowered by `factor`, at most once in 150 steps;
+    it is not raised again.
 
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
     failed or are not finite change nothing.
@@ -72,16 +67,10 @@ class LearningRateCap(Documented, Resumable):
     knob: ClassVar[str] = LR
 
     c_bs: float | None = level(
-        None,
-        "gradient margin to stay below; by default that of `limits`",
-        source="decision 019",
-        check=above(0),
+        None, "gradient margin to stay below; by default that of `limits`", source="decision 019"
     )
     c_lambda: float | None = level(
-        None,
-        "margin and error to stay below too, such as 0.5",
-        source="decision 013",
-        check=above(0),
+        None, "limit of M and its error, such as 0.5; by default none", source="decision 013"
     )
     smoothing: float = level(
         0.8, "weight of the past in the mean of margins", source="decision 013", check=between(0, 1)
@@ -91,9 +80,9 @@ class LearningRateCap(Documented, Resumable):
     )
     factor: float = level(
         0.25,
-        "what a loss that has stopped falling multiplies the limit by; 1 leaves it",
+        "what is left of the limit once the loss has stopped falling",
         source="decision 016",
-        check=_up_to_one,
+        check=between(0, 1, last=True),
     )
     min_scale: float = level(
         1e-3, "smallest factor that the rate is multiplied by", source=GUESS, check=between(0, 1)
