@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ _SHORTER = 0.75  # the quadrature's own error is what a quarter of its nodes cha
 _CONVERGED = 1e-2  # residual of an eigenvalue that is taken for exact, in sigmas
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class Run(NamedTuple):
     """The Gauss quadrature of f(H) that one random vector makes."""
 
     nodes: Floats  # (steps,)
@@ -97,30 +97,28 @@ def density(
     with subject.on(window) as objective:
         if not objective.is_finite():
             raise UsageError("the loss and its gradient must be finite to have a Hessian.")
-        first, known = _first(objective.hvp, layout.rademacher(rng), steps, outliers, sigma)
+        v = layout.rademacher(rng)
+        first, exact, known = _first(objective.hvp, v, steps, outliers, sigma)
         runs = [first]
         report(1, vectors)
         for done in range(2, vectors + 1):
-            runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known.vectors))
+            runs.append(_next(objective.hvp, layout.rademacher(rng), steps, known))
             report(done, vectors)
         facts = provenance(model, loss_fn) | objective.provenance | validation
         facts |= {"hvps": objective.hvps, "seed": how.seed}
         facts |= steadiness(lambda: objective.loss_at(layout.zeros()))[1]
-    facts |= {"vectors": vectors, "steps": steps, "exact": len(known.values)}
-    found = quadrature(runs, layout.dim, known=known.values, sigma=sigma)
+    facts |= {"vectors": vectors, "steps": steps, "exact": len(exact)}
+    found = quadrature(runs, layout.dim, known=exact, sigma=sigma)
     return replace(found, hvps=objective.hvps, provenance=facts)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Known:
-    values: Floats  # (k,)
-    vectors: Tensor  # (k, D), orthonormal
 
 
 def _first(
     operator: Operator, start: Tensor, steps: int, outliers: int, sigma: float | None
-) -> tuple[Run, _Known]:
-    """Run Lanczos once; return its quadrature without the eigenvalues that have converged."""
+) -> tuple[Run, Floats, Tensor]:
+    """Run Lanczos once; return its quadrature, and apart from it what has converged.
+
+    That is k eigenvalues, (k,), and their orthonormal eigenvectors, (k, D).
+    """
     found = lanczos(operator, start, max_hvps=steps, top=max(outliers, 1))
     values, residuals = np.array(found.values), np.array(found.residuals)
     width = _default_sigma(values, steps) if sigma is None else sigma
@@ -131,7 +129,7 @@ def _first(
         count, share = 0, 1.0
     weights = overlaps[count:]
     run = Run(values[count:], share * weights / max(weights.sum(), sys.float_info.min))
-    return run, _Known(values[:count], found.vectors[:count])
+    return run, values[:count], found.vectors[:count]
 
 
 def _next(operator: Operator, start: Tensor, steps: int, known: Tensor) -> Run:
@@ -143,10 +141,8 @@ def _next(operator: Operator, start: Tensor, steps: int, known: Tensor) -> Run:
     left = start.numel() - len(known)
     if left == 0:
         return Run(np.empty(0), np.empty(0))
-    nodes, weights = lanczos_nodes(
-        lambda v: outside(operator(outside(v))), outside(start), min(steps, left)
-    )
-    return Run(nodes, left / start.numel() * weights)
+    run = lanczos_nodes(lambda v: outside(operator(outside(v))), outside(start), min(steps, left))
+    return run._replace(weights=left / start.numel() * run.weights)
 
 
 def quadrature(
@@ -184,10 +180,10 @@ def quadrature(
     )
 
 
-def lanczos_nodes(operator: Operator, start: Tensor, steps: int) -> tuple[Floats, Floats]:
-    """Return nodes and weights, (steps,) each, of the Gauss quadrature that Lanczos makes."""
+def lanczos_nodes(operator: Operator, start: Tensor, steps: int) -> Run:
+    """Return the Gauss quadrature that Lanczos makes, weights that add up to 1."""
     found = lanczos(operator, start, max_hvps=steps, top=1)
-    return np.array(found.values), np.array(found.weights)
+    return Run(np.array(found.values), np.array(found.weights))
 
 
 def student_t(freedom: int, count: int) -> float:
@@ -219,8 +215,8 @@ def _shortened(run: Run) -> Run:
     values = torch.from_numpy(run.nodes.copy())
     start = torch.from_numpy(np.sqrt(run.weights))
     steps = math.floor(_SHORTER * len(run.nodes))
-    nodes, weights = lanczos_nodes(lambda v: values * v, start, steps)
-    return Run(nodes, run.weights.sum() * weights)
+    shorter = lanczos_nodes(lambda v: values * v, start, steps)
+    return shorter._replace(weights=run.weights.sum() * shorter.weights)
 
 
 def _smooth(grid: Floats, run: Run, sigma: float) -> Floats:
