@@ -27,6 +27,7 @@ from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.estimators.noise_floor import read_out
+from geomwatch.isolation.signals import traceless
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, check_pace
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
@@ -62,6 +63,7 @@ class Diagnosis:
     __repr__ = __str__
 
 
+@traceless
 def doctor(
     model: nn.Module,
     loss_fn: LossFn,

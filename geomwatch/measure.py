@@ -13,6 +13,7 @@ from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
+from geomwatch.isolation.signals import traceless
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.probe import Budget, Probe
@@ -23,6 +24,7 @@ from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator
 
 
+@traceless
 def measure(
     model: nn.Module,
     loss_fn: LossFn,

@@ -8,7 +8,6 @@ times out.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
+from geomwatch.isolation.undo import attach
 from geomwatch.vectors.fsdp import is_fully_sharded
 
 _WIDE = (None, torch.float32, torch.float64)
@@ -89,9 +89,8 @@ class FullySharded:
             elif module._get_fsdp_state()._is_root:
                 module.reset_iter_state()
 
-    @contextlib.contextmanager
-    def guarded(self, agree: Callable[[], None]) -> Iterator[None]:
-        """Call `agree` before each outermost forward pass of these modules."""
+    def guard(self, agree: Callable[[], None]) -> None:
+        """Call `agree` before each outermost forward pass until the block around ends."""
 
         def enter(*_: object) -> None:
             if self._depth == 0:
@@ -101,14 +100,10 @@ class FullySharded:
         def leave(*_: object) -> None:
             self._depth -= 1
 
-        with contextlib.ExitStack() as stack:
-            for module in self._modules:
-                # before FSDP's own, which gathers the parameters
-                entering = module.register_forward_pre_hook(enter, prepend=True)
-                leaving = module.register_forward_hook(leave, always_call=True)
-                stack.callback(entering.remove)
-                stack.callback(leaving.remove)
-            yield
+        for module in self._modules:
+            # before FSDP's own, which gathers the parameters
+            attach(module.register_forward_pre_hook, enter, prepend=True)
+            attach(module.register_forward_hook, leave, always_call=True)
 
     def _groups(self) -> Iterator[Any]:
         """The groups of parameters that FSDP gathers and reduces together."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geomwatch.curvature import batches
 from geomwatch.errors import UsageError
+from geomwatch.isolation.undo import attach, until_here
 from geomwatch.vectors.layout import Layout
 
 _THROUGH = 1e-3  # of the gradient may bypass the outputs: more than rounding
@@ -24,11 +25,9 @@ def outputs_noted(model: nn.Module) -> Iterator[list[Tensor]]:
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         noted.extend(_differentiable(output))
 
-    handle = model.register_forward_hook(note)
-    try:
+    with until_here():
+        attach(model.register_forward_hook, note)
         yield noted
-    finally:
-        handle.remove()
 
 
 class GaussNewton:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
+from geomwatch.isolation.undo import attach, until_here
 
 _OPERATION = re.compile(r"aten::(\w+)|(\w+) in the loss has no second derivative")
 
@@ -33,12 +34,10 @@ def module_of(model: nn.Module, evaluate: Callable[[], object], operation: str) 
 
         return note
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules()]
-    try:
+    with until_here():
+        for name, module in model.named_modules():
+            attach(module.register_forward_hook, watch(name))
         evaluate()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

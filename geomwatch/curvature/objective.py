@@ -22,6 +22,7 @@ from geomwatch.curvature.settings import LossFn as LossFn
 from geomwatch.curvature.settings import Settings
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.twice_differentiable import not_compiled
+from geomwatch.isolation.undo import until_here
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout, generator
 
@@ -78,7 +79,7 @@ class Objective:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         kind = _replay_on(self.layout)
         self._replay = kind(model, loss_fn, window, layout=self.layout, also=how.also, ranks=ranks)
-        self._compiles = contextlib.nullcontext if products else not_compiled
+        self._products_wanted = products
         if not products:
             self._replay.second_order = False
         # So that it needs a graph, as a gradient penalty does. Ranks would have to agree on trying
@@ -88,7 +89,7 @@ class Objective:
         hvp = "finite_difference" if self.layout.is_cut else how.hvp
         self._kind = {"operator": how.operator, "hvp": hvp}
         self._dtype = dtype or (self.layout.dtype if how.precision == "float32" else None)
-        self._stack = contextlib.ExitStack()
+        self._block = contextlib.ExitStack()  # at whose end all is put back
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._reset()
 
@@ -98,17 +99,19 @@ class Objective:
 
     def __enter__(self) -> Objective:
         self._reset()
-        self._stack.enter_context(self._compiles())
-        autocast = self._how.precision == "training"
-        opened = self._replay.opened(self._how.mode, autocast=autocast, dtype=self._dtype)
-        modules = self._stack.enter_context(opened).modules
-        self._still = padding_mask(modules, self._replay.leaves)
-        if self._replay.obstacle:
-            self.forgo_hvps(self._replay.obstacle)
+        with until_here() as block:
+            if not self._products_wanted:
+                not_compiled()
+            autocast = self._how.precision == "training"
+            snapshot = self._replay.open(self._how.mode, autocast=autocast, dtype=self._dtype)
+            self._still = padding_mask(snapshot.modules, self._replay.leaves)
+            if self._replay.obstacle:
+                self.forgo_hvps(self._replay.obstacle)
+            self._block = block.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self._block.close()
 
     @property
     def provenance(self) -> dict[str, str | int | float | bool]:

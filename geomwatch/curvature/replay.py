@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from geomwatch.curvature.checks import check_loss, explain_device
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError, WithheldError
-from geomwatch.isolation.isolation import captured_by, isolated
+from geomwatch.isolation.isolation import captured_by, isolate
 from geomwatch.isolation.precision import recast
+from geomwatch.isolation.signals import handle_signals, users
 from geomwatch.isolation.snapshot import Snapshot
+from geomwatch.isolation.sync_norm import is_synchronised, shared
+from geomwatch.isolation.undo import later, swap, until_here
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.parallel.sync_norm import is_synchronised, sync_norm_shared
-from geomwatch.vectors.fsdp import is_sharded, reshard, unsharded
+from geomwatch.vectors.fsdp import is_sharded, reshard, unshard
 from geomwatch.vectors.layout import Layout
 
 
@@ -54,36 +57,32 @@ class Replay:
         self.ranks = ranks or Ranks()
         self.kept: Callable[[Tensor], Tensor] | None = None
         self.total = 0.0  # weight of the window, on all ranks
-        self._stack = contextlib.ExitStack()
         self._snapshot: Snapshot | None = None
         self._cast: torch.dtype | None = None  # of the batches, with stand-ins
         self._displacement: Tensor | None = None
         self._recasting = contextlib.ExitStack()
         self._before: tuple[Snapshot, Layout, torch.dtype | None] | None = None
 
-    @contextlib.contextmanager
-    def opened(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Iterator[Snapshot]:
-        """Isolate the model; yields what is put back."""
+    def open(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Snapshot:
+        """Isolate the model until the block around ends; returns what is put back."""
         self.leaves, self._cast = self.layout, None
         self._weigh_window()
         if is_sharded(self.layout.params):
             reshard(list(self._model.modules()))
-        with contextlib.ExitStack() as self._stack:
-            self._snapshot = self._stack.enter_context(
-                isolated(
-                    self._model,
-                    self.layout.params,
-                    others=self._others,
-                    mode=mode,
-                    autocast=autocast,
-                    second_order=self.second_order,
-                )
-            )
-            self._prepare(dtype)
-            try:
-                yield self._snapshot
-            finally:
-                self._snapshot = self.kept = None
+        later(self._shut)
+        self._snapshot = isolate(
+            self._model,
+            self.layout.params,
+            others=self._others,
+            mode=mode,
+            autocast=autocast,
+            second_order=self.second_order,
+        )
+        self._prepare(dtype)
+        return self._snapshot
+
+    def _shut(self) -> None:
+        self._snapshot = self.kept = None
 
     def _prepare(self, dtype: torch.dtype | None) -> None:
         """Make the leaves such as can be differentiated twice, at a precision."""
@@ -110,19 +109,18 @@ class Replay:
     def recast(self, dtype: torch.dtype) -> None:
         """Go on at another precision."""
         assert self._snapshot is not None
-        self._recasting = contextlib.ExitStack()
-        stand_in = self._recasting.enter_context(recast(self._snapshot.modules, dtype))
-        self._stack.callback(self._recasting.close)
+        self._before = self._snapshot, self.leaves, self._cast
+        self._recasting = until_here()
+        stand_in = recast(self._snapshot.modules, dtype)
         # of the present leaves: they may be stand-ins already, at float32 for bfloat16
         params = tuple(stand_in(p) for p in self.leaves.params)
-        self._before = self._snapshot, self.leaves, self._cast
         self.leaves, self._cast = Layout(self.layout.names, params), dtype
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
         self._snapshot = Snapshot([self._model, *self._others])
 
     def _unshard(self) -> None:
         assert self._snapshot is not None
-        stand_in = self._stack.enter_context(unsharded(self._snapshot.modules))
+        stand_in = unshard(self._snapshot.modules)
         self.leaves = Layout(self.layout.names, tuple(map(stand_in, self.layout.params)))
         self._snapshot = Snapshot([self._model, *self._others])
 
@@ -201,19 +199,27 @@ class Replay:
 
         def part() -> tuple[Tensor]:
             assert self.kept is not None
+            handle_signals()
             share = float(self._weigh(self.window[0])) / self.total
             with self._shared(share):
                 return (total.add_(self.kept(v).to(total), alpha=share),)
 
         return self.ranks.sum(part)[0]
 
-    def _shared(self, share: float) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _shared(self, share: float) -> Iterator[None]:
         """Let norms see the batches that the other ranks evaluate at this moment."""
-        return contextlib.nullcontext() if self.ranks.size == 1 else sync_norm_shared(share)
+        with until_here():
+            if self.ranks.size > 1:
+                # Not in a variable of this thread: a backward pass on a GPU, which may evaluate
+                # checkpointed layers again, has threads of its own.
+                swap(nn.SyncBatchNorm, "forward", shared(share))
+            yield
 
     def _start(self) -> None:
         if self._snapshot is None:
             raise RuntimeError("an Objective is used inside its `with` block only")
+        handle_signals()
         self.kept = None
         self._snapshot.start()
         if self._displacement is not None:
@@ -224,7 +230,7 @@ class Replay:
     def evaluate(self, batch: Any) -> Tensor:
         """Return the loss of one batch, a scalar with its graph."""
         try:
-            loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
+            loss = users(self._loss_fn, self._model, batches.fresh_copy(batch, self._cast))
         except RuntimeError as error:
             explain_device(error, batch, self.layout.device)
             raise
@@ -238,10 +244,9 @@ class Replay:
     def displaced(self, displacement: Tensor) -> Iterator[None]:
         """Evaluate at w + displacement; the weights are back afterwards."""
         assert self._snapshot is not None
-        self._displacement = displacement
-        try:
-            yield
-        finally:
-            self._displacement = None
+        with until_here():
             # by copy: adding and subtracting would leave rounding behind
-            self._snapshot.restore()
+            later(self._snapshot.restore)
+            later(partial(setattr, self, "_displacement", None))
+            self._displacement = displacement
+            yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from geomwatch.curvature.replay import Replay
 from geomwatch.errors import UsageError, WithheldError
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.isolation.twice_differentiable import spectral_norm_held
+from geomwatch.isolation.undo import later
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.shard_vector import ShardVector
 
@@ -40,20 +40,15 @@ class ShardReplay(Replay):
         self._rounds: list[tuple[Any, float]] = []  # batches with their share of the whole
         self._share = 0.0  # of the batch that is evaluated
 
-    @contextlib.contextmanager
-    def opened(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Iterator[Snapshot]:
-        """Isolate the model; yields what is put back."""
+    def open(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Snapshot:
+        """Isolate the model until the block around ends; returns what is put back."""
         self.obstacle = self._sharded.obstacle(self.layout.params)
         # The hooks come first: what the model looks like with them is what is put back.
-        with (
-            self._sharded.guarded(self._agree),
-            spectral_norm_held(),
-            super().opened(mode, autocast=autocast, dtype=dtype) as snapshot,
-        ):
-            try:
-                yield snapshot
-            finally:
-                self._sharded.settle()
+        self._sharded.guard(self._agree)
+        spectral_norm_held()
+        snapshot = super().open(mode, autocast=autocast, dtype=dtype)
+        later(self._sharded.settle)
+        return snapshot
 
     @property
     def can_recast(self) -> bool:

@@ -16,7 +16,9 @@ from torch.nn.modules import module as torch_module
 
 from geomwatch.isolation.precision import autocast_off
 from geomwatch.isolation.snapshot import HOOKS, Snapshot
+from geomwatch.isolation.tf32 import tf32_off
 from geomwatch.isolation.twice_differentiable import twice_differentiable
+from geomwatch.isolation.undo import enter, later, until_here
 
 _GLOBAL_HOOKS = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
 _PROBING: ContextVar[bool] = ContextVar("geomwatch_probing", default=False)
@@ -28,7 +30,13 @@ def is_probing() -> bool:
 
 
 @contextlib.contextmanager
-def isolated(
+def isolated(model: nn.Module, params: Sequence[Tensor], **options: Any) -> Iterator[Snapshot]:
+    """Isolate a model (see `isolate`) for a `with` block."""
+    with until_here():
+        yield isolate(model, params, **options)
+
+
+def isolate(
     model: nn.Module,
     params: Sequence[Tensor],
     *,
@@ -36,33 +44,33 @@ def isolated(
     mode: str,
     autocast: bool = False,
     second_order: bool = True,
-) -> Iterator[Snapshot]:
-    """Run a probe in a world that is put back bit for bit when it ends, however it ends.
+) -> Snapshot:
+    """Have all that a probe changes put back bit for bit when the block around ends.
 
-    Off for the probe: parameter and backward hooks (they would bend an HVP), autocast (unless it
-    is asked for), the caller's no_grad or inference_mode, and what has no second derivative (see
-    `second_order`; not asked for, the kernels stay those of training). `.grad` is set aside, so
-    that a loss_fn that calls backward() inside can't add to it. Forward hooks do run: spectral norm
-    and FSDP need them.
+    Off until then: parameter and backward hooks (they would bend an HVP), autocast and TF32 (unless
+    autocast is asked for), the caller's no_grad or inference_mode, and what has no second
+    derivative (see `second_order`; not asked for, the kernels stay those of training). `.grad` is
+    set aside, so that a loss_fn that calls backward() inside can't add to it. Forward hooks do run:
+    spectral norm and FSDP need them.
     """
-    with contextlib.ExitStack() as stack:
-        token = _PROBING.set(True)
-        stack.callback(_PROBING.reset, token)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        snapshot = Snapshot([model, *others])
-        if not autocast:
-            stack.enter_context(autocast_off({p.device.type for p in params} | {"cpu"}))
-        if second_order:
-            stack.enter_context(twice_differentiable(snapshot.modules))
-        parameters = _parameters(snapshot.modules)
-        stack.enter_context(_hooks_off(parameters, snapshot.modules))
-        stack.enter_context(_gradients_aside(parameters))
-        stack.callback(snapshot.finish)
-        if _set_mode(model, mode):
-            # Each evaluation is to start from the new mode, the end of the probe is not.
-            snapshot = Snapshot([model, *others], like=snapshot)
-        yield snapshot
+    later(functools.partial(_PROBING.set, _PROBING.get()))
+    _PROBING.set(True)
+    enter(torch.inference_mode(False))
+    enter(torch.enable_grad())
+    snapshot = Snapshot([model, *others])
+    if not autocast:
+        autocast_off({p.device.type for p in params} | {"cpu"})
+        tf32_off()
+    if second_order:
+        twice_differentiable(snapshot.modules)
+    parameters = _parameters(snapshot.modules)
+    _hooks_off(parameters, snapshot.modules)
+    _gradients_aside(parameters)
+    later(snapshot.finish)
+    if _set_mode(model, mode):
+        # Each evaluation is to start from the new mode, the end of the probe is not.
+        snapshot = Snapshot([model, *others], like=snapshot)
+    return snapshot
 
 
 def captured_by(loss_fn: Callable[..., Any]) -> list[object]:
@@ -122,9 +130,8 @@ def _set_mode(model: nn.Module, mode: str) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _hooks_off(params: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Empty the hook dictionaries in place (autograd holds on to them) and refill them after."""
+def _hooks_off(params: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    """Empty the hook dictionaries in place (autograd holds on to them)."""
 
     def dictionaries() -> list[dict[Any, Any]]:
         of_tensors = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in params]
@@ -133,27 +140,28 @@ def _hooks_off(params: Iterable[Tensor], modules: Iterable[nn.Module]) -> Iterat
         return [hooks for hooks in every if hooks]
 
     filled = [(hooks, list(hooks.items())) for hooks in dictionaries()]
-    for hooks, _ in filled:
-        hooks.clear()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for hooks in dictionaries():  # of a loss_fn that registers hooks itself
             hooks.clear()
         for hooks, items in filled:
             hooks.update(items)
 
+    later(put_back)
+    for hooks, _ in filled:
+        hooks.clear()
 
-@contextlib.contextmanager
-def _gradients_aside(params: Sequence[Tensor]) -> Iterator[None]:
+
+def _gradients_aside(params: Sequence[Tensor]) -> None:
     gradients = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = None
-        yield
-    finally:
+
+    def put_back() -> None:
         for p, gradient in zip(params, gradients, strict=True):
             p.grad = gradient
+
+    later(put_back)
+    for p in params:
+        p.grad = None
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:

@@ -68,13 +68,13 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        self._is_used = False
         for container in self._empty:
             if container:
                 container.clear()
         for saved in self._saved:
             saved.restore()
         self._rng.restore()
+        self._is_used = False  # not before: an interrupted one is to be done again
 
     def finish(self) -> None:
         """Put everything back for good."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,40 +14,35 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from geomwatch.parallel.sync_norm import sync_norm_alone
+from geomwatch.isolation.sync_norm import alone
+from geomwatch.isolation.undo import enter, later, swap
 
 
-@contextlib.contextmanager
-def twice_differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
+def twice_differentiable(modules: Sequence[nn.Module]) -> None:
     """Compute attention, RNNs, norms, checkpoints and compiled code so that they can be.
 
     The results differ by rounding only. Costs nothing for attention; an LSTM's gradient is up to
     1.4 times as expensive.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_checkpoints_not_reentrant())
-        stack.enter_context(weight_norm_written_out())
-        stack.enter_context(spectral_norm_held())
-        stack.enter_context(sync_norm_alone())
-        if any(isinstance(m, nn.RNNBase) for m in modules):
-            stack.enter_context(_disabled(torch.backends.mkldnn))
-            stack.enter_context(_disabled(torch.backends.cudnn))
-        stack.enter_context(not_compiled())
-        yield
+    enter(sdpa_kernel(SDPBackend.MATH))
+    _checkpoints_not_reentrant()
+    weight_norm_written_out()
+    spectral_norm_held()
+    swap(nn.SyncBatchNorm, "forward", alone)
+    if any(isinstance(m, nn.RNNBase) for m in modules):
+        _disable(torch.backends.mkldnn)
+        _disable(torch.backends.cudnn)
+    not_compiled()
 
 
-def not_compiled() -> contextlib.AbstractContextManager[object]:
+def not_compiled() -> None:
     """Run what torch.compile has compiled as it was written, and compile nothing anew."""
     # Importing dynamo takes seconds; nothing is compiled unless somebody has done it already.
-    if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+    if "torch._dynamo" in sys.modules:
+        enter(torch.compiler.set_stance("force_eager"))
 
 
-@contextlib.contextmanager
-def weight_norm_written_out() -> Iterator[None]:
+def weight_norm_written_out() -> None:
     """Compute g v / ||v|| by operations whose second derivative is right.
 
     That of torch's fused one takes ||v|| for a constant, without a word: HVPs of small nets are 15
@@ -59,14 +54,11 @@ def weight_norm_written_out() -> Iterator[None]:
 
     # The norm by hooks has imported it under its own name.
     owners: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
-    with contextlib.ExitStack() as stack:
-        for owner in owners:
-            _swap(stack, owner, "_weight_norm", weight_norm)
-        yield
+    for owner in owners:
+        swap(owner, "_weight_norm", weight_norm)
 
 
-@contextlib.contextmanager
-def spectral_norm_held() -> Iterator[None]:
+def spectral_norm_held() -> None:
     """Hold the singular vectors of each spectral norm as the first evaluation leaves them.
 
     A power iteration outside of autograd makes them follow the weights. In a displaced evaluation
@@ -93,24 +85,17 @@ def spectral_norm_held() -> Iterator[None]:
             hold((module, hook.name), vectors, lambda: compute_weight(hook, module, True))
         return compute_weight(hook, module, do_power_iteration=False)
 
-    with contextlib.ExitStack() as stack:
-        _swap(stack, _SpectralNorm, "_power_method", held_power_method)
-        _swap(stack, SpectralNorm, "compute_weight", held_weight)
-        yield
+    swap(_SpectralNorm, "_power_method", held_power_method)
+    swap(SpectralNorm, "compute_weight", held_weight)
 
 
-@contextlib.contextmanager
-def _disabled(backend: Any) -> Iterator[None]:
+def _disable(backend: Any) -> None:
     # Not `backend.flags(enabled=False)`: it sets all other flags too, and warns on doing so.
-    before, backend.enabled = backend.enabled, False
-    try:
-        yield
-    finally:
-        backend.enabled = before
+    later(functools.partial(setattr, backend, "enabled", backend.enabled))
+    backend.enabled = False
 
 
-@contextlib.contextmanager
-def _checkpoints_not_reentrant() -> Iterator[None]:
+def _checkpoints_not_reentrant() -> None:
     """Send checkpoint(use_reentrant=True) the way of use_reentrant=False.
 
     torch.autograd.grad refuses a reentrant checkpoint, or passes it over and finds no gradient
@@ -120,18 +105,4 @@ def _checkpoints_not_reentrant() -> Iterator[None]:
     def apply(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=preserve)
 
-    function: Any = CheckpointFunction
-    before = vars(function).get("apply")
-    function.apply = staticmethod(apply)
-    try:
-        yield
-    finally:
-        if before is None:
-            del function.apply  # and inherit it again
-        else:
-            function.apply = before
-
-
-def _swap(stack: contextlib.ExitStack, owner: Any, name: str, value: object) -> None:
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
+    swap(CheckpointFunction, "apply", staticmethod(apply))

@@ -11,6 +11,7 @@ from torch import nn
 from geomwatch.curvature.checks import check_count
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.bezier import Bending, bezier
 from geomwatch.landscape.paths import Ends, Path
@@ -21,6 +22,7 @@ from geomwatch.landscape.states import State, own_copies
 from geomwatch.quantities.measurement import Measurement, check_how
 
 
+@traceless
 def barrier(
     model: nn.Module,
     state_a: State,

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from geomwatch.curvature.checks import check_count
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.evaluator import Evaluator, evaluating
@@ -46,6 +47,7 @@ class Bending:
     seed: int = 0
 
 
+@traceless
 def bezier(
     model: nn.Module,
     state_a: State,

@@ -18,6 +18,7 @@ from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import Operator, lanczos
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.bar import Progress, reporter
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import provenance, steadiness
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     weights: Floats  # (steps,), which add up to the share of eigenvalues that are not known
 
 
+@traceless
 def density(
     model: nn.Module,
     loss_fn: LossFn,

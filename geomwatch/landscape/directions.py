@@ -16,6 +16,7 @@ from geomwatch.curvature.validation import check_micro_batches, choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import lanczos
 from geomwatch.estimators.roughness import filter_normalised
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.direction import Direction, as_direction
 from geomwatch.landscape.provenance import steadiness
@@ -104,6 +105,7 @@ def update_direction(
     return as_direction(model, Direction(difference, layout.names, "update", facts))
 
 
+@traceless
 def gradient_direction(
     model: nn.Module, loss_fn: LossFn, batches: object, how: Measurement | None = None
 ) -> Direction:
@@ -134,6 +136,7 @@ def gradient_direction(
     return Direction(gradient / norm, subject.layout.names, "gradient", facts)
 
 
+@traceless
 def hessian_directions(
     model: nn.Module,
     loss_fn: LossFn,

@@ -17,9 +17,11 @@ from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import check_micro_batches
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.isolation.isolation import captured_by, isolated
+from geomwatch.isolation.isolation import captured_by, isolate
 from geomwatch.isolation.precision import recast
+from geomwatch.isolation.signals import users
 from geomwatch.isolation.snapshot import Snapshot
+from geomwatch.isolation.undo import later, until_here
 from geomwatch.landscape.data import Batches
 from geomwatch.landscape.provenance import same
 from geomwatch.landscape.states import tensors_of
@@ -100,7 +102,7 @@ class Evaluator:
     def differentiable(self, batch: Any) -> Tensor:
         """Return the loss of one batch, with a graph where grad is enabled."""
         try:
-            loss = self._loss_fn(self._model, batches.fresh_copy(batch, self._cast))
+            loss = users(self._loss_fn, self._model, batches.fresh_copy(batch, self._cast))
         except Exception as error:  # explained where it can be, and passed on
             self._data.explain(error)
             if isinstance(error, RuntimeError):
@@ -165,19 +167,17 @@ def evaluating(
     check_loss_fn(loss_fn)
     given = Batches(data)
     others = [*how.also, *captured_by(loss_fn), *given.generators]
-    with contextlib.ExitStack() as stack:
+    with until_here():
         if layout is None:
-            layout = stack.enter_context(_everything(model))
+            layout = _everything(model)
         if how.micro_batch is not None:
             check_micro_batches(Subject(model, loss_fn, layout, how, Ranks()), given.first())
         autocast = how.precision == "training"
-        snapshot = stack.enter_context(
-            isolated(model, layout.params, others=others, mode=how.mode, autocast=autocast)
-        )
+        snapshot = isolate(model, layout.params, others=others, mode=how.mode, autocast=autocast)
         cast = None
         if not autocast and any(p.dtype != layout.dtype for p in layout.params):
             cast = layout.dtype
-            stand_in = stack.enter_context(recast(snapshot.modules, cast))
+            stand_in = recast(snapshot.modules, cast)
             layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
             snapshot = Snapshot([model, *others])
         yield Evaluator(model, loss_fn, given, how, layout, snapshot, cast)
@@ -189,18 +189,19 @@ def evaluating(
             )
 
 
-@contextlib.contextmanager
-def _everything(model: nn.Module) -> Iterator[Layout]:
+def _everything(model: nn.Module) -> Layout:
     """Lay out all parameters, and put back frozen ones, which a snapshot leaves out when large."""
     named = dict(model.named_parameters())
     if not named:
         raise UsageError(f"model must have parameters, got {type(model).__name__} without any.")
     frozen = [(p, p.detach().clone()) for p in named.values() if not p.requires_grad]
-    try:
-        yield Layout(tuple(named), tuple(named.values()))
-    finally:
+
+    def put_back() -> None:
         for p, values in frozen:
             p.data.copy_(values)
+
+    later(put_back)
+    return Layout(tuple(named), tuple(named.values()))
 
 
 def _scalar(loss: object, device: torch.device) -> Tensor:

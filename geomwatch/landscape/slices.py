@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.bar import Progress
 from geomwatch.landscape.direction import (
     Direction,
@@ -27,6 +28,7 @@ from geomwatch.landscape.scan import Scan, scan
 from geomwatch.quantities.measurement import Measurement, check_how
 
 
+@traceless
 def slice_1d(
     model: nn.Module,
     loss_fn: LossFn,
@@ -72,6 +74,7 @@ def slice_1d(
     return Slice(axis, found.losses, found.loss, v.label, found.nonfinite, found.provenance)
 
 
+@traceless
 def plane(
     model: nn.Module,
     loss_fn: LossFn,

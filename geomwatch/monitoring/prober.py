@@ -18,6 +18,7 @@ from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.estimators.along_step import Point, Sentinel
+from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.memory import Held
 from geomwatch.monitoring.replay_fidelity import ReplayFidelity, gradient_of_step
@@ -85,6 +86,7 @@ class Prober(Resumable):
         self._obstacle = ""  # why this model has no HVPs
         self.surprises: list[str] = []  # things to tell the user once
 
+    @traceless
     def probe(
         self,
         window: Sequence[Any],
@@ -143,6 +145,7 @@ class Prober(Resumable):
         margin = fresh.get("stability_margin")
         return Probed(record, margin, along, layers, probe.limit_ratio, items)
 
+    @traceless
     def glance(
         self,
         window: Sequence[Any],

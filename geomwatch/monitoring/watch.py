@@ -59,7 +59,7 @@ class Watch(Resumable):
         Returns what a probe has found, and whether a sentinel has.
         """
         prober, schedule = self.prober, self.schedule
-        if prober.paused:
+        if prober.paused and self._ranks.size == 1:
             return None, False
         due = schedule.look(
             step.index,
@@ -68,7 +68,8 @@ class Watch(Resumable):
             growth=prober.margin.growth(step.lr),
             growth_along=prober.gradient_margin.growth(step.lr),
         )
-        if due == "nothing":
+        # A pause on one rank is one for all.
+        if due == "nothing" or self._ranks.any(prober.paused):
             return None, False
         if not self._ranks.any(bool(window)):
             if due == "probe":

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geomwatch.errors import UsageError
+from geomwatch.isolation.undo import enter, until_here
 
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
@@ -23,7 +24,8 @@ def refuse_collectives() -> Iterator[None]:
     Raises:
         UsageError: it does.
     """
-    with _Collectives() as seen:
+    with until_here():
+        seen = enter(_Collectives())
         yield
     if seen.names:
         raise UsageError(

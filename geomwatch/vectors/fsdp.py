@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from geomwatch.isolation.undo import later
 from geomwatch.vectors.layout import whole
 
 _FSDP = "torch.distributed.fsdp"
@@ -18,13 +19,12 @@ def is_sharded(tensors: Sequence[Tensor]) -> bool:
     return any(hasattr(t, "full_tensor") for t in tensors)
 
 
-@contextlib.contextmanager
-def unsharded(modules: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tensor]]:
+def unshard(modules: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """Put whole parameters in the place of shards, and FSDP's own hooks aside.
 
     Each rank then has a replica it can differentiate twice, which FSDP's parameters can't be
-    (autograd.grad does not reach them). Yields a function from a parameter to its stand-in. The
-    memory of one more copy of all parameters; one all-gather.
+    (autograd.grad does not reach them). Returns a function from a parameter to its stand-in. The
+    memory of one more copy of all parameters; one all-gather. Undone when the block around ends.
     """
     copies: dict[int, Tensor] = {}
 
@@ -33,18 +33,13 @@ def unsharded(modules: Sequence[nn.Module]) -> Iterator[Callable[[Tensor], Tenso
             copies[id(tensor)] = _replica(tensor)
         return copies[id(tensor)]
 
-    tables: list[tuple[dict[str, Any], list[tuple[str, Any]]]] = []
+    _fsdp_hooks_off(modules)
     for module in modules:
         table: dict[str, Any] = module._parameters
-        tables.append((table, list(table.items())))
-    with _fsdp_hooks_off(modules):
-        try:
-            for table, items in tables:
-                table.update({key: stand_in(p) for key, p in items if p is not None})
-            yield stand_in
-        finally:
-            for table, items in tables:
-                table.update(items)
+        items = list(table.items())
+        later(functools.partial(table.update, items))
+        table.update({key: stand_in(p) for key, p in items if p is not None})
+    return stand_in
 
 
 def reshard(modules: Sequence[nn.Module]) -> None:
@@ -66,21 +61,19 @@ def _replica(parameter: Tensor) -> Tensor:
     return nn.Parameter(whole(parameter).detach().clone(), parameter.requires_grad)
 
 
-@contextlib.contextmanager
-def _fsdp_hooks_off(modules: Sequence[nn.Module]) -> Iterator[None]:
-    tables: list[dict[int, Any]] = [
-        table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)
-    ]
-    filled = [(table, list(table.items())) for table in tables if table]
-    try:
-        for table, items in filled:
-            table.clear()
-            table.update({key: hook for key, hook in items if not _is_fsdps(hook)})
-        yield
-    finally:
-        for table, items in filled:
-            table.clear()
-            table.update(items)
+def _fsdp_hooks_off(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            filled: dict[int, Any] = dict(table)
+            if not filled:
+                continue
+            later(functools.partial(_refill, table, filled))
+            _refill(table, {key: hook for key, hook in filled.items() if not _is_fsdps(hook)})
+
+
+def _refill(table: Any, items: dict[int, Any]) -> None:
+    table.clear()
+    table.update(items)
 
 
 def _is_fsdps(hook: Any) -> bool:

@@ -17,6 +17,7 @@ from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import Settings
 from geomwatch.errors import NoCurvatureError
 from geomwatch.isolation.precision import recast
+from geomwatch.isolation.undo import until_here
 
 
 class Custom(nn.Module):
@@ -205,7 +206,8 @@ def test_an_lstm_is_recast_and_put_back():
     model = nn.LSTM(4, 6, batch_first=True)
     x = torch.randn(3, 5, 4)
     before = model(x)[0].detach()
-    with recast([model], torch.float64):
+    with until_here():
+        recast([model], torch.float64)
         assert model(x.double())[0].dtype == torch.float64
     assert torch.equal(model(x)[0], before)
 

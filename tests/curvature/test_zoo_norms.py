@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 import geomwatch
 from geomwatch.curvature.objective import Objective
 from geomwatch.isolation.twice_differentiable import spectral_norm_held, weight_norm_written_out
+from geomwatch.isolation.undo import until_here
 
 DOUBLE = {"dtype": torch.float64, "requires_grad": True}
 
@@ -20,7 +21,8 @@ def test_the_weight_norm_of_a_probe_has_torchs_values_and_both_derivatives(dim):
     v = torch.randn(3, 2, 4, **DOUBLE)
     g = torch.rand_like(torch.norm_except_dim(v, 2, dim), requires_grad=True)
     own = torch._weight_norm(v, g, dim)
-    with weight_norm_written_out():
+    with until_here():
+        weight_norm_written_out()
         assert torch.allclose(torch._weight_norm(v, g, dim), own, rtol=1e-14, atol=0)
         assert torch.autograd.gradcheck(lambda *w: torch._weight_norm(*w, dim), (v, g))
         assert torch.autograd.gradgradcheck(lambda *w: torch._weight_norm(*w, dim), (v, g))
@@ -40,7 +42,9 @@ def test_torchs_norms_are_back_after_a_probe_also_if_it_fails():
     before, inside = norms_of_torch(), []
 
     def fail() -> None:
-        with weight_norm_written_out(), spectral_norm_held():
+        with until_here():
+            weight_norm_written_out()
+            spectral_norm_held()
             inside.extend(norms_of_torch())
             raise KeyError("midway")
 

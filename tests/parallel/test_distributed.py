@@ -43,7 +43,7 @@ def train(model: nn.Module, batch: Batch | None, loss_fn: Any, **options: Any) -
     """Four steps of AdamW, weighted by items as one process would have it; watched unless bare."""
     bare = options.pop("bare", False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    options = {"every": 2, "schedule": "fixed", "quantities": NAMES} | options
+    options = {"every": 2, "quantities": NAMES} | options
     monitor = None if bare else geomwatch.Monitor(model, loss_fn, optimizer, **faced(options))
     for _ in range(4):
         optimizer.zero_grad()

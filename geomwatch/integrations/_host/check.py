@@ -18,9 +18,10 @@ from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss
 from geomwatch.integrations._host.loss import HostLoss, MicroBatch
 from geomwatch.isolation.isolation import isolated
+from geomwatch.isolation.signals import traceless
+from geomwatch.isolation.sync_norm import is_synchronised
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.parallel.sync_norm import is_synchronised
 from geomwatch.sinks import logger
 from geomwatch.vectors.fsdp import is_sharded, reshard
 from geomwatch.vectors.layout import whole
@@ -37,6 +38,7 @@ class Difference:
     is_here: bool  # or else on another rank
 
 
+@traceless
 def check_against_training(
     model: nn.Module,
     loss_fn: HostLoss,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.isolation.isolation import isolated
+from geomwatch.isolation.signals import traceless
 from geomwatch.landscape.permutations import operations as ops
 
 Units: TypeAlias = Mapping[str, Sequence[tuple[str, int]]]  # name -> (key of the state, axis)
@@ -30,6 +31,7 @@ class _Flow(NamedTuple):
         return self._replace(shape="flat") if self.shape == "maps" else self
 
 
+@traceless
 def permutable_units(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """Return the groups of hidden units, with all axes of the state that a permutation moves.
 

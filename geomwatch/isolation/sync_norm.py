@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,55 +16,37 @@ def is_synchronised(modules: Iterable[nn.Module]) -> bool:
     return any(isinstance(m, nn.SyncBatchNorm) and _by_batch(m) and m.training for m in modules)
 
 
-@contextlib.contextmanager
-def sync_norm_alone() -> Iterator[None]:
-    """Normalise by this rank's batch: it evaluates a loss that the others do not."""
-    with _forward_is(_alone):
-        yield
+def alone(norm: Any, x: Tensor) -> Tensor:
+    """Be the forward of a SyncBatchNorm on this rank's batch, when others evaluate nothing.
 
-
-@contextlib.contextmanager
-def sync_norm_shared(share: float) -> Iterator[None]:
-    """Normalise by the batches of all ranks, each of which evaluates one at the same moment.
-
-    torch's own SyncBatchNorm has no second derivative. This one differentiates, as often as asked,
-    the loss L = sum_r share_r L_r of all ranks: a gradient that rank r computes is 1 / share_r
-    times that of L through its own activations, so that their mean, weighted by the shares, is that
-    of L. Two collectives a layer, and as many in its backward pass.
+    As torch's without other ranks; running statistics are nothing that a probe should move.
     """
-
-    def shared(norm: Any, x: Tensor) -> Tensor:
-        if not (_by_batch(norm) and norm.training):
-            return _alone(norm, x)
-        return _normalised(norm, x, share, norm.process_group or dist.group.WORLD)
-
-    with _forward_is(shared):
-        yield
-
-
-@contextlib.contextmanager
-def _forward_is(forward: Any) -> Iterator[None]:
-    # On the class, not in a variable of this thread: a backward pass on a GPU, which may evaluate
-    # checkpointed layers again, has threads of its own.
-    kind: Any = nn.SyncBatchNorm
-    before, kind.forward = kind.forward, forward
-    try:
-        yield
-    finally:
-        kind.forward = before
-
-
-def _by_batch(norm: nn.SyncBatchNorm) -> bool:
-    return norm.training or norm.running_mean is None
-
-
-def _alone(norm: Any, x: Tensor) -> Tensor:
-    """As torch's without other ranks; running statistics are nothing that a probe should move."""
     if _by_batch(norm):
         return F.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
     return F.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
     )
+
+
+def shared(share: float) -> Callable[[Any, Tensor], Tensor]:
+    """Return the forward of a SyncBatchNorm when all ranks evaluate a batch at the same moment.
+
+    torch's own has no second derivative. This one differentiates, as often as asked, the loss
+    L = sum_r share_r L_r of all ranks: a gradient that rank r computes is 1 / share_r times that of
+    L through its own activations, so that their mean, weighted by the shares, is that of L. Two
+    collectives a layer, and as many in its backward pass.
+    """
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        if not (_by_batch(norm) and norm.training):
+            return alone(norm, x)
+        return _normalised(norm, x, share, norm.process_group or dist.group.WORLD)
+
+    return forward
+
+
+def _by_batch(norm: nn.SyncBatchNorm) -> bool:
+    return norm.training or norm.running_mean is None
 
 
 def _normalised(norm: Any, x: Tensor, share: float, group: Any) -> Tensor:
