@@ -12,27 +12,9 @@ from geomwatch.controllers.protocol import Knobs, Move
 from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import GUESS, Documented, between, level, option, whole
-from geomwatch.observation.margins import SmoothedMargin
+from geomwatch.observation.margins import SmoothedMargin, value_of
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The two parts of the stochastic margin at the user's rate."""
-
-    curvature: float  # D, the deterministic margin: what is left in the full-batch limit
-    noise: float  # N = M_ms - D, in inverse proportion to the batch
-
-    @property
-    def total(self) -> float:
-        """The stochastic margin M_ms."""
-        return self.curvature + self.noise
-
-    @property
-    def halved(self) -> float:
-        """What it would be with half the batch."""
-        return self.curvature + 2 * self.noise
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -120,58 +102,60 @@ class BatchSizeScaler(Documented, Resumable):
     ) -> Sequence[Move]:
         """Look at one step; only a fresh measurement of both margins moves anything."""
         present = 1.0 if knobs is None else knobs.values.get(BATCH, 1.0)
-        parts = self._measure(step, present)
-        if parts is None:
+        if not self._measure(step, present):
             return ()
-        if parts.curvature >= self.limit:
+        curvature, noise = self._curvature.at(step.lr), self._noise.at(step.lr)
+        total, halved = curvature + noise, curvature + 2 * noise
+        if curvature >= self.limit:
             self._noisy_since = None
-            return self._advice(step, parts, knobs)
-        noisy = parts.total > self.limit and parts.noise > parts.curvature
-        calm = parts.halved < self.shrink * self.limit and present > 1
-        self._noisy_since = _since(noisy, self._noisy_since, step)
-        self._calm_since = _since(calm, self._calm_since, step)
+            capped = knobs is not None and LR in knobs.values
+            return () if capped or total <= self.limit else self._advice(step, curvature)
+        is_noisy = total > self.limit and noise > curvature
+        is_calm = halved < self.shrink * self.limit and present > 1
+        self._noisy_since = _since(is_noisy, self._noisy_since, step)
+        self._calm_since = _since(is_calm, self._calm_since, step)
         if self._changed is not None and step.index - self._changed < self.cooldown:
             return ()
         if self._lasts(self._noisy_since, step):
-            return self._grow(step, parts, present)
-        return self._halve(step, parts, present) if self._lasts(self._calm_since, step) else ()
+            return self._grow(step, present, curvature, noise)
+        return self._halve(step, present, halved) if self._lasts(self._calm_since, step) else ()
 
     def _lasts(self, since: int | None, step: Observation) -> bool:
         return since is not None and step.index - since >= self.patience
 
-    def _measure(self, step: Observation, present: float) -> _Parts | None:
-        """Take in the margins of a probe; None where it has not measured both."""
-        if not step.fresh or step.estimates is None or step.same_data or not step.lr:
-            return None
-        scale = _fresh(step.estimates.get("gradient_noise_scale"))
+    def _measure(self, step: Observation, present: float) -> bool:
+        """Take in the margins of a probe, at the user's rate; False where it hasn't both."""
+        if not step.fresh or step.same_data or not step.lr:
+            return False
+        scale = _finite(step.measured("gradient_noise_scale"))
         if scale is not None:  # geometric: it spreads over decades
             past = self._critical or scale
             self._critical = past**self.smoothing * scale ** (1 - self.smoothing)
         if self._base is None and step.items:
             self._base = step.items / present
-        total = _fresh(step.estimates.get("stochastic_margin"))
-        curvature = _fresh(step.estimates.get("stability_margin"))
+        total = _finite(step.measured("stochastic_margin"))
+        curvature = _finite(step.measured("stability_margin"))
         if total is None or curvature is None or not max(step.lr) > 0:
-            return None
-        if not self._curvature.update(Estimate(curvature), step.lr):
-            return None
+            return False
         self._noise.update(Estimate(max(total - curvature, 0.0)), step.lr)
-        return _Parts(self._curvature.at(step.lr), self._noise.at(step.lr))
+        return self._curvature.update(Estimate(curvature), step.lr)
 
-    def _grow(self, step: Observation, parts: _Parts, present: float) -> Sequence[Move]:
+    def _grow(
+        self, step: Observation, present: float, curvature: float, noise: float
+    ) -> Sequence[Move]:
         """Double the batch, which is less than the noise asks for if anything."""
         if 2 * present > self._most() * (1 + 1e-9):
             return ()
-        wanted = math.ceil(parts.noise / (self.limit - parts.curvature))
+        wanted = math.ceil(noise / (self.limit - curvature))
         reason = (
-            f"the stochastic margin {parts.total:.3g} is above {self.limit:g}, {parts.noise:.3g} "
+            f"the stochastic margin {curvature + noise:.3g} is above {self.limit:g}, {noise:.3g} "
             f"of it from the noise of batches, which {wanted} x the batch would bring down"
         )
         return self._move(step, 2 * present, reason)
 
-    def _halve(self, step: Observation, parts: _Parts, present: float) -> Sequence[Move]:
+    def _halve(self, step: Observation, present: float, halved: float) -> Sequence[Move]:
         reason = (
-            f"half the batch would keep the stochastic margin at {parts.halved:.3g}, well below "
+            f"half the batch would keep the stochastic margin at {halved:.3g}, well below "
             f"{self.limit:g}"
         )
         return self._move(step, present / 2, reason)
@@ -193,18 +177,17 @@ class BatchSizeScaler(Documented, Resumable):
         self._noisy_since = self._calm_since = None
         return [Move(BATCH, to, reason)]
 
-    def _advice(self, step: Observation, parts: _Parts, knobs: Knobs | None) -> Sequence[Move]:
-        """Say once that no batch can help, where no controller lowers the rate."""
-        capped = knobs is not None and LR in knobs.values
-        if self._advised or capped or parts.total <= self.limit:
+    def _advice(self, step: Observation, curvature: float) -> Sequence[Move]:
+        """Say once that no batch can help."""
+        if self._advised:
             return ()
         self._advised = True
-        factor = self.aim * self.limit / parts.curvature
         reason = (
-            f"the margin of the curvature alone is {parts.curvature:.3g}, above {self.limit:g}: a "
+            f"the margin of the curvature alone is {curvature:.3g}, above {self.limit:g}: a "
             "larger batch can't help, a lower learning rate can"
         )
-        return [Move(LR, factor * max(step.lr), reason, advice=True)]
+        lower = self.aim * self.limit / curvature * max(step.lr)
+        return [Move(LR, lower, reason, advice=True)]
 
 
 def _since(present: bool, since: int | None, step: Observation) -> int | None:
@@ -221,8 +204,7 @@ def _actuator_of(through: Any) -> Actuator | None:
     return SampledBatches(through)
 
 
-def _fresh(estimate: Estimate | None) -> float | None:
-    """Return the value measured at this step, if it was."""
-    if estimate is None or estimate.status != "ok" or estimate.value is None:
-        return None
-    return estimate.value if math.isfinite(estimate.value) else None
+def _finite(estimate: Estimate | None) -> float | None:
+    """Return what was measured at this step, if it is a number."""
+    value = value_of(estimate)
+    return value if value is not None and math.isfinite(value) else None

@@ -42,7 +42,7 @@ def test_a_loader_draws_the_batches_that_a_controller_wants():
     sampler = ResizableBatchSampler(RandomSampler(DATA), 32)
     loader = DataLoader(DATA, batch_sampler=sampler)
     controllers = [Through({1: 2.0, 3: 1.0}, SampledBatches(sampler))]
-    monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers, every=50)
+    monitor = Monitor(model, cross_entropy, optimizer, controllers=controllers, every=1)
     sizes = []
     for batch in itertools.islice(loader, 6):
         cross_entropy(model, batch).backward()
@@ -51,7 +51,7 @@ def test_a_loader_draws_the_batches_that_a_controller_wants():
         optimizer.zero_grad()
         sizes.append(len(batch[0]))
     assert sizes == [32, 32, 64, 64, 32, 32]
-    assert [r.knobs["batch_scale"] for r in monitor.history] == [1, 2, 2, 1, 1]
+    assert [r.knobs["batch_scale"] for r in monitor.history] == [1, 2, 2, 1, 1, 1]
 
 
 def test_windows_of_accumulation_widen_and_are_measured_whole():
