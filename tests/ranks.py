@@ -94,13 +94,15 @@ def listen() -> list[str]:
 class OnOneRank:
     """A rule that alerts on one rank only, at one step."""
 
+    name = "odd"
+
     def __init__(self, step: int) -> None:
         self._step = step
 
     def __call__(self, seen: Any) -> Alert | None:
-        if seen.step != self._step or dist.get_rank() != 1:
+        if seen.index != self._step or dist.get_rank() != 1:
             return None
-        return Alert("odd", "critical", "odd", 1.0, 0.0, seen.step)
+        return Alert("odd", "critical", "odd", 1.0, 0.0, seen.index)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._accelerate.check import check_prepared
 from geomwatch.integrations._accelerate.loop import LoopWatch
-from geomwatch.integrations._host.extras import missing
 from geomwatch.integrations._host.options import MonitorOptions, Options
-from geomwatch.integrations._host.watch import survived
+from geomwatch.integrations._host.words import missing, survived
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Record

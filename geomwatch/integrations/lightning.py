@@ -25,19 +25,21 @@ from typing_extensions import Self, Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._host.options import HostCallback, Options
+from geomwatch.integrations._host.words import tell_of_joining
 from geomwatch.integrations._lightning.host import (
     losses_by_name,
+    publish,
+    react,
     refuse_what_no_probe_can_follow,
     steps_taken,
+    tell_of_no_training,
 )
 from geomwatch.integrations._lightning.names import as_callback, remade, written
-from geomwatch.integrations._lightning.reports import publish, react, tell_of_no_training
 from geomwatch.integrations._lightning.run import Run
 from geomwatch.monitoring.face import is_disabled
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
-from geomwatch.sinks import logger
 
 
 class GeomwatchCallback(HostCallback):
@@ -99,11 +101,7 @@ class GeomwatchCallback(HostCallback):
         return None if self._run is None else self._run.monitor
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Get to know the Trainer.
-
-        Raises:
-            UsageError: it is another one, or has several such callbacks.
-        """
+        """Get to know the Trainer; refuse another one, or one with several such callbacks."""
         if is_disabled():
             return
         if stage != "fit":
@@ -114,15 +112,10 @@ class GeomwatchCallback(HostCallback):
         self._belong_to(trainer, trainer.callbacks)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what can't be watched.
-
-        Raises:
-            UsageError: manual optimisation without a loss_fn, for one.
-        """
-        if is_disabled():
-            return
-        refuse_what_no_probe_can_follow(trainer, pl_module)
-        losses_by_name(pl_module, self._loss_fn, len(trainer.optimizers))
+        """Refuse what can't be watched, manual optimisation without a loss_fn for one."""
+        if not is_disabled():
+            refuse_what_no_probe_can_follow(trainer, pl_module)
+            losses_by_name(pl_module, self._loss_fn, len(trainer.optimizers))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to watch."""
@@ -135,10 +128,7 @@ class GeomwatchCallback(HostCallback):
         """Note that a batch begins; join in, where the callback was added to a fit() under way."""
         first_of_window = batch_idx % trainer.accumulate_grad_batches == 0
         if self._watched() is None and first_of_window and not is_disabled():
-            logger.warning(
-                "GeomwatchCallback was added after training had begun: it watches from step %d on.",
-                steps_taken(trainer),
-            )
+            tell_of_joining(steps_taken(trainer))
             self.setup(trainer, pl_module, "fit")
             self.on_fit_start(trainer, pl_module)
             self._begin(trainer, pl_module)

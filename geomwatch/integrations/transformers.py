@@ -24,11 +24,14 @@ from typing_extensions import Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.integrations._host.extras import missing
-from geomwatch.integrations._host.json_state import from_json
 from geomwatch.integrations._host.options import Options
-from geomwatch.integrations._host.watch import survived, tell_of_a_short_run
-from geomwatch.integrations._transformers.checkpoint import CheckpointedCallback
+from geomwatch.integrations._host.words import (
+    missing,
+    survived,
+    tell_of_a_short_run,
+    tell_of_joining,
+)
+from geomwatch.integrations._transformers.checkpoint import CheckpointedCallback, from_json
 from geomwatch.integrations._transformers.trainer import (
     find_trainer,
     holds,
@@ -116,10 +119,7 @@ class GeomwatchCallback(CheckpointedCallback, TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Join in, where the callback has been added to a training under way."""
         if not self._watching and not is_disabled():
-            logger.warning(
-                "GeomwatchCallback was added after training had begun: it watches from step %d on.",
-                state.global_step,
-            )
+            tell_of_joining(state.global_step)
             self._begin(state, kwargs["optimizer"], None)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

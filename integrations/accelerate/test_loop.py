@@ -26,6 +26,8 @@ FIXED = {"every": 1}
 class Listener:
     """A rule that finds nothing and keeps what it saw of each step."""
 
+    name = "listener"
+
     def __init__(self) -> None:
         self.losses: list[float | None] = []
         self.norms: list[float] = []

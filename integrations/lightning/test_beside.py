@@ -49,7 +49,8 @@ def test_a_callback_of_lightnings_own(Net, host, assert_bit_identical, name):
         WithBackbone, others=lambda: [CALLBACKS[name](kind)], max_epochs=2
     )
     last = 9 if name == "GradientAccumulationScheduler" else 15
-    assert steps(callback) == list(range(0, last + 1, 3))
+    thawed = [8] if name == "BackboneFinetuning" else []  # other parameters are measured at once
+    assert steps(callback) == sorted([*range(0, last + 1, 3), *thawed])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

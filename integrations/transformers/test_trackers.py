@@ -14,14 +14,13 @@ from trainers import make, sentences
 from geomwatch import Measurement, Record
 from geomwatch.integrations.transformers import GeomwatchCallback
 
-STEPS = [0, 3, 6]
-
 
 def train(folder: Path, **options: Any) -> tuple[Any, list[Record]]:
     callback = GeomwatchCallback(how=Measurement(per_layer=True), every=3)
     trainer = make(folder, callback, **options)
     trainer.train()
-    assert [record.step for record in callback.monitor.history] == STEPS
+    # with every third step, those that a sentinel has asked for
+    assert {0, 3, 6} <= {record.step for record in callback.monitor.history}
     return trainer, callback.monitor.history
 
 
@@ -33,7 +32,7 @@ def expected(records: list[Record]) -> Scalars:
         for key, value in record.scalars().items():
             if key.removesuffix("_error").replace("/", ".") not in held:
                 found[key].append((record.step, pytest.approx(value, rel=1e-6)))
-    assert len(found["geom/stability_margin"]) == 3
+    assert len(found["geom/stability_margin"]) == len(records)
     assert len(found["geom/lambda_max"]) == 1  # of Adam's Hessian at every tenth probe
     return dict(found)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -96,24 +95,3 @@ class HostWatch(Generic[L]):
     def close(self) -> None:
         """Judge the last step and leave the optimizer as it was; the history stays."""
         self.monitor.close()
-
-
-@contextlib.contextmanager
-def survived(what: str, tell: Callable[[str], None] = logger.warning) -> Iterator[None]:
-    """Tell of a tracker that is out of reach, say, instead of stopping a training run."""
-    try:
-        yield
-    except Exception as error:  # of anybody's own tracker
-        tell(f"{what}: {type(error).__name__}: {error}")
-
-
-def tell_of_a_short_run(every: int | None, steps: float) -> None:
-    """Tell that in the steps to come there will be one probe only, if so."""
-    if every is not None and 1 < steps <= every:
-        logger.warning(
-            "every=%d makes one probe only, at the first of the %d steps of this run. Pass "
-            "every=%d, say, or leave it out.",
-            every,
-            steps,
-            max(1, steps // 10),
-        )

@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from geomwatch.integrations._host.extras import missing
+from geomwatch.integrations._host.words import missing
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 

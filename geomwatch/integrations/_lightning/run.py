@@ -12,9 +12,9 @@ from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._host.actuators import HostAccumulation
 from geomwatch.integrations._host.loss import MicroBatch, mean_of
 from geomwatch.integrations._host.options import MonitorOptions
-from geomwatch.integrations._host.watch import HostWatch, tell_of_a_short_run
+from geomwatch.integrations._host.watch import HostWatch
+from geomwatch.integrations._host.words import tell_of_a_short_run
 from geomwatch.integrations._lightning.actuators import actuators_of
-from geomwatch.integrations._lightning.check import check_window
 from geomwatch.integrations._lightning.host import (
     gradient_scale,
     names_of,
@@ -23,7 +23,7 @@ from geomwatch.integrations._lightning.host import (
     steps_to_come,
     trained_model,
 )
-from geomwatch.integrations._lightning.loss import StepLoss
+from geomwatch.integrations._lightning.loss import StepLoss, check_window
 from geomwatch.integrations._lightning.tap import StepCall, StepTap
 from geomwatch.integrations._lightning.window import Window, is_comparable
 from geomwatch.monitoring.group import Group
