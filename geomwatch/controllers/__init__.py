@@ -1,8 +1,8 @@
 """Controllers: what was observed in, adjustments of a training run out. Only on request.
 
-May import rules, observation, estimators, stability, curvature, isolation, records, errors and
-sinks. A newcomer would change something here to adjust another thing: a class as `protocol`
-describes it decides, and one in `actuators` turns the knob.
+May import observation, stability, isolation, records, errors and sinks. A newcomer would change
+something here to adjust another thing: a class as `protocol` describes it decides, and one in
+`actuators` turns the knob.
 """
 
 from __future__ import annotations
