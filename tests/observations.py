@@ -126,3 +126,60 @@ def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
         "stability_margin": Estimate(2.0, 0.01, "residual"),
         "stochastic_margin": Estimate(rng.uniform(0, 20), 0.1, "stderr"),
     }
+
+
+def wild_run(seed: int) -> list[Observation]:
+    """A run of any optimizer, calm or doomed from somewhere on: each level decides at some seed."""
+    rng = random.Random(seed)
+    status = rng.choice(["ok"] * 4 + ["unknown"])
+    more = {
+        "adaptive": rng.random() < 0.4,
+        "limit_ratio": rng.choice([19.0, 19.0, 5.0, 1.0]),
+        "items": rng.choice([4, 16, 64, 256]),
+    }
+    same_data = rng.random() < 0.3
+    level, along = rng.choice([0.1, 0.3, 0.9, 1.2, 2.0, 4.0, 12.0]), rng.choice([0.5, 3, 8, 15, 30])
+    noise, scale = rng.choice([1.1, 1.4, 2.0, 4.0, 9.0]), rng.choice([1.0, 64.0, 500.0, 3e3, 1e5])
+    drift, peak = rng.choice([0.0, 0.0, 0.03]), rng.choice([1.0, 1.06, 4.0, 15.0, 90.0])
+    shaky, bend = rng.random() < 0.2, rng.choice([0.02, 0.2])
+    lr, loss, step, taken, run = 0.1, 2.0, 0, True, []
+    for i in range(rng.choice([40, 120, 300])):
+        jump = rng.choice([1.0] * 30 + [1.6, 2.5, 8.0, 0.2, 0.1])
+        lr, level = lr * jump, level * math.exp(drift / 3) * jump ** rng.choice([0, 1])
+        loss *= math.exp(rng.gauss(drift - 0.005, 0.1)) * rng.choice([1.0] * 50 + [3.0, 0.3])
+        taken = rng.random() > (0.02 if taken else 0.8)
+        norm = math.exp(rng.gauss(0, 0.2)) * rng.choice(
+            [1.0] * 30 + [8.0, 30.0] + [20.0] * (i > 90)
+        )
+        settled = Settled(step - taken, loss, norm if taken else math.inf, taken) if i else None
+        fresh = rng.random() < (0.9 if step < 12 else 0.4)
+        margin = level * math.exp(rng.gauss(0, 0.15))
+        error = margin * (rng.choice([0.02, 0.6, 2.0]) if shaky else 0.02)
+        flat = rng.random() < 0.3 and i > 20
+        whole = margin * noise * math.exp(rng.gauss(0, 0.1))
+        rough = rng.uniform(1, 9) * bend if flat else bend / 9
+        estimates = {
+            "stability_margin": Estimate(margin, error, "residual", status=status),
+            "stochastic_margin": Estimate(whole, 0.02, "stderr"),
+            "trace_per_param": Estimate(rng.uniform(0.1, 0.5) if flat else rng.uniform(0.4, 1.0)),
+            "roughness_residual": Estimate(rough, 0.03, "stderr"),
+            "gradient_noise_scale": Estimate(scale * math.exp(rng.gauss(0, 0.6)), 0.1, "stderr"),
+        }
+        run.append(
+            Observation(
+                index=step,
+                lr=(lr,),
+                margin=estimates["stability_margin"],
+                fresh=fresh,
+                gradient_margin=Estimate(along * jump * math.exp(rng.gauss(drift * i, 0.4)), 0.0),
+                gradient_fresh=fresh or rng.random() < 0.6,
+                peak=(peak * lr,),
+                same_data=same_data and i > 0,
+                estimates=estimates if fresh else None,
+                loss=loss if fresh else None,
+                settled=settled,
+                **more,
+            )
+        )
+        step += (1 if step < 14 else rng.choice([1, 1, 2, 6])) * taken
+    return run

@@ -1,7 +1,8 @@
 """Write the tables of levels into the pages, from the fields that declare them.
 
-A page says `<!-- fields of geomwatch.controllers.LearningRateCap -->` where it wants one, and
-`<!-- end of fields -->` where it ends. `python tools/write_fields.py` brings all pages up to date.
+A page says `<!-- fields of geomwatch.controllers.LearningRateCap -->` where it wants one, or
+`<!-- fields of all.rules -->` for the index of the rules, and `<!-- end of fields -->` where it
+ends. `python tools/write_fields.py` brings all pages up to date.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 from pathlib import Path
 
 from geomwatch.observation.documented import table_of
+from geomwatch.rules import DEFAULT
+from geomwatch.rules.explain import explained
 
 ROOT = Path(__file__).parents[1]
 PLACE = re.compile(r"(<!-- fields of (\S+) -->\n).*?(<!-- end of fields -->)", flags=re.DOTALL)
@@ -27,10 +30,28 @@ def written(page: Path) -> str:
 
     def fill(place: re.Match[str]) -> str:
         module, _, name = place[2].rpartition(".")
+        if module == "all":
+            return f"{place[1]}\n{index()}\n\n{place[3]}"
         table = table_of(getattr(importlib.import_module(module), name))
         return f"{place[1]}\n{_linked(table, page)}\n\n{place[3]}"
 
     return PLACE.sub(fill, page.read_text(encoding="utf-8"))
+
+
+def index() -> str:
+    """Return a table of the rules: what each watches, how loud it is, and when it is asked."""
+    asked = {
+        "step": "every step",
+        "rise": "a look, a probe, a rate that rises",
+        "look": "a look, a probe",
+        "probe": "a probe",
+    }
+    rows = ["| rule | | severities | asked at |", "|---|---|---|---|"]
+    for kind in DEFAULT:
+        page = f"[{kind.name}](../geomwatch/rules/pages/{kind.name}.md)"
+        says = ", ".join(kind.says)
+        rows.append(f"| {page} | {explained()[kind.name]} | {says} | {asked[kind.reads]} |")
+    return "\n".join(rows)
 
 
 def _linked(table: str, page: Path) -> str:

@@ -83,9 +83,9 @@ def fields_of(kind: type) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(kind) if "what" in f.metadata]
 
 
-def table_of(kind: type) -> str:
+def table_of(kind: object) -> str:
     """Return a Markdown table of the fields, those of a group under the group's name."""
-    rows = [f"| `{n}` | `{_shown(value)}` | {_what(f)} |" for n, value, f in rows_of(kind)]
+    rows = [f"| `{n}` | `{_shown(value)}` | {_what(f)} |" for n, value, f in _groups_last(kind)]
     return "\n".join(
         [
             "| field | default | what it is, and where the default comes from |",
@@ -93,6 +93,10 @@ def table_of(kind: type) -> str:
             *rows,
         ]
     )
+
+
+def _groups_last(part: object) -> list[tuple[str, Any, dataclasses.Field[Any]]]:
+    return sorted(rows_of(part), key=lambda row: "." in row[0])
 
 
 def rows_of(part: object, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

@@ -47,13 +47,21 @@ class Observer(Documented, Resumable):
         "the first step at which batches that agree mean something",
         source="decision 012 for the idea; the number is a guess",
     )
-    lasts: float = level(3.0, "times the step of a look", source="decision 019: a GPT under AdamW")
-    holds: float = level(2.0, "times the rate of a look", source=GUESS)
-    quiet: float = level(1.3, "M_ms / M below which batches agree", source="decisions 012 and 018")
-    still: float = level(1.8, "M_ms / M up to which they go on to", source="decision 018: a ramp")
-    noisy: float = level(2.5, "M_ms / M above which noise dominates", source="decision 012")
-    near: float = level(0.1, "M from which on agreeing means something", source=GUESS)
-    matters: float = level(0.5, "M that needs belief", source=GUESS)
+    lasts: float = level(
+        3.0,
+        "times the step of a look, up to which it is believed",
+        source="decision 019: a GPT under AdamW",
+    )
+    holds: float = level(2.0, "times the rate of a look, up to which it is believed", source=GUESS)
+    quiet: float = level(
+        1.3,
+        "stochastic over full-batch margin, below which batches agree",
+        source="decisions 012 and 018",
+    )
+    still: float = level(1.8, "the same, up to which they go on to", source="decision 018: a ramp")
+    noisy: float = level(2.5, "the same, above which noise dominates", source="decision 012")
+    near: float = level(0.1, "margin from which on agreeing means something", source=GUESS)
+    matters: float = level(0.5, "margin that needs belief", source=GUESS)
 
     _noise: Kept[float | None] = field(init=False, default=None)  # M_ms / M
     _agreed: Kept[bool] = field(init=False, default=False)

@@ -7,35 +7,50 @@ its words in one file, its page beside it in `pages`, and a line in `default`.
 
 from __future__ import annotations
 
+from geomwatch.observation.batch_noise import NoiseLevels
+from geomwatch.observation.gradient_level import GradientLevels
 from geomwatch.observation.step import Observation
+from geomwatch.rules.advice import Advice, LossAdvice
 from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch_size import CriticalBatchSize
 from geomwatch.rules.default import DEFAULT, default_rules, resolve
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
-from geomwatch.rules.gradient_margin import GradientMargin
-from geomwatch.rules.loss_rise import LossRise
+from geomwatch.rules.gradient_margin import FirstValues, GradientMargin, LastValues
+from geomwatch.rules.loss_rise import LossRise, StartOfLosses
 from geomwatch.rules.non_finite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
-from geomwatch.rules.rate_jump import RateJump
-from geomwatch.rules.rule import Rule
-from geomwatch.rules.stability_margin import StabilityMargin
+from geomwatch.rules.rate_jump import RateJump, StochasticLevels
+from geomwatch.rules.rule import Once, Rule
+from geomwatch.rules.stability_margin import FullBatchLevels, OwnPast, StabilityMargin, StartLevels
 from geomwatch.rules.untrusted_probe import UntrustedProbe
 
 __all__ = [
     "DEFAULT",
+    "Advice",
     "BatchNoise",
     "CriticalBatchSize",
+    "FirstValues",
     "FlatButRough",
+    "FullBatchLevels",
     "GradNormSpike",
+    "GradientLevels",
     "GradientMargin",
+    "LastValues",
+    "LossAdvice",
     "LossRise",
+    "NoiseLevels",
     "NonFinite",
     "Observation",
+    "Once",
+    "OwnPast",
     "PlannedRate",
     "RateJump",
     "Rule",
     "StabilityMargin",
+    "StartLevels",
+    "StartOfLosses",
+    "StochasticLevels",
     "UntrustedProbe",
     "default_rules",
     "resolve",

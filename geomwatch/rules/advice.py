@@ -18,26 +18,22 @@ class Advice(Documented):
     planned, or just jumped to, is judged ahead: those rules keep to the level of theirs.)
     """
 
-    margin: float = level(0.4, "M aimed for", source="decision 017")
+    margin: float = level(0.4, "stability margin aimed for", source="decision 017")
     margin_full_batch: float = level(
-        0.8, "M aimed for where every step sees the same data", source="decision 017"
+        0.8, "the same where every step sees the same data", source="decision 017"
     )
-    gradient: float = level(0.21, "of the level of G, aimed for", source="decision 017")
+    gradient: float = level(
+        0.21, "share of its level that the gradient margin is to have", source="decision 017"
+    )
     gradient_full_batch: float = level(
         0.6, "the same where every step sees the same data", source="decision 017"
     )
     start: float = level(
         3.0,
-        "times as much of G in the first steps, when the gradient lies along sharp directions",
+        "times as much of it in the first steps, whose gradients lie along sharp directions",
         source="decision 017",
     )
-    young: int = level(
-        20, "the last step at which to start again costs less", source="decision 017"
-    )
-    most: float = level(
-        1 / 10, "of the rate, where the loss says that it is too high", source="decision 017"
-    )
-    least: float = level(1 / 30, "of the rate, at least, there", source="decision 017")
+    young: int = level(20, "last step at which it costs less to start again", source="decision 017")
 
     def factor(
         self,
@@ -65,16 +61,6 @@ class Advice(Documented):
         gradient = max(gradient or 0.0, step.gradient_margin_now or 0.0)
         return 1.0 / max(margin / aimed, gradient / aimed_along, 1.0)
 
-    def factor_of_loss(
-        self, step: Observation, *, margin: float | None, gradient: float | None
-    ) -> float:
-        """Return the same where the loss says that the rate is too high: within bounds.
-
-        The curvature where a loss has blown up says little about the rate to go on at.
-        """
-        factor = self.factor(step, margin=margin, gradient=gradient)
-        return min(max(factor, self.least), self.most)
-
     def lower_rate(
         self, step: Observation, factor: float, *, is_lost: bool = False, is_late: bool = False
     ) -> str:
@@ -91,6 +77,26 @@ class Advice(Documented):
 
     def _is_young(self, index: int) -> bool:
         return 0 < index <= self.young
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LossAdvice(Advice):
+    """The same where the loss says that the rate is too high, which bounds the answer."""
+
+    most: float = level(
+        1 / 10, "share of the rate, at most, where a loss has risen", source="decision 017"
+    )
+    least: float = level(1 / 30, "share of the rate, at least, there", source="decision 017")
+
+    def factor_of_loss(
+        self, step: Observation, *, margin: float | None, gradient: float | None
+    ) -> float:
+        """Return the same where the loss says that the rate is too high: within bounds.
+
+        The curvature where a loss has blown up says little about the rate to go on at.
+        """
+        factor = self.factor(step, margin=margin, gradient=gradient)
+        return min(max(factor, self.least), self.most)
 
 
 def advised_rate(step: Observation, factor: float) -> str:

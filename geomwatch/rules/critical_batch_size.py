@@ -33,14 +33,12 @@ class CriticalBatchSize(LatchedRule):
 
     far: float = level(
         10.0,
-        "times above or below",
+        "times that the batch is above or below",
         source="McCandlish et al. 2018: a tenth saves 9 %",
         check=above(1),
     )
-    least: int = level(
-        3, "measurements: one alone errs by its own size", source=GUESS, check=whole(2)
-    )
-    most: int = level(8, "measurements that are averaged", source=GUESS)
+    least: int = level(3, "measurements in the mean, at least", source=GUESS, check=whole(2))
+    most: int = level(8, "measurements in the mean, at most", source=GUESS)
     sure: float = level(2.0, "standard errors", source=GUESS)
     once: Once = group(soon_over, "when an alert is news again")
 

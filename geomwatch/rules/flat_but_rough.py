@@ -31,12 +31,12 @@ class FlatButRough(LatchedRule):
     says = ("warning",)
 
     rough: float = level(
-        0.1, "of the roughness, that a parabola leaves", source="healthy nets leave less than 0.08"
+        0.1, "share of the roughness that a parabola leaves", source="six healthy nets: below 0.08"
     )
-    unusual: float = level(5.0, "times the run's own median", source=GUESS, check=above(1))
+    unusual: float = level(5.0, "times the run's own median of it", source=GUESS, check=above(1))
     sure: float = level(2.0, "standard errors", source=GUESS)
     flat: float = level(0.25, "quantile of the run's own traces", source=GUESS, check=between(0, 1))
-    least: int = level(4, "measurements, before this one", source=GUESS)
+    least: int = level(4, "earlier measurements, at least", source=GUESS)
     most: int = level(50, "measurements that are remembered", source=GUESS)
     persistence: int = level(1, "steps that it must last: two measurements", source=GUESS)
     once: Once = group(soon_over, "when an alert is news again")

@@ -12,7 +12,7 @@ from geomwatch.observation.documented import GUESS, Documented, between, group, 
 from geomwatch.observation.margins import RecentMargins
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.advice import Advice
+from geomwatch.rules.advice import LossAdvice
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule
 
@@ -21,16 +21,26 @@ from geomwatch.rules.rule import LatchedRule
 class StartOfLosses(Documented):
     """First steps, near the limit, that teach nothing."""
 
-    steps: int = level(10, "losses of a start", source="decision 015")
-    last: int = level(5, "losses at its end whose median counts", source="decision 015")
-    healed: int = level(5, "losses in which a spike heals if it does", source="decision 020: a GPT")
-    rise: float = level(0.05, "of the first loss, median above it", source="decision 015")
-    spike: float = level(0.4, "the same of one loss", source="decision 020: a GPT under AdamW")
-    margin: float = level(0.6, "M that makes the rate a likely reason", source="decision 015")
+    steps: int = level(10, "losses that make a start", source="decision 015")
+    last: int = level(5, "of them whose median counts", source="decision 015")
+    healed: int = level(
+        5, "losses after which a spike has healed if it does", source="decision 020: a GPT"
+    )
+    rise: float = level(
+        0.05, "share of the first loss that the median lies above it", source="decision 015"
+    )
+    spike: float = level(
+        0.4,
+        "share of the first loss that a single one lies above it",
+        source="decision 020: a GPT under AdamW",
+    )
+    margin: float = level(
+        0.6, "stability margin that makes the rate a likely reason", source="decision 015"
+    )
     margin_full_batch: float = level(
         3.0, "the same where every step sees the same data", source="decision 015: catapults"
     )
-    items: int = level(16, "in a batch; of fewer one loss says little", source="decision 015")
+    items: int = level(16, "items in a batch; of fewer one loss says little", source="decision 015")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -49,26 +59,28 @@ class LossRise(LatchedRule):
     says = ("warning", "critical")
 
     share: float = level(
-        0.3, "of the first loss: 0.7 nats of the 2.3 of ten classes", source="decision 014"
+        0.3,
+        "share of the first loss that the mean may rise",
+        source="decision 014: 0.7 nats of 2.3",
     )
-    noise: float = level(3.0, "standard deviations of one loss", source=GUESS)
+    noise: float = level(3.0, "standard deviations of one loss that it may rise", source=GUESS)
     in_a_row: int = level(
-        3, "losses above the limit: batches of few items spike", source="32 runs of 3,000 steps"
+        3, "losses that must be above as well", source="32 runs of 3,000 steps, batches of 1 to 4"
     )
     smoothing: float = level(
-        0.8, "weight of the past in the mean", source=GUESS, check=between(0, 1)
+        0.8, "weight of the past in the mean loss", source=GUESS, check=between(0, 1)
     )
     noise_smoothing: float = level(
-        0.98, "weight of the past in the noise", source=GUESS, check=between(0, 1)
+        0.98, "weight of the past in its noise", source=GUESS, check=between(0, 1)
     )
-    young: int = level(10, "losses until the noise is known", source=GUESS)
-    least: int = level(5, "losses before there is a minimum: one batch is luck", source=GUESS)
+    young: int = level(10, "losses until noise is known", source=GUESS)
+    least: int = level(5, "losses before there is a minimum", source=GUESS)
     calm: float = level(
-        0.5, "of the limit, below which it is over", source=GUESS, check=between(0, 1)
+        0.5, "share of the limit, below which it is over", source=GUESS, check=between(0, 1)
     )
     start: StartOfLosses = group(StartOfLosses, "the first steps")
     span: int = level(60, "steps whose margins the advice goes by", source=GUESS)
-    advice: Advice = group(Advice, "the rate to go on at")
+    advice: LossAdvice = group(LossAdvice, "the rate to go on at")
 
     _first: Kept[float | None] = field(init=False, default=None)
     _last: Kept[deque[float]] = field(init=False)

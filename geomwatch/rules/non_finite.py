@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 from geomwatch.isolation.state import Kept
-from geomwatch.observation.documented import GUESS, group, level
+from geomwatch.observation.documented import group, level
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
-from geomwatch.rules.advice import Advice
+from geomwatch.rules.advice import LossAdvice
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule, Once, soon_over
 
@@ -25,9 +25,11 @@ class NonFinite(LatchedRule):
     name = "non_finite"
     says = ("info", "critical")
 
-    skips: int = level(5, "steps left out in a row: a factor of 32 in scale", source=GUESS)
+    skips: int = level(
+        5, "steps left out in a row that are critical", source="theory: a factor of 32 in scale"
+    )
     once: Once = group(soon_over, "when an alert is news again")
-    advice: Advice = group(Advice, "the rate to go on at")
+    advice: LossAdvice = group(LossAdvice, "the rate to go on at")
 
     _skipped: Kept[int] = field(init=False, default=0)
 

@@ -35,14 +35,23 @@ class PlannedRate(Documented, Deferring):
     reads = "probe"
     says = ("warning", "critical")
 
-    warning: float = level(3.0, "M at the peak", source="138 runs: up to 2.4 trained well")
-    critical: float = level(5.0, "M at the peak", source="138 runs: above it all failed")
-    at_once: float = level(
-        10.0, "M at the peak, told of at once", source="decision 020: five full-batch Adam runs"
+    warning: float = level(
+        3.0, "margin at the peak that warns", source="138 runs: up to 2.4 trained well"
     )
-    target: float = level(1.0, "M at the peak that advice aims for", source="theory")
+    critical: float = level(
+        5.0, "margin at the peak that is critical", source="138 runs: above it all failed"
+    )
+    at_once: float = level(
+        10.0,
+        "margin at the peak that is told of at once",
+        source="decision 020: five full-batch Adam runs",
+    )
+    target: float = level(1.0, "margin at the peak that advice aims for", source="theory")
     ahead: float = level(
-        1.05, "times the first rate, from which on there is a plan", source=GUESS, check=above(1)
+        1.05,
+        "times the first rate: a peak from which on there is a plan",
+        source=GUESS,
+        check=above(1),
     )
     noise: NoiseLevels = group(NoiseLevels, "of N = M_ms - M")
 

@@ -21,8 +21,10 @@ from geomwatch.rules.rule import LatchedRule
 class StochasticLevels(Documented):
     """Levels of the stochastic margin, where this step's probe could measure it."""
 
-    sgd: float = level(3.5, "M_ms", source="tried on the jumps of decision 018, table not kept")
-    adaptive: float = level(6.0, "M_ms of methods that adapt", source="the same")
+    sgd: float = level(3.5, "stochastic margin of SGD", source="jumps of decision 018, no table")
+    adaptive: float = level(
+        6.0, "the same of methods that adapt", source="jumps of decision 018, no table"
+    )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,18 +50,20 @@ class RateJump(LatchedRule):
     says = ("critical",)
 
     jump: float = level(2.0, "times the rate of the step before", source=GUESS, check=above(1))
-    sgd: float = level(2.4, "sqrt(M G) of 64 items", source="decision 012")
-    adaptive: float = level(5.0, "sqrt(M G), methods that adapt", source="decision 012")
+    sgd: float = level(2.4, "root of M G, of SGD and 64 items", source="decision 012")
+    adaptive: float = level(5.0, "the same of methods that adapt", source="decision 012")
     stochastic: StochasticLevels = group(StochasticLevels, "of the stochastic margin")
-    quiet: float = level(1.2, "M of SGD where noise does not dominate", source="decision 012")
-    beyond: float = level(2.0, "M at whatever noise", source=GUESS)
-    full_batch: float = level(2.2, "M where every step sees the same data", source="decision 012")
-    held: float = level(2.0, "times higher without a probe", source=GUESS)
-    target: float = level(
-        0.5, "of the level, that advice aims for", source=GUESS, check=between(0, 1)
+    quiet: float = level(1.2, "margin of SGD where noise does not dominate", source="decision 012")
+    beyond: float = level(2.0, "margin at whatever noise", source=GUESS)
+    full_batch: float = level(
+        2.2, "margin where every step sees the same data", source="decision 012"
     )
-    probes: int = level(3, "measurements in the means", source="decision 012")
-    span: int = level(200, "steps that they look back", source=GUESS)
+    held: float = level(2.0, "times higher levels at a step without a probe", source=GUESS)
+    target: float = level(
+        0.5, "share of the level that advice aims for", source=GUESS, check=between(0, 1)
+    )
+    probes: int = level(3, "measurements in a mean, at most", source="decision 012")
+    span: int = level(200, "steps that a mean looks back", source=GUESS)
 
     waits: Kept[bool] = field(init=False, default=False)  # counts the calm steps after an alert
     _margins: Kept[RecentMargins] = field(init=False)

@@ -46,9 +46,12 @@ def is_due(rule: Rule, step: Observation) -> bool:
 class Once(Documented):
     """An alert is said again when it gets worse, or after it is over and a cool-down."""
 
-    release: int = level(15, "calm steps until an alert is over", source=GUESS)
+    release: int = level(15, "steps of calm until an alert is over", source=GUESS)
     cooldown: int = level(
-        25, "steps after that until the next one, unless critical", source=GUESS, check=whole(0)
+        25,
+        "steps after that until there may be another, unless critical",
+        source=GUESS,
+        check=whole(0),
     )
 
 

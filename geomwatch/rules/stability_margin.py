@@ -22,21 +22,25 @@ class FullBatchLevels(Documented):
     """Levels of training that sees the same data at every step: it lives at the limit."""
 
     edge: float = level(
-        0.9, "mean M that is told of, as information", source="Cohen et al. 2021, edge of stability"
+        0.9,
+        "mean margin that is the edge of stability, as information",
+        source="Cohen et al. 2021, edge of stability",
     )
-    warning: float = level(1.3, "mean M", source=GUESS)
+    warning: float = level(1.3, "mean margin that warns, if the loss rises", source=GUESS)
     critical: float = level(
-        2.0, "mean M for `persistence` steps", source="runs survived 2 to 2.75, diverged above 3"
+        2.0,
+        "mean margin that is critical after `persistence` steps",
+        source="runs survived 2 to 2.75, diverged above 3",
     )
-    at_once: float = level(3.0, "one M", source="the same runs")
+    at_once: float = level(3.0, "one margin that is critical", source="the same runs")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StartLevels(Documented):
     """The first steps, which may leave sharp weights by a harmless catapult."""
 
-    at_once: float = level(10.0, "one M at step 0", source="Adam starts with large ones; " + GUESS)
-    warm_up: int = level(10, "steps without warnings", source=GUESS, check=whole(0))
+    at_once: float = level(10.0, "one margin that is critical at step 0", source=GUESS)
+    warm_up: int = level(10, "first steps, without warnings", source=GUESS, check=whole(0))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -74,21 +78,24 @@ class StabilityMargin(LatchedRule):
     reads = "probe"
     says = ("info", "warning", "critical")
 
-    warning: float = level(0.8, "mean M", source="decision 020")
+    warning: float = level(0.8, "mean margin that warns", source="decision 020")
     critical: float = level(
-        1.0, "mean M for `persistence` steps", source="theory, and decision 020: noise adds to M"
+        1.0, "mean margin that is critical after `persistence` steps", source="theory: its limit"
     )
-    at_once: float = level(2.5, "one M", source="decision 020")
+    at_once: float = level(2.5, "one margin that is critical", source="decision 020")
     full_batch: FullBatchLevels = group(FullBatchLevels, "where every step sees the same data")
     start: StartLevels = group(StartLevels, "the first steps")
     own_past: OwnPast = group(OwnPast, "optimizers without a formula")
     calm: float = level(
-        0.7, "of `warning`, below which it is over", source=GUESS, check=between(0, 1)
+        0.7,
+        "share of the level that warns, below which it is over",
+        source=GUESS,
+        check=between(0, 1),
     )
-    probes: int = level(3, "measurements in the mean", source="decision 005")
-    span: int = level(60, "steps that the mean looks back", source=GUESS)
+    probes: int = level(3, "measurements in a mean, at most", source="decision 005")
+    span: int = level(60, "steps that a mean looks back", source=GUESS)
     persistence: int = level(
-        5, "steps that a mean must lie above its level", source="decision 005", check=whole(0)
+        5, "steps that a mean must stay critical", source="decision 005", check=whole(0)
     )
     advice: Advice = group(Advice, "the rate to go on at")
 

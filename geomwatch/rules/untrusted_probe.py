@@ -26,8 +26,8 @@ class UntrustedProbe(LatchedRule):
     says = ("info", "warning")
 
     persistence: int = level(5, "steps that a doubt must last", source=GUESS, check=whole(0))
-    loose: float = level(0.5, "of the margin, that its error may be", source=GUESS)
-    matters: float = level(0.5, "margin that matters, its error included", source=GUESS)
+    loose: float = level(0.5, "share of the margin that its error may be", source=GUESS)
+    matters: float = level(0.5, "margin, its error included, that matters", source=GUESS)
     once: Once = group(soon_over, "when an alert is news again")
 
     _doubtful: Kept[Persistence] = field(init=False)
@@ -85,6 +85,6 @@ def _missed(why: str) -> str:
 def _bounded(value: float, error: float) -> str:
     return (
         f"the stability margin is {value:.2g} ± {error:.2g}: a lower bound, and possibly far below "
-        "the truth. Probes of a warm start have few products; a larger probe_batch, or several "
+        "the truth. Probes of a warm start have few products; a larger probe batch, or several "
         "probes more, sharpen it."
     )

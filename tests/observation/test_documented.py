@@ -62,8 +62,8 @@ def test_the_fields_are_in_the_docstring_with_their_sources():
 def test_a_table_has_a_row_for_each_field_and_each_of_a_group():
     rows = table_of(Calm).splitlines()[2:]
     names = [row.split("`")[1] for row in rows]
-    assert names == ["share", "limit", "least", "span.steps", "loud"]
-    assert rows[3] == "| `span.steps` | `20` | steps without an alert (decision 005) |"
+    assert names == ["share", "limit", "least", "loud", "span.steps"]
+    assert rows[4] == "| `span.steps` | `20` | steps without an alert (decision 005) |"
 
 
 def test_only_what_differs_from_the_defaults_is_shown():
