@@ -68,9 +68,9 @@ class Question(ABC):
     def _list(self, options: Options, store: Store) -> int:
         jobs = self.jobs(options)
         missing = store.missing(jobs)
-        there, wanted = (Counter((r.setting.label, p) for r, p in some) for some in (missing, jobs))
+        left, wanted = (Counter((r.setting.label, p) for r, p in some) for some in (missing, jobs))
         for (label, policy), count in wanted.items():
-            print(f"{label:25s} {policy:12s} {there[label, policy]:5d} of {count} missing")
+            print(f"{label:25s} {policy:12s} {left[label, policy]:5d} of {count} missing")
         minutes = sum(map(predicted_seconds, missing)) / options.workers / 60
         print(f"{len(jobs)} trainings, {len(missing)} missing: about {minutes:.0f} minutes.")
         return 0

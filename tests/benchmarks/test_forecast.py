@@ -36,7 +36,7 @@ from harness.grid import forecast_quick as quick
 from harness.outcome import event, judge
 from harness.policies import ADVICE, DEFAULT
 from harness.replay import differences, read_replayed, replay
-from harness.run import Run
+from harness.run import Run, Shape
 from harness.scoring import before_end, by_step_ten, curve, freeze, lead_of, score
 from harness.stats import Median, Share
 from harness.store import Store
@@ -113,6 +113,18 @@ def test_every_combination_of_the_grid_has_been_calibrated():
 
     wanted = (*FORECAST, *FULL_BATCH)
     assert {key(s.task_name, s.optimizer, s.batch) for s in wanted} <= set(load())
+
+
+def test_a_hidden_or_clipped_run_has_a_name_of_its_own():
+    plain = Shape("ramp", "breaks", 2)
+    shapes = [plain, replace(plain, hidden=True), replace(plain, clip=1.0)]
+    runs = [FORECAST[0].run(shape, 0) for shape in shapes]
+    assert len({run.name for run in runs}) == 3
+    assert [(run.recipe.hidden, run.recipe.clip) for run in runs] == [
+        (False, None),
+        (True, None),
+        (False, 1.0),
+    ]
 
 
 # What became of a run
