@@ -2,73 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+Path: TypeAlias = tuple[Any, ...]  # keys, indices and names that lead to a part of a batch
+DESCEND: Any = object()  # what a visitor returns of a part that it leaves as it is
+
+
+class Carrier:
+    """A host's own object around a batch: what is copied and cut is the batch inside."""
+
+    __slots__ = ()
+
+    def carried(self) -> Any:
+        """Return the batch."""
+        raise NotImplementedError
+
+    def carrying(self, batch: Any, share: float) -> Self:
+        """Return the same around another batch, which is this `share` of the one inside."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """A batch, or a piece of one, in the mean that a loss is over several."""
+
+    batch: Any
+    weight: float
+    items: int
+    factor: float = 1.0  # of its loss: N / n for a piece of a sum over N items
 
 
 def fresh_copy(batch: Any, dtype: torch.dtype | None = None) -> Any:
     """Copy a batch, so that a loss that pops a key or scales its input in place changes nothing.
 
     Tensors and arrays are cloned (which also turns inference tensors into ordinary ones),
-    containers and batch objects rebuilt; anything else is passed through. With `dtype`,
-    floating-point tensors are cast to it.
+    containers and batch objects rebuilt; anything else, and what refuses to be copied, is passed
+    through. With `dtype`, floating-point and complex tensors are cast to that precision.
     """
-    if dtype is None:
-        return _rebuild(batch, _clone)
-    return _rebuild(batch, lambda leaf: _cast(_clone(leaf), dtype))
+
+    def visit(path: Path, part: Any) -> Any:
+        if not isinstance(part, Tensor | np.ndarray):
+            return DESCEND
+        return _clone(part) if dtype is None else cast(_clone(part), dtype)
+
+    return rebuilt(batch, visit)
 
 
 def shell(batch: Any) -> Any:
     """Return the same tensors and arrays in containers of the copy's own."""
-    return _rebuild(batch, lambda leaf: leaf)
-
-
-def items(batch: Any) -> int:
-    """Count the items: the length of the first tensor that has a dimension, else 1."""
-    return next((t.shape[0] for t in _leaves(batch) if t.ndim > 0), 1)
-
-
-def head(batch: Any, count: int) -> Any:
-    """Return the first `count` items: every tensor as long as the batch is cut."""
-    length = items(batch)
-    return _rebuild(batch, lambda t: t[:count] if t.ndim and t.shape[0] == length else t)
-
-
-def chunks(batch: Any, size: int) -> list[Any]:
-    """Cut a batch into pieces of `size` items in their order; the last may be shorter."""
-    length = items(batch)
-
-    def piece(start: int) -> Any:
-        stop = start + size
-        return _rebuild(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == length else t)
-
-    return [piece(start) for start in range(0, length, size)]
-
-
-def cut(batch: Any, count: int, rng: torch.Generator) -> list[Any]:
-    """Cut a batch into `count` pieces of random items, as long as one another but for one item.
-
-    Random, because neighbours in a data set may be more or less alike than items drawn from it.
-    """
-    length = items(batch)
-    order = torch.randperm(length, generator=rng, device=rng.device)
-
-    def piece(chosen: Tensor) -> Any:
-        def pick(t: Any) -> Any:
-            if not t.ndim or t.shape[0] != length:
-                return t
-            return t[chosen.to(t.device)] if isinstance(t, Tensor) else t[chosen.cpu().numpy()]
-
-        return _rebuild(batch, pick)
-
-    return [piece(chosen) for chosen in order.tensor_split(count)]
+    return rebuilt(batch, lambda path, part: DESCEND)
 
 
 def fingerprint(batch: Any) -> tuple[float, ...]:
@@ -78,43 +69,62 @@ def fingerprint(batch: Any) -> tuple[float, ...]:
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """Yield the tensors of a batch, depth first."""
-    yield from (leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor))
+    yield from (part for _, part in parts(batch) if isinstance(part, Tensor))
 
 
-def _leaves(batch: Any) -> list[Any]:
-    """The tensors and arrays of a batch, depth first."""
-    found: list[Any] = []
+def parts(batch: Any, *, also: Callable[[Any], bool] | None = None) -> list[tuple[Path, Any]]:
+    """List the tensors and arrays of a batch with their paths, depth first.
 
-    def note(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
+    And containers of which `also` says so, before what is in them.
+    """
+    found: list[tuple[Path, Any]] = []
 
-    _rebuild(batch, note)
+    def note(path: Path, part: Any) -> Any:
+        leaf = isinstance(part, Tensor | np.ndarray)
+        if leaf or (also is not None and also(part)):
+            found.append((path, part))
+        return part if leaf else DESCEND
+
+    rebuilt(batch, note)
     return found
 
 
-def _rebuild(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """Copy a batch with `function` applied to each tensor and array."""
-    if isinstance(batch, Tensor | np.ndarray):
-        return function(batch)
+def rebuilt(batch: Any, visit: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Copy a batch with what `visit` makes of its parts, from the outside in.
+
+    Where it returns DESCEND a tensor or a thing that is no container is kept, and a container made
+    anew of what its own parts become.
+    """
+    made = visit(path, batch)
+    if made is not DESCEND:
+        return made
+    if isinstance(batch, Carrier):
+        return batch.carrying(rebuilt(batch.carried(), visit, path), 1.0)
     if isinstance(batch, dict):
-        rebuilt = copy.copy(batch)
-        for key, value in batch.items():
-            rebuilt[key] = _rebuild(value, function)
-        return rebuilt
-    if isinstance(batch, list | tuple):
-        values = [_rebuild(value, function) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        pairs = {key: rebuilt(value, visit, (*path, key)) for key, value in batch.items()}
+        return filled(batch, pairs, dict.__setitem__)
+    if isinstance(batch, list | tuple) and not isinstance(batch, torch.Size):
+        values = [rebuilt(value, visit, (*path, i)) for i, value in enumerate(batch)]
+        with contextlib.suppress(Exception):  # of a list that is made in a way of its own
+            return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        return batch
     names = _attributes(batch)
     if not names and isinstance(batch, Mapping):
-        return {key: _rebuild(value, function) for key, value in batch.items()}
-    if names:
+        return {key: rebuilt(value, visit, (*path, key)) for key, value in batch.items()}
+    pairs = {name: rebuilt(getattr(batch, name), visit, (*path, name)) for name in names}
+    # past a frozen dataclass, and past a __setattr__ of its own
+    return filled(batch, pairs, object.__setattr__) if names else batch
+
+
+def filled(batch: Any, pairs: Mapping[Any, Any], put: Callable[[Any, Any, Any], None]) -> Any:
+    """Return a shallow copy with other contents; the thing itself where it can't be copied."""
+    try:
         replica = copy.copy(batch)
-        for name in names:
-            # past a frozen dataclass, and past a __setattr__ of its own
-            object.__setattr__(replica, name, _rebuild(getattr(batch, name), function))
-        return replica
-    return batch
+        for key, value in pairs.items():
+            put(replica, key, value)
+    except Exception:  # whatever an object says that holds a lock or a handle
+        return batch
+    return replica
 
 
 def _attributes(batch: Any) -> list[str]:
@@ -132,15 +142,21 @@ def _attributes(batch: Any) -> list[str]:
     return []
 
 
+def cast(part: Any, dtype: torch.dtype) -> Any:
+    """Return a floating-point or complex tensor at a precision, anything else as it is."""
+    if not isinstance(part, Tensor):
+        return part
+    if part.is_complex():
+        return part.to(dtype.to_complex())
+    return part.to(dtype) if part.is_floating_point() else part
+
+
 def _absolute_sum(tensor: Tensor) -> float:
     signed = tensor.is_floating_point() or tensor.is_complex()  # abs() refuses bool
     widest = torch.float32 if tensor.device.type == "mps" else torch.float64
+    if tensor.is_nested:
+        return sum(_absolute_sum(piece) for piece in tensor.unbind())
     return float((tensor.abs() if signed else tensor).sum(dtype=widest))
-
-
-def _cast(leaf: Any, dtype: torch.dtype) -> Any:
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.to(dtype) if floating else leaf
 
 
 def _clone(leaf: Any) -> Any:

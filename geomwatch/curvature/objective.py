@@ -6,16 +6,19 @@ import contextlib
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geomwatch.curvature import batches
+from geomwatch.curvature.batches import Part
 from geomwatch.curvature.checks import check_loss_fn
+from geomwatch.curvature.cutting import Cutter, Split, Weigh, at_random, in_order
 from geomwatch.curvature.locate import module_of
 from geomwatch.curvature.padding import padding_mask
+from geomwatch.curvature.piece_check import Check, Pieces, check_mean
 from geomwatch.curvature.products import Products
 from geomwatch.curvature.replay import Replay
 from geomwatch.curvature.settings import LossFn as LossFn
@@ -28,6 +31,7 @@ from geomwatch.vectors.layout import Layout, generator
 
 _SMALLEST_PART = 16  # items
 _FEWEST_PIECES = 4  # that tell how micro-batches spread
+_WAYS = 8  # to cut a batch that are tried
 
 
 class Objective:
@@ -65,20 +69,25 @@ class Objective:
         *,
         layout: Layout | None = None,
         ranks: Ranks | None = None,
+        cutter: Cutter | None = None,
+        weights: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
         products: bool = True,
     ) -> None:
         check_loss_fn(loss_fn)
         self.layout = layout or Layout.of(model)
         self._how = how = how or Settings()
+        self._cutter = cutter or Cutter(how.items)
         self.hvps = 0
-        self.items = sum(batches.items(batch) for batch in window)
-        if how.micro_batch is not None:
-            window = [p for batch in window for p in batches.chunks(batch, how.micro_batch)]
+        weigh = getattr(loss_fn, "weight", None)  # of a torch loss, class weights or None
+        self._weigh: Weigh = weigh if callable(weigh) else None
+        self._batches = list(window)
+        parts = self._cutter.window(window, how.micro_batch, self._weigh, weights)
+        self.items = sum(part.items for part in parts)
         if (ranks is None or ranks.size == 1) and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         kind = _replay_on(self.layout)
-        self._replay = kind(model, loss_fn, window, layout=self.layout, also=how.also, ranks=ranks)
+        self._replay = kind(model, loss_fn, parts, layout=self.layout, also=how.also, ranks=ranks)
         self._products_wanted = products
         if not products:
             self._replay.second_order = False
@@ -91,6 +100,7 @@ class Objective:
         self._dtype = dtype or (self.layout.dtype if how.precision == "float32" else None)
         self._block = contextlib.ExitStack()  # at whose end all is put back
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
+        self._pieces_are_exact = False  # to be held against the whole
         self._reset()
 
     def _reset(self, *, is_part: bool = False, once: bool = False) -> None:
@@ -126,6 +136,8 @@ class Objective:
         }
         if self._replay.ranks.size > 1:
             facts["ranks"] = self._replay.ranks.size
+        if len(self._batches) == 1:
+            facts |= self._cutter.describe(self._batches[0])
         found = {
             "fallback": self._products.fallback,
             "obstacle": self._products.obstacle,
@@ -208,15 +220,19 @@ class Objective:
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""
         with self._replay.displaced(displacement):
-            if not self._differentiates_itself:
-                try:
-                    with torch.no_grad():
-                        return self._evaluated()
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:  # a second time it tells whether that was it
-                    self._differentiates_itself = True
-            return self._evaluated()
+            return self.value()
+
+    def value(self) -> float:
+        """Return the loss, without what a gradient would need. One forward pass."""
+        if not self._differentiates_itself:
+            try:
+                with torch.no_grad():
+                    return self._evaluated()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a second time it tells whether that was it
+                self._differentiates_itself = True
+        return self._evaluated()
 
     def _evaluated(self) -> float:
         (loss,) = self._replay.mean(
@@ -238,19 +254,20 @@ class Objective:
         fits = len(window) == 1 and self.items >= _SMALLEST_PART * share
         if not self._replay.ranks.all(fits):
             return None
-        return self._on(batches.head(window[0], self.items // share), self._replay.ranks)
+        return self._on(self._cutter.head(window[0].batch, self.items // share), self.ranks)
 
     def pieces(self, count: int, rng: torch.Generator) -> list[Objective]:
         """Return the same loss on each micro-batch: those of the window, or `count` random ones.
 
-        Of a batch of fewer items than `count`, one each.
+        Of a batch of fewer items than `count`, one each. A batch is cut so that the losses of its
+        pieces make up its own (see `Check`); those of a sum stand for all of it.
 
         For how they spread, inside this block: a gradient or a product of each, without keeping its
         graph. Those of this rank, or on local shards each joined over the ranks.
 
         Raises:
-            WithheldError: there are not four items, or pieces of a batch would be normalised by
-                other statistics than the batch.
+            WithheldError: there are not four items, pieces of a batch would be normalised by other
+                statistics than the batch, or be another loss.
         """
         # A generator of its own: how much it draws depends on the items, which differ by rank.
         own = generator(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
@@ -259,30 +276,67 @@ class Objective:
             cuts = self._micro_batches(count, own)
         if len(set(ranks.each(len(cuts)))) > 1:
             raise WithheldError("ranks differ in how many micro-batches they have")
-        return [self._on(batch, ranks, once=True) for batch in cuts]
+        return [self._on(part, ranks, once=True) for part in cuts]
 
-    def _micro_batches(self, count: int, rng: torch.Generator) -> list[Any]:
+    def check_chunks(self, size: int) -> None:
+        """Make sure that the batch may be cut into pieces of `size` items, and find out how.
+
+        Raises:
+            WithheldError: the loss would be another one.
+        """
+        self._cut_as(lambda n: in_order(n, size), least=1)
+
+    def _micro_batches(self, count: int, rng: torch.Generator) -> list[Part]:
         window = self._replay.window
-        if len(window) > 1:
-            return window
-        if self.items < _FEWEST_PIECES:
-            raise WithheldError(
-                f"{self.items} items can't be cut into {_FEWEST_PIECES} micro-batches; accumulate "
-                "the gradient over micro-batches, or use a larger batch"
-            )
+        if len(window) > 1:  # in items, by which the spread counts
+            scale = self.items / sum(part.weight for part in window)
+            return [replace(part, weight=scale * part.weight) for part in window]
+        return self._cut_as(at_random(count, rng), least=_FEWEST_PIECES)
+
+    def _cut_as(self, split: Split, *, least: int) -> list[Part]:
+        """Cut the batch by the way that its pieces' losses confirm."""
         if self._replay.normalizes_batches():
             raise WithheldError(
                 "a BatchNorm in train mode would give pieces of the batch statistics of their own; "
                 "accumulate the gradient over micro-batches, or measure with mode='eval'"
             )
-        return batches.cut(window[0], min(count, self.items), rng)
+        ranks = self._replay.ranks_of_a_piece
+        check = Check(
+            self._cutter,
+            self._batches[0],
+            lambda batch: self._on(batch, ranks, once=True),
+            weigh=self._weigh,
+        )
+        found = check.pieces(split, least=least, tries=_WAYS if ranks.size == 1 else 1)
+        self._pieces_are_exact = check.is_exact
+        return found
+
+    def check_mean(self, found: Pieces, whole: Tensor, slack: float) -> None:
+        """Make sure that what pieces of the batch have comes to what the whole of it has.
+
+        A loss may agree in its value and in nothing else, as one does that is divided by itself or
+        by its standard deviation. Not where randomness makes them differ. No evaluations.
+
+        Raises:
+            WithheldError: it does not.
+        """
+        if len(self._batches) > 1 or self.ranks.size > 1 or not self._pieces_are_exact:
+            return
+        narrow = any(p.dtype.itemsize < 4 for p in self._replay.leaves.params)
+        try:
+            check_mean(found, whole, slack, narrow=narrow)
+        except WithheldError as why:
+            self._cutter.refuse(self._batches[0], str(why))
+            raise
 
     def _on(self, batch: Any, ranks: Ranks | None = None, *, once: bool = False) -> Objective:
-        part = copy.copy(self)
-        part._replay, part.items = self._replay.on(batch, ranks), batches.items(batch)
-        part._reset(is_part=True, once=once)
-        part.forgo_hvps(self.obstacle)
-        return part
+        part = batch if isinstance(batch, Part) else self._cutter.part(batch, self._weigh)
+        other = copy.copy(self)
+        other._replay, other._batches = self._replay.on(part, ranks), [part.batch]
+        other.items = part.items
+        other._reset(is_part=True, once=once)
+        other.forgo_hvps(self.obstacle)
+        return other
 
     def is_finite(self) -> bool:
         """Tell whether loss and gradient are finite, so that curvature has a meaning."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
+from geomwatch.curvature.batches import Part
 from geomwatch.curvature.checks import check_loss, explain_device
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.settings import LossFn
@@ -42,7 +42,7 @@ class Replay:
         self,
         model: nn.Module,
         loss_fn: LossFn,
-        window: Sequence[Any],
+        window: Sequence[Part],
         *,
         layout: Layout,
         also: Sequence[object] = (),
@@ -52,8 +52,6 @@ class Replay:
         self.leaves = self.layout = layout
         self._model, self._loss_fn = model, loss_fn
         self._others = [*also, *captured_by(loss_fn)]
-        weigh = getattr(loss_fn, "weight", None)  # of a torch loss, class weights or None
-        self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
         self.ranks = ranks or Ranks()
         self.kept: Callable[[Tensor], Tensor] | None = None
         self.total = 0.0  # weight of the window, on all ranks
@@ -149,20 +147,20 @@ class Replay:
         ]
         return [m for m in norms if m.training or m.running_mean is None]
 
-    def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
+    def on(self, part: Part, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch, for use while this one is opened."""
-        other = type(self)(self._model, self._loss_fn, [batch], layout=self.layout, ranks=ranks)
+        other = type(self)(self._model, self._loss_fn, [part], layout=self.layout, ranks=ranks)
         other._snapshot, other.leaves, other._cast = self._snapshot, self.leaves, self._cast
         other._weigh_window()
         self.kept = None
         return other
 
     def _weigh_window(self) -> None:
-        self.total = self.ranks.total(sum(float(self._weigh(batch)) for batch in self.window))
+        self.total = self.ranks.total(sum(part.weight for part in self.window))
         if self.total == 0:
             raise UsageError(f"window must hold items, got {len(self.window)} batches without any.")
         if self.ranks.size > 1 and is_synchronised(self._model.modules()):
-            weighing = sum(float(self._weigh(batch)) > 0 for batch in self.window)
+            weighing = sum(part.weight > 0 for part in self.window)
             counts = self.ranks.each(weighing)
             if len(set(counts)) > 1:
                 raise WithheldError(
@@ -174,37 +172,37 @@ class Replay:
         """Name Python state that the loss changed and that can't be put back."""
         return self._snapshot.changed_objects() if self._snapshot else []
 
-    def mean(self, of: Callable[[Any], tuple[Tensor, ...]], *totals: Tensor) -> tuple[Tensor, ...]:
+    def mean(self, of: Callable[[Part], tuple[Tensor, ...]], *totals: Tensor) -> tuple[Tensor, ...]:
         """Return the weighted mean of what `of` returns for each batch, over all ranks.
 
         Its tensors are summed up in `totals`, which hold zeros. State runs on through the window,
         as in training.
         """
 
-        def part() -> tuple[Tensor, ...]:
+        def own() -> tuple[Tensor, ...]:
             self._start()
-            for batch in self.window:
-                share = float(self._weigh(batch)) / self.total
+            for part in self.window:
+                share = part.weight / self.total
                 if share > 0:  # a rank may be without items
                     with self._shared(share):
-                        found = of(batch)
+                        found = of(part)
                     for total, x in zip(totals, found, strict=True):
                         total.add_(x.detach().to(total), alpha=share)
             return totals
 
-        return self.ranks.sum(part)
+        return self.ranks.sum(own)
 
     def mean_of_kept(self, v: Tensor, total: Tensor) -> Tensor:
         """Return the mean of `kept(v)`, of a window of one batch, without another evaluation."""
 
-        def part() -> tuple[Tensor]:
+        def own() -> tuple[Tensor]:
             assert self.kept is not None
             handle_signals()
-            share = float(self._weigh(self.window[0])) / self.total
+            share = self.window[0].weight / self.total
             with self._shared(share):
                 return (total.add_(self.kept(v).to(total), alpha=share),)
 
-        return self.ranks.sum(part)[0]
+        return self.ranks.sum(own)[0]
 
     @contextlib.contextmanager
     def _shared(self, share: float) -> Iterator[None]:
@@ -227,14 +225,15 @@ class Replay:
             for p, piece in zip(self.leaves.params, pieces, strict=True):
                 p.data.add_(piece)
 
-    def evaluate(self, batch: Any) -> Tensor:
+    def evaluate(self, part: Part) -> Tensor:
         """Return the loss of one batch, a scalar with its graph."""
         try:
-            loss = users(self._loss_fn, self._model, batches.fresh_copy(batch, self._cast))
+            loss = users(self._loss_fn, self._model, batches.fresh_copy(part.batch, self._cast))
         except RuntimeError as error:
-            explain_device(error, batch, self.layout.device)
+            explain_device(error, part.batch, self.layout.device)
             raise
-        return check_loss(loss)
+        loss = check_loss(loss)
+        return loss if part.factor == 1 else part.factor * loss
 
     def gradient(self, loss: Tensor) -> Tensor:
         """Return the gradient of a loss that `evaluate` has returned."""  # (D,)

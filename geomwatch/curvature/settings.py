@@ -33,6 +33,8 @@ class Settings:
         micro_batch: evaluate so many items at a time, to bound the memory of a probe.
         also: another module the loss uses (a teacher, a discriminator) that probes must isolate,
             or several.
+        items: what one item of a batch is, where it can't be told: the dimension that items lie
+            along, or a function of a batch that counts them.
 
     Raises:
         UsageError: a value is none of the known ones.
@@ -44,12 +46,15 @@ class Settings:
     mode: Mode = "train"
     micro_batch: int | None = None
     also: Any = ()
+    items: int | Callable[[Any], int] | None = None
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
             _check_choice(name, getattr(self, name), known)
         if self.micro_batch is not None:
             check_count("micro_batch", self.micro_batch, 1)
+        if self.items is not None and not callable(self.items):
+            _check_dimension(self.items)
         also = self.also
         several = tuple(also) if isinstance(also, list | tuple | set) else (also,)
         object.__setattr__(self, "also", several)
@@ -60,6 +65,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     for name, hint in get_type_hints(Settings).items()
     if name in ("operator", "hvp", "precision", "mode")
 }
+
+
+def _check_dimension(items: object) -> None:
+    if isinstance(items, bool) or not isinstance(items, int) or items < 0:
+        raise UsageError(
+            "items must be the dimension that items lie along, or a function that counts them, got "
+            f"{items!r}. Pass items=1 for time-major sequences, say."
+        )
 
 
 def _check_choice(name: str, given: object, known: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geomwatch.curvature.batches import Part
 from geomwatch.curvature.fully_sharded import FullySharded
 from geomwatch.curvature.replay import Replay
 from geomwatch.errors import UsageError, WithheldError
@@ -37,7 +38,7 @@ class ShardReplay(Replay):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._sharded = FullySharded(self._model)
-        self._rounds: list[tuple[Any, float]] = []  # batches with their share of the whole
+        self._rounds: list[tuple[Part, float]] = []  # batches with their share of the whole
         self._share = 0.0  # of the batch that is evaluated
 
     def open(self, mode: str, *, autocast: bool, dtype: torch.dtype | None) -> Snapshot:
@@ -64,14 +65,14 @@ class ShardReplay(Replay):
         """The ranks that evaluate a micro-batch: all, since FSDP's passes are collectives."""
         return self.ranks
 
-    def on(self, batch: Any, ranks: Ranks | None = None) -> Replay:
+    def on(self, part: Part, ranks: Ranks | None = None) -> Replay:
         """Return the same loss on another batch; one rank can't evaluate it without the others."""
-        return super().on(batch, self.ranks)
+        return super().on(part, self.ranks)
 
     def _weigh_window(self) -> None:
         super()._weigh_window()
-        shares = [(batch, float(self._weigh(batch)) / self.total) for batch in self.window]
-        self._rounds = [(batch, share) for batch, share in shares if share > 0]
+        shares = [(part, part.weight / self.total) for part in self.window]
+        self._rounds = [(part, share) for part, share in shares if share > 0]
         if self.ranks.any(not self._rounds):
             raise WithheldError(
                 "a rank has no items: FSDP's passes wait for all ranks, so on local shards each "
@@ -81,16 +82,16 @@ class ShardReplay(Replay):
         last, _ = self._rounds[-1]
         self._rounds += [(last, 0.0)] * (int(most) - len(self._rounds))
 
-    def mean(self, of: Callable[[Any], tuple[Tensor, ...]], *totals: Tensor) -> tuple[Tensor, ...]:
+    def mean(self, of: Callable[[Part], tuple[Tensor, ...]], *totals: Tensor) -> tuple[Tensor, ...]:
         """Return the weighted mean of what `of` returns for each batch, over all ranks.
 
         Gradients come weighted and summed over the ranks from their backward pass.
         """
         with self.ranks.together():
             self._start()
-            for batch, share in self._rounds:
+            for part, share in self._rounds:
                 self._share = share
-                for total, x in zip(totals, of(batch), strict=True):
+                for total, x in zip(totals, of(part), strict=True):
                     is_weighted = isinstance(x, ShardVector)
                     total.add_(x.detach().to(total), alpha=1.0 if is_weighted else share)
         for total in totals:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from geomwatch.curvature.cutting import Cutter
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.parallel.ranks import Ranks
@@ -23,6 +24,10 @@ class Subject:
     layout: Layout
     how: Settings
     ranks: Ranks
+    cutter: Cutter = field(default_factory=Cutter)
+
+    def __post_init__(self) -> None:
+        self.cutter.items = self.how.items
 
     def on(self, window: Sequence[Any], **options: Any) -> Objective:
         """Return the loss on a window; `options` are an Objective's own."""
@@ -33,6 +38,7 @@ class Subject:
             self.how,
             layout=self.layout,
             ranks=self.ranks,
+            cutter=self.cutter,
             **options,
         )
 

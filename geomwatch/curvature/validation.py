@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from geomwatch.curvature import batches
 from geomwatch.curvature.agreement import Validation, validate
 from geomwatch.curvature.padding import padding_mask
 from geomwatch.curvature.subject import Subject
-from geomwatch.errors import NoCurvatureError, UsageError
+from geomwatch.errors import NoCurvatureError, UsageError, WithheldError
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.vectors.fsdp import is_sharded
 from geomwatch.vectors.layout import generator
@@ -78,7 +77,7 @@ def _asymmetry_of_shards(subject: Subject, batch: Any) -> dict[str, str]:
     layout = subject.layout
     if not layout.is_cut:
         return {}
-    few = [] if batch is None else [batches.head(batch, _ITEMS)]
+    few = [] if batch is None else [subject.cutter.head(batch, _ITEMS)]
     with subject.set(micro_batch=None).on(few) as objective:
         v = layout.normal(generator(0))
         v = v / v.norm()
@@ -99,12 +98,12 @@ def _asymmetry_of_shards(subject: Subject, batch: Any) -> dict[str, str]:
 
 def _validated(subject: Subject, batch: Any) -> Validation:
     """Validate double backward on a few items, on this rank."""
-    items = batches.items(batch) if batch is not None else 0
+    items = subject.cutter.count(batch) if batch is not None else 0
     if items == 0:
         return Validation(None, reason="this rank has no items to run it on")
     # in float64 an item takes the memory of two
     most = max(1, (subject.how.micro_batch or 2 * _ITEMS) // 2)
-    few = [batches.head(batch, min(_ITEMS, most, items))]
+    few = [subject.cutter.head(batch, min(_ITEMS, most, items))]
     tested = subject.set(operator="hessian", hvp="double_backward")
     kept = padding_mask(list(subject.model.modules()), subject.layout)
     found = validate(lambda: tested.on(few, dtype=torch.float64), kept)
@@ -115,13 +114,13 @@ def _validated(subject: Subject, batch: Any) -> Validation:
 
 
 def check_micro_batches(subject: Subject, batch: Any) -> None:
-    """Compare the loss of the whole batch with the weighted mean over its pieces, once.
+    """Compare the loss of the whole batch with what its pieces make up, once.
 
     Raises:
         UsageError: they differ by more than 1e-4: a loss over the whole batch, or BatchNorm.
     """
     size, ranks = subject.how.micro_batch, subject.ranks
-    cuts = size is not None and batch is not None and size < batches.items(batch)
+    cuts = size is not None and batch is not None and size < subject.cutter.count(batch)
     if not ranks.any(cuts):
         return
     with subject.set(micro_batch=None).on([batch]) as whole:
@@ -131,19 +130,35 @@ def check_micro_batches(subject: Subject, batch: Any) -> None:
             f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
             "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."
         )
-    difference = _difference_of_pieces(subject, batch)
-    if difference > _PIECES_AGREE:  # dropout draws other masks for the pieces: without it, then?
-        difference = _difference_of_pieces(subject.set(mode="eval"), batch)
-    if difference > _PIECES_AGREE:
+    if is_sharded(list(subject.model.parameters())):
+        why = _difference_of_pieces(subject, batch)
+    else:
+        why = _why_no_chunks(subject, batch) if cuts else ""
+    if ranks.any(bool(why)):
         raise UsageError(
-            f"micro_batch must leave the loss as it is, got {size}, with which it differs by "
-            f"{difference:.1e}: it is no mean over items. Leave micro_batch out."
+            f"micro_batch must leave the loss as it is, got {size}: it is no mean over items. "
+            f"{why or 'Another rank says why.'} Leave micro_batch out."
         )
 
 
-def _difference_of_pieces(subject: Subject, batch: Any) -> float:
-    losses = []
-    for tested in (subject.set(micro_batch=None), subject):
-        with tested.on([batch]) as objective:
-            losses.append(objective.loss_at(objective.layout.values().zero_()))
-    return abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-12)
+def _why_no_chunks(subject: Subject, batch: Any) -> str:
+    """Find out how the batch may be cut; say why it can't be, "" where it can."""
+    with subject.alone().set(micro_batch=None).on([batch]) as whole:
+        try:
+            whole.check_chunks(subject.how.micro_batch or whole.items)
+        except WithheldError as why:
+            return f"{why}."
+    return ""
+
+
+def _difference_of_pieces(subject: Subject, batch: Any) -> str:
+    """Say how far the loss is from that of its pieces, which all ranks evaluate together."""
+    for mode in (subject.how.mode, "eval"):  # in train mode dropout draws other masks for pieces
+        losses = []
+        for tested in (subject.set(micro_batch=None, mode=mode), subject.set(mode=mode)):
+            with tested.on([batch]) as objective:
+                losses.append(objective.value())
+        difference = abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-12)
+        if difference <= _PIECES_AGREE:
+            return ""
+    return f"It differs by {difference:.1e}."

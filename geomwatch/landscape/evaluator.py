@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss_fn, explain_device
+from geomwatch.curvature.cutting import Cutter
 from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import check_micro_batches
@@ -45,13 +46,15 @@ class Evaluator:
         layout: Layout,
         snapshot: Snapshot,
         cast: torch.dtype | None,
+        cutter: Cutter,
     ) -> None:
         self.layout = layout  # of the parameters, or of their stand-ins at another precision
         self._model, self._loss_fn, self._data = model, loss_fn, data
         self._how, self._snapshot, self._cast = how, snapshot, cast
         self._passes, self._items = 0, 0.0  # in all, and of the last one
         weigh = getattr(loss_fn, "weight", None)
-        self._weigh: Callable[[Any], float] = weigh if callable(weigh) else batches.items
+        self._weigh: Callable[[Any], float] | None = weigh if callable(weigh) else None
+        self._cutter = cutter
         self._graph = False
         self._graph = self._needs_graph()
 
@@ -80,10 +83,9 @@ class Evaluator:
         self._passes += 1
         losses, weights = [], []
         for batch in self._data:
-            size = self._how.micro_batch
-            for piece in [batch] if size is None else batches.chunks(batch, size):
-                weights.append(float(self._weigh(piece)))
-                losses.append(self.evaluate(piece))
+            for part in self._cutter.window([batch], self._how.micro_batch, self._weigh, None):
+                weights.append(part.weight)
+                losses.append(part.factor * self.evaluate(part.batch))
         self._items = sum(weights)
         if not self._items > 0:
             raise UsageError(f"batches must hold items, got {len(weights)} batches without any.")
@@ -132,7 +134,7 @@ class Evaluator:
         asks whether grad is enabled.
         """
         first = self._data.first()
-        few = batches.head(first, min(_FEW, batches.items(first)))
+        few = self._cutter.head(first, _FEW)
         try:
             with_graph = self._replayed(few, graph=True)
         except Exception:  # it insists on the whole batch
@@ -170,8 +172,9 @@ def evaluating(
     with until_here():
         if layout is None:
             layout = _everything(model)
+        subject = Subject(model, loss_fn, layout, how, Ranks())
         if how.micro_batch is not None:
-            check_micro_batches(Subject(model, loss_fn, layout, how, Ranks()), given.first())
+            check_micro_batches(subject, given.first())
         autocast = how.precision == "training"
         snapshot = isolate(model, layout.params, others=others, mode=how.mode, autocast=autocast)
         cast = None
@@ -180,7 +183,7 @@ def evaluating(
             stand_in = recast(snapshot.modules, cast)
             layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
             snapshot = Snapshot([model, *others])
-        yield Evaluator(model, loss_fn, given, how, layout, snapshot, cast)
+        yield Evaluator(model, loss_fn, given, how, layout, snapshot, cast, subject.cutter)
         for name in snapshot.changed_objects():
             logger.warning(
                 "evaluating the loss changes %s, which can't be put back. Pass a loss_fn= that "

@@ -17,6 +17,7 @@ from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
+from geomwatch.curvature.window_weights import Weighing
 from geomwatch.estimators.along_step import Point, Sentinel
 from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.state import Kept, Resumable
@@ -80,6 +81,7 @@ class Prober(Resumable):
         self._fidelity = ReplayFidelity()
         self._trace = RunningTrace()
         self._held = Held()
+        self._weighing = Weighing()
         self.same_data = False  # each step sees the same data
         self._fingerprint: tuple[float, ...] | None = None
         self._compared: int | None = None  # the step it was taken at
@@ -106,7 +108,8 @@ class Prober(Resumable):
         self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
         gradient = gradient_of_step(self._subject.layout, grad_scale)
-        with self._objective(window) as objective:
+        own = gradient if window is same_data else None
+        with self._objective(window, own) as objective:
             steady = gradient is None or math.isfinite(float(gradient.norm()))
             finite = objective.is_finite()
             if gradient is not None and steady and finite:
@@ -121,11 +124,10 @@ class Prober(Resumable):
             if not steady:
                 fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
             layers = self._layers(probe, fresh)
-            own = gradient if window is same_data else None
             self._fidelity.compare(objective, own, _number(loss))
             along = self._along_gradient(probe, gradient)
             how = objective.provenance | (self._validation or {}) | {"hvps": objective.hvps}
-            how |= self._sharding or {}
+            how |= (self._sharding or {}) | self._weighing.facts
             value, items = objective.loss(), self._items(objective)
             self.surprises += [
                 f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
@@ -159,7 +161,8 @@ class Prober(Resumable):
         self._choose_shards()
         self._compare_data(step, same_data)
         gradient = gradient_of_step(self._subject.layout, grad_scale)
-        with self._subject.on(window, products=False) as objective:
+        weights = self._weighing(self._subject, window)
+        with self._subject.on(window, products=False, weights=weights) as objective:
             used = objective.gradient() if gradient is None else gradient
             if self._fidelity.has_gradient and self._invariance.is_young:
                 self._invariant = self._invariance.update(self._subject.layout, used)
@@ -174,7 +177,7 @@ class Prober(Resumable):
         """Use a quarter of the memory from now on; None where items can't be fewer."""
         if self._subject.how.micro_batch is not None:
             return None
-        most = max((batches.items(batch) for batch in window), default=1)
+        most = max((self._subject.cutter.count(batch) for batch in window), default=1)
         smaller = max(1, most // 4)
         self._subject = self._subject.set(micro_batch=smaller)
         self._validation = None  # it is to be checked that the loss is a mean over items
@@ -193,7 +196,7 @@ class Prober(Resumable):
         if self._sharding is None:
             self._subject, self._sharding = choose_shards(self._subject)
 
-    def _objective(self, window: Sequence[Any]) -> Objective:
+    def _objective(self, window: Sequence[Any], gradient: Tensor | None) -> Objective:
         if self._validation is None:
             first = window[0] if window else None
             self._subject, self._validation = choose_backend(self._subject, first)
@@ -203,7 +206,8 @@ class Prober(Resumable):
                     f"{self._validation['validation']}. Curvature is measured by differences of "
                     "gradients instead, at twice the cost or more."
                 )
-        return self._subject.on(window)
+        weights = self._weighing(self._subject, window, gradient)
+        return self._subject.on(window, weights=weights)
 
     def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
         obstacle = self._obstacle or str((self._validation or {}).get("obstacle", ""))

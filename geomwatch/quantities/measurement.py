@@ -31,6 +31,9 @@ class Measurement(Settings):
         params: shell-style patterns of the parameter names to measure; all by default.
         also: another module the loss uses (a teacher, a discriminator) that probes must isolate,
             or several.
+        items: what one item of a batch is, where it can't be told: the dimension that items lie
+            along (1 of time-major sequences), or a function of a batch that counts them. What is
+            cut into items is checked: their losses have to make up that of the batch.
         per_layer: lambda_max and trace of each module too, as "lambda_max/<module>" and
             "trace/<module>". Costs up to 10 products a module.
         batch: measure on this batch always, or on all of a DataLoader's, read once, instead of the

@@ -152,21 +152,27 @@ class Probe:
     @cached_property
     def gradient_spread(self) -> Spread:
         """How the gradients of micro-batches spread: those of the window, or eight random ones."""
-        return self._spread(lambda piece: piece.gradient())
+        return self._spread(lambda piece: piece.gradient(), self.objective.gradient())
 
     @cached_property
     def curvature_spread(self) -> Spread:
         """How the products of their Hessians with the margin's top Ritz vector spread."""
         assert self.stability is not None
-        apply, top = self.stability.apply, self.margin_spectrum.vectors[0]
+        s, apply = self.margin_spectrum, self.stability.apply
         self.objective.hvps += 1
-        return self._spread(lambda piece: apply(piece.hvp)(top))
+        whole, slack = s.values[0] * s.vectors[0], s.residuals[0]
+        return self._spread(lambda piece: apply(piece.hvp)(s.vectors[0]), whole, slack)
 
-    def _spread(self, of: Callable[[Objective], Tensor]) -> Spread:
+    def _spread(
+        self, of: Callable[[Objective], Tensor], whole: Tensor, slack: float = 0.0
+    ) -> Spread:
+        """Measure how what micro-batches have spreads; all together they have `whole`."""
         ranks = self.objective.ranks
         with ranks.together():
             pieces = self.objective.pieces(_PIECES, self.rng)
-            local = spread_of([(piece.weight, of(piece)) for piece in pieces])
+            found = [(piece.weight, of(piece)) for piece in pieces]
+            self.objective.check_mean(found, whole, slack)
+            local = spread_of(found)
         if ranks.size == 1 or pieces[0].ranks.size > 1:  # of all ranks already
             return local
         return pooled(local, ranks.total)

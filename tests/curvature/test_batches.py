@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import geomwatch
 from geomwatch.curvature import batches
+from geomwatch.curvature.cutting import Cutter
 
 
 def spoiling(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -113,8 +114,8 @@ def test_a_batch_of_any_type_is_copied_counted_and_cut(make):
     copied[0].zero_()
     assert bool(inputs.any())
     assert [id(t) for t in batches.tensors(batch)] == [id(inputs), id(labels)]
-    assert batches.items(batch) == 9
-    assert [len(t) for t in batches.tensors(batches.head(batch, 4))] == [4, 4]
+    assert Cutter().count(batch) == 9
+    assert [len(t) for t in batches.tensors(Cutter().head(batch, 4))] == [4, 4]
     assert [len(t) for t in batches.tensors(batch)] == [9, 9]
 
 

@@ -9,7 +9,7 @@ import torch
 from problems import cross_entropy, digits, mlp
 from torch import Tensor
 
-from geomwatch.curvature import batches
+from geomwatch.curvature.cutting import Cutter
 from geomwatch.errors import WithheldError
 from geomwatch.integrations._host.loss import HostLoss, Unknown, mean_of
 from geomwatch.isolation.snapshot import RandomState
@@ -32,7 +32,7 @@ class Loss(HostLoss):
 def test_micro_batches_count_alike_and_pieces_by_their_share():
     loss = Loss()
     whole = loss.micro_batch(digits(24))
-    pieces = batches.chunks(whole, 16)
+    pieces = [part.batch for part in Cutter().chunks(whole, 16)]
     assert [loss.weight(each) for each in (whole, loss.micro_batch(digits(8)))] == [1.0, 1.0]
     assert [loss.weight(piece) for piece in pieces] == pytest.approx([2 / 3, 1 / 3])
     assert loss.weight(digits(24)) == 24
@@ -41,7 +41,7 @@ def test_micro_batches_count_alike_and_pieces_by_their_share():
 def test_a_piece_may_be_weighed_by_something_else_than_its_items():
     loss = Loss(weigh=lambda batch: float((batch[1] < 5).sum()))
     whole = loss.micro_batch(digits(30))
-    few, rest = batches.chunks(whole, 16)
+    few, rest = [part.batch for part in Cutter().chunks(whole, 16)]
     assert loss.weight(whole) == 1.0
     assert loss.weight(few) + loss.weight(rest) == pytest.approx(1.0)
     assert loss.weight(few) != pytest.approx(16 / 30)
@@ -54,7 +54,7 @@ def test_a_whole_micro_batch_is_evaluated_from_the_random_state_of_training():
     torch.rand(5)
     whole = loss.micro_batch(batch, Call(before))
     assert float(loss(model, whole)) == trained
-    piece = batches.head(whole, 4)
+    piece = Cutter().head(whole, 4)
     assert float(loss(model, piece)) != trained
     assert loss.shares == [1.0, 1.0, 0.5]
 

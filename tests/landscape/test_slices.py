@@ -164,9 +164,19 @@ def test_batches_may_be_cut_where_the_loss_is_a_mean_over_items():
     with pytest.raises(UsageError, match=r"micro_batch must leave the loss as it is, got 30"):
         small_slice(
             mlp(64, 16, 10),
-            lambda m, b: cross_entropy(m, b) * len(b[0]),
+            lambda m, b: cross_entropy(m, b) * len(b[0]) ** 0.5,
             how=Measurement(micro_batch=30),
         )
+
+
+def test_batches_may_be_cut_where_the_loss_is_a_sum_over_items():
+    def summed(model, batch):
+        return cross_entropy(model, batch) * len(batch[0])
+
+    model = mlp(64, 16, 10)
+    whole = small_slice(model, summed)
+    cut = small_slice(model, summed, how=Measurement(micro_batch=30))
+    assert cut.losses == pytest.approx(whole.losses, rel=1e-6)
 
 
 def test_one_module_that_the_loss_uses_is_isolated_like_several():

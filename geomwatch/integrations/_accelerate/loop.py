@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from geomwatch.curvature import batches
 from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._accelerate.actuators import actuators_of
 from geomwatch.integrations._accelerate.check import PLACE, bare, check_window
@@ -36,7 +35,7 @@ class LoopLoss(HostLoss):
 
     def __init__(self, loss_fn: LossFn) -> None:
         weigh = getattr(loss_fn, "weight", None)  # of a loss module it may be a tensor
-        super().__init__(loss_fn, weigh if callable(weigh) else batches.items)
+        super().__init__(loss_fn, weigh if callable(weigh) else None)
 
     def evaluate(self, model: nn.Module, batch: Any, call: None, share: float) -> Tensor:
         """Return the loss of a micro-batch, or of the user's own probe batch."""

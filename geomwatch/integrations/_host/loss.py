@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from geomwatch.curvature import batches
+from geomwatch.curvature.batches import Carrier
+from geomwatch.curvature.cutting import Cutter
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import WithheldError
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A micro-batch, whole or a piece of it.
-
-    A batch as `geomwatch.curvature.batches` knows it: copied, cut and cast. The rest is passed
-    through, so a piece knows what it is a piece of.
-    """
+class MicroBatch(Carrier):
+    """A micro-batch, whole or a piece of it that knows what it is a piece of."""
 
     batch: Any
     whole: float  # what the whole of it weighs
     # What the host has trained on it by, to be done again: `random` is the random state before it,
-    # None if that is not kept. No dataclass, which would be copied as a part of the batch.
+    # None if that is not kept.
     call: Any = None
+    part: float = 1.0  # of the items of the whole
+
+    def carried(self) -> Any:
+        """Return the batch."""
+        return self.batch
+
+    def carrying(self, batch: Any, share: float) -> MicroBatch:
+        """Return a share of the batch, to be evaluated by the same call."""
+        return replace(self, batch=batch, part=self.part * share)
 
 
 class Unknown:
@@ -58,23 +64,29 @@ class HostLoss:
     # Without a __dict__ there is nothing in here that a probe would have to watch.
     __slots__ = ("given", "weigh")
 
-    def __init__(self, given: LossFn | None, weigh: Callable[[Any], float] = batches.items) -> None:
+    def __init__(self, given: LossFn | None, weigh: Callable[[Any], float] | None = None) -> None:
         self.given = given  # a function of the user's, in place of what the host computes
-        self.weigh = weigh
+        self.weigh = weigh  # None: by items
 
     def micro_batch(self, batch: Any, call: Any = None) -> MicroBatch:
         """Return a batch as this loss knows it."""
-        return MicroBatch(batch, float(self.weigh(batch)), call)
+        return MicroBatch(batch, self.weight_of(batch), call)
 
     def weight(self, batch: Any) -> float:
         """Return what a batch counts for in the mean over a window, and over ranks."""
         if isinstance(batch, Unknown):
             return 1.0
-        return self.share(batch) if isinstance(batch, MicroBatch) else float(self.weigh(batch))
+        return self.share(batch) if isinstance(batch, MicroBatch) else self.weight_of(batch)
+
+    def weight_of(self, batch: Any) -> float:
+        """Return what a plain batch weighs."""
+        return float(Cutter().count(batch) if self.weigh is None else self.weigh(batch))
 
     def share(self, micro: MicroBatch) -> float:
         """Return how much of the whole this is: 1, or less for a piece."""
-        return float(self.weigh(micro.batch)) / micro.whole if micro.whole > 0 else 0.0
+        if not micro.whole > 0:
+            return 0.0
+        return micro.part if self.weigh is None else self.weight_of(micro.batch) / micro.whole
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a micro-batch, of a piece of one, or of a batch of the user's."""

@@ -87,7 +87,7 @@ class TrainerLoss(HostLoss):
         """Return what a batch counts for in the mean over a window, and over ranks."""
         if self.given is None or isinstance(batch, Unknown):
             return super().weight(batch)
-        weigh: Any = getattr(self.given, "weight", self.weigh)
+        weigh: Any = getattr(self.given, "weight", self.weight_of)
         return float(weigh(batch.batch if isinstance(batch, MicroBatch) else batch))
 
     def micro_batches(self, window: Window) -> list[MicroBatch]:
