@@ -13,7 +13,8 @@ import torch
 from problems import cross_entropy, digits, mlp
 from torch import nn
 
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
+from geomwatch.controllers import LearningRateCap
 from geomwatch.integrations.accelerate import AcceleratedMonitor, watch
 
 
@@ -111,6 +112,24 @@ def test_a_new_optimizer_has_not_stepped(accelerator, caplog, kind):
     model, optimizer = accelerator.prepare(model, kind(model.parameters(), lr=0.1))
     watch(accelerator, model, cross_entropy, optimizer).close()
     assert not caplog.records
+
+
+def test_one_item_does_for_a_list(make_accelerator, tmp_path):
+    accelerator = make_accelerator()
+    model, optimizer = prepared(accelerator)
+    monitor = watch(
+        accelerator,
+        model,
+        cross_entropy,
+        optimizer,
+        Measurement(also=nn.Dropout(), quantities="loss"),
+        controllers=LearningRateCap(dry_run=True),
+        sinks=str(tmp_path / "run.jsonl"),
+    )
+    accelerator.backward(cross_entropy(model, digits(8)))
+    assert monitor.step(digits(8)) is not None
+    monitor.close()
+    assert (tmp_path / "run.jsonl").read_text().count('"kind": "record"') == 1
 
 
 # The place of monitor.step()

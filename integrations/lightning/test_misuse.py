@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
-from geomwatch import UsageError
+from geomwatch import Measurement, UsageError
+from geomwatch.controllers import LearningRateCap
 from geomwatch.integrations.lightning import GeomwatchCallback
 
 ONE = {"every": 1}
@@ -37,6 +39,15 @@ def test_options_that_can_not_work_are_refused_at_once():
         GeomwatchCallback(prefix=3)
     with pytest.raises(TypeError, match="loss_fn must be callable"):
         GeomwatchCallback(loss_fn={"generator": 1})
+
+
+def test_one_item_does_for_a_list(Net, fit, tmp_path):
+    teacher = nn.Dropout()
+    cap = LearningRateCap(dry_run=True)
+    how = Measurement(also=teacher, quantities="loss")
+    sink = str(tmp_path / "run.jsonl")
+    fit(Net(), [GeomwatchCallback(how, every=4, controllers=cap, sinks=sink)])
+    assert (tmp_path / "run.jsonl").read_text().count('"kind": "record"') >= 2
 
 
 # Where the callback is

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from problems import digits
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import geomwatch
 from geomwatch import Measurement
@@ -168,6 +169,17 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(Noted, fit):
     record = callback.monitor.history[0]
     assert record.provenance["items"] == 20
     assert record.loss == pytest.approx(mean_of_means(start, [probe_batch]).item(), rel=1e-5)
+
+
+def test_a_loader_is_measured_as_a_whole_with_its_batches_prepared(Noted, fit):
+    module = Noted()
+    start = copy.deepcopy(module.layers)
+    loader = DataLoader(TensorDataset(*digits(20)), batch_size=10)
+    callback = GeomwatchCallback(Measurement(quantities=["loss"], batch=loader), every=4)
+    fit(module, [callback], precision="64-true")
+    record = callback.monitor.history[0]
+    assert record.provenance["items"] == 20
+    assert record.loss == pytest.approx(mean_of_means(start, list(loader)).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("way", ["loss_fn", "geometry_loss"])

@@ -11,6 +11,7 @@ import transformers
 from trainers import causal, loss_only, make, sentences
 
 from geomwatch import Measurement, UsageError
+from geomwatch.controllers import LearningRateCap
 from geomwatch.integrations._host.parallelism import check_parallelism
 from geomwatch.integrations.transformers import GeomwatchCallback
 
@@ -161,6 +162,15 @@ def test_an_option_that_can_not_work_is_refused_where_it_is_written(options, mes
     with pytest.raises(UsageError, match=message):
         GeomwatchCallback(**options)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_item_does_for_a_list(tmp_path):
+    teacher = causal()
+    how = Measurement(also=teacher, quantities="loss")
+    sink = str(tmp_path / "run.jsonl")
+    cap = LearningRateCap(dry_run=True)
+    make(tmp_path, GeomwatchCallback(how, every=4, controllers=cap, sinks=sink)).train()
+    assert (tmp_path / "run.jsonl").read_text().count('"kind": "record"') >= 2
 
 
 def test_params_that_fit_nothing_are_refused_when_training_begins(tmp_path):

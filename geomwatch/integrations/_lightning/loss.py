@@ -10,15 +10,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._host.check import SAME, Difference, check_against_training
 from geomwatch.integrations._host.loss import HostLoss, MicroBatch
 from geomwatch.integrations._host.tap import replaced, silence
+from geomwatch.integrations._lightning.host import prepared
 from geomwatch.integrations._lightning.names import dummy_logger, host_of
 from geomwatch.integrations._lightning.tap import StepCall
 from geomwatch.isolation.isolation import captured_by
+from geomwatch.monitoring.progress import fixed_window
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.sinks import logger
 
@@ -62,6 +65,16 @@ class StepLoss(HostLoss):
             if self.given is not None:
                 return self.given(module, batch)
             return _loss_in(self._step(batch, *(self._rest if call is None else call.rest)))
+
+    def micro_batches(self, calls: Sequence[StepCall]) -> list[MicroBatch]:
+        """Return the batches of a window as this loss knows them."""
+        return [self.micro_batch(call.batch, call) for call in calls]
+
+    def prepared(self, source: Any) -> DataLoader[Any]:
+        """Return the user's own batch, or a loader's, as the training loop would treat them."""
+        given = [prepared(self._trainer, batch) for batch in fixed_window(source)]
+        data: Any = [self.micro_batch(batch) for batch in given]
+        return DataLoader(data, batch_size=None)
 
     def isolates(self) -> list[object]:
         """Return what evaluating the loss may change beside the module."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from geomwatch.controllers.actuators import Actuator
 from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._host.actuators import HostAccumulation
-from geomwatch.integrations._host.loss import MicroBatch, mean_of
+from geomwatch.integrations._host.loss import mean_of
 from geomwatch.integrations._host.options import MonitorOptions
 from geomwatch.integrations._host.watch import HostWatch
 from geomwatch.integrations._host.words import tell_of_a_short_run
@@ -18,7 +18,6 @@ from geomwatch.integrations._lightning.actuators import actuators_of
 from geomwatch.integrations._lightning.host import (
     gradient_scale,
     names_of,
-    prepared,
     steps_taken,
     steps_to_come,
     trained_model,
@@ -70,7 +69,7 @@ class OptimizerWatch(HostWatch[StepLoss]):
         """
         params, calls = self.window.params, self.window.calls
         if not self.is_checked and params and self.ranks.all(is_comparable(calls)):
-            window = self._micro_batches(calls)
+            window = self.loss.micro_batches(calls)
             self.check_once(
                 lambda: check_window(self._module, self.loss, window, params, self.ranks)
             )
@@ -82,7 +81,7 @@ class OptimizerWatch(HostWatch[StepLoss]):
         """
         scale = gradient_scale(self._trainer, self.optimizer)
         return self.watch_step(
-            self._micro_batches(calls)
+            self.loss.micro_batches(calls)
             if known
             else "training_step has changed this batch in place",
             loss=mean_of([call.loss for call in calls]),
@@ -105,13 +104,10 @@ class OptimizerWatch(HostWatch[StepLoss]):
         self.window.close()
         super().close()
 
-    def _micro_batches(self, calls: Sequence[StepCall]) -> list[MicroBatch]:
-        return [self.loss.micro_batch(call.batch, call) for call in calls]
-
     def _new_monitor(self) -> Monitor:
         how, own = self._options.how, dict[str, Any]()
         if how.batch is not None:
-            own["batch"] = self.loss.micro_batch(prepared(self._trainer, how.batch))
+            own["batch"] = self.loss.prepared(how.batch)
         names = names_of(self.optimizer, self._module, how.params)
         if not names:
             logger.warning(
