@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any
 
 from geomwatch.estimators.noise_floor import NO_FUNCTION
 from geomwatch.isolation.state import Kept, Resumable
@@ -21,6 +23,10 @@ _BY_LOSSES = (
     "normalized_sharpness",
     "normalized_sharpness_linf",
 )
+
+
+_KNOWN = ("cap", "jump", "noise", "is_noisy", "is_quiet", "agreed", "doubt")
+_known = attrgetter(*_KNOWN)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -80,17 +86,13 @@ class Observer(Documented, Resumable):
         is_known = self._noise is not None and step.index <= self.lasts * self._step
         holds = is_known and max(seen.lr, default=0.0) <= self.holds * self._rate
         noise = 1.0 if step.same_data else self._noise if holds else None
-        is_noisy = self._noise > self.noisy if is_known and self._noise is not None else None
-        return replace(
-            step,
-            cap=cap,
-            jump=jump,
-            noise=noise,
-            is_noisy=False if step.same_data else is_noisy,
-            is_quiet=step.same_data or (holds and self._agreed),
-            agreed=self._agreed,
-            doubt=self._doubt(seen),
-        )
+        is_noisy = (self._noise or 0.0) > self.noisy if is_known else None
+        is_noisy = False if step.same_data else is_noisy
+        is_quiet, doubt = step.same_data or (holds and self._agreed), self._doubt(seen)
+        known: tuple[Any, ...] = (cap, jump, noise, is_noisy, is_quiet, self._agreed, doubt)
+        if known == _known(step):  # most steps: a copy costs more than all of this
+            return step
+        return replace(step, **dict(zip(_KNOWN, known, strict=True)))
 
     def _note(self, step: Observation) -> None:
         estimates = step.estimates or {}

@@ -98,7 +98,7 @@ class LossRise(LatchedRule):
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the loss of the step before, or of a probe when the loop passes no losses."""
-        if step.gradient_margin_now is not None:
+        if step.gradient_fresh and step.gradient_margin_now is not None:
             self._along.add(step.index, step.rate, step.gradient_margin_now)
         loss, index = self._loss_of(step)
         if loss is None or not math.isfinite(loss):
