@@ -171,8 +171,9 @@ class GradientClipper(Documented, Resumable):
 
     def _remember(self, step: Observation) -> None:
         settled = step.settled
-        if settled is not None and settled.stepped and math.isfinite(settled.grad_norm):
-            self._policy.update(settled.grad_norm)
+        norm = None if settled is None or not settled.stepped else settled.grad_norm
+        if norm is not None and math.isfinite(norm):
+            self._policy.update(norm)
 
     def _follow(self, why: str) -> Sequence[Move]:
         norm = max(self._policy.threshold(), self.min_norm)

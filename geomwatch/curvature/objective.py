@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.batches import Part
-from geomwatch.curvature.checks import check_loss_fn
+from geomwatch.curvature.checks import check_loss_fn, find_kink
 from geomwatch.curvature.cutting import Cutter, Split, Weigh, at_random, in_order
 from geomwatch.curvature.locate import module_of
 from geomwatch.curvature.padding import padding_mask
@@ -73,6 +73,7 @@ class Objective:
         weights: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
         products: bool = True,
+        bends: dict[str, float] | None = None,
     ) -> None:
         check_loss_fn(loss_fn)
         self.layout = layout or Layout.of(model)
@@ -88,8 +89,9 @@ class Objective:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         kind = _replay_on(self.layout)
         self._replay = kind(model, loss_fn, parts, layout=self.layout, also=how.also, ranks=ranks)
-        self._products_wanted = products
-        if not products:
+        by_one = how.hvp == "one_sided"  # needs no second derivative: kernels of training
+        self._products_wanted = products and not by_one
+        if not self._products_wanted:
             self._replay.second_order = False
         # So that it needs a graph, as a gradient penalty does. Ranks would have to agree on trying
         # without one first.
@@ -98,6 +100,7 @@ class Objective:
         hvp = "finite_difference" if self.layout.is_cut else how.hvp
         self._kind = {"operator": how.operator, "hvp": hvp}
         self._dtype = dtype or (self.layout.dtype if how.precision == "float32" else None)
+        self._bends = {} if bends is None else bends
         self._block = contextlib.ExitStack()  # at whose end all is put back
         self._still: Tensor | None = None  # (D,), 0 on embedding rows for padding
         self._pieces_are_exact = False  # to be held against the whole
@@ -105,7 +108,9 @@ class Objective:
 
     def _reset(self, *, is_part: bool = False, once: bool = False) -> None:
         self.hvps = 0
-        self._products = Products(self._replay, **self._kind, is_part=is_part, once=once)
+        self._products = Products(
+            self._replay, **self._kind, is_part=is_part, once=once, bends=self._bends
+        )
 
     def __enter__(self) -> Objective:
         self._reset()
@@ -203,8 +208,14 @@ class Objective:
         """  # (D,)
         return self._products.loss_and_gradient()[1]
 
-    def hvp(self, v: Tensor) -> Tensor:
+    def adopt(self, loss: float, gradient: Tensor) -> None:
+        """Take over L(w) and its gradient, which a step knows, in place of computing them."""
+        self._products.adopt(loss, gradient)
+
+    def hvp(self, v: Tensor, like: str = "top") -> Tensor:
         """Return H v, H the Hessian of L, or G v. One HVP.
+
+        `like` is the kind of direction ("top", "random"), for differences to find their step by.
 
         Rows that an Embedding keeps still for padding are left out of H.
 
@@ -214,8 +225,30 @@ class Objective:
         """  # (D,) -> (D,)
         self.hvps += not self.obstacle
         if self._still is None:
-            return self._products(v)
-        return self._still * self._products(self._still * v)
+            return self._products(v, like)
+        return self._still * self._products(self._still * v, like)
+
+    def kink(self) -> str:
+        """Name a function with kinks, such as ReLU, that the loss uses; "" where none is seen.
+
+        One forward pass.
+        """
+        found = [""]
+
+        def of(batch: Any) -> tuple[Tensor, ...]:
+            found.append(find_kink(self._replay.evaluate(batch)))
+            return ()
+
+        self._replay.mean(of)
+        return max(found)
+
+    def smoothness(self, v: Tensor) -> float:
+        """Return how far one-sided differences of two steps along v differ, relatively.
+
+        About 1e-3 on smooth losses, of the order of 1 with ReLU. Two gradients, three if the one at
+        w is not known. Only with `hvp="one_sided"`.
+        """
+        return self._products.smoothness(v)
 
     def loss_at(self, displacement: Tensor) -> float:
         """Return L(w + displacement); the weights are back when it returns. One forward pass."""

@@ -28,7 +28,7 @@ def choose_backend(
     """
     ranks, hvp = subject.ranks, subject.how.hvp
     with ranks.together():
-        _check_loss_is_the_ranks_own(subject, batch)
+        check_own_loss(subject, batch)
     with ranks.together():
         check_micro_batches(subject, batch)
     if hvp == "finite_difference":
@@ -51,7 +51,7 @@ def choose_backend(
     return (subject.set(hvp="finite_difference") if wrong else subject), facts
 
 
-def _check_loss_is_the_ranks_own(subject: Subject, batch: Any) -> None:
+def check_own_loss(subject: Subject, batch: Any) -> None:
     """Evaluate the loss once to see whether it needs other ranks; FSDP's layers may.
 
     Raises:

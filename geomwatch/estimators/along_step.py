@@ -15,6 +15,7 @@ from geomwatch.stability.problem import Stability
 _BEND = 1e-3  # of the loss: what the step is chosen to change by curvature
 _DROP = 0.1  # of the loss: the most it may change by the slope
 _PLAUSIBLE = 4.0  # times the last value; beyond, the slope is doubted
+_LARGEST = 1e3  # gain that losses are believed to tell
 _ERROR = 0.05  # relative: what measured values deviate from exact ones by
 
 
@@ -24,6 +25,7 @@ class Point:
 
     stability: Stability
     gradient: Tensor  # (D,) that the step will use
+    gain: float | None = 1.0  # of the step on the loss's gradient; None to find it from losses
     is_own: bool = False  # the gradient is that of the loss which a replay evaluates, to rounding
     loss: float | None = None  # L(w), where it is known
 
@@ -47,6 +49,7 @@ class Sentinel(Resumable):
 
     def __init__(self) -> None:
         self._margin = None
+        self._slope = 0.0  # of the loss along the step
 
     def note(self, margin: float | None) -> None:
         """Take note of d'(H + W)d / g'd as a probe has measured it."""
@@ -59,7 +62,7 @@ class Sentinel(Resumable):
         slope = float(point.gradient @ d)
         if not 0 < slope < math.inf:
             return Estimate(None, status="withheld", reason="the gradient is zero or not finite")
-        found = self._by_one(loss_at, point, d, slope)
+        found, self._slope = self._by_one(loss_at, point, d, slope), slope
         if found is None:
             found = self._by_three(loss_at, d, slope)
         if found is None:
@@ -67,7 +70,9 @@ class Sentinel(Resumable):
         self._margin = found
         if point.stability.decay is not None:
             found += float(d @ (point.stability.decay * d)) / slope
-        margin = point.stability.limit_ratio * found
+        # the loss falls along the step as its own gradient has it, whatever the step makes of that
+        gain = point.gain if point.gain is not None else slope / max(self._slope, slope / _LARGEST)
+        margin = gain * point.stability.limit_ratio * found
         reason = "by differences of losses"
         return Estimate(margin, _ERROR * abs(margin), "residual", reason=reason)
 
@@ -86,7 +91,8 @@ class Sentinel(Resumable):
         here = loss_at(0 * d)
         for _ in range(2):
             h = self._distance(here, slope)
-            bend = loss_at(h * d) + loss_at(-h * d) - 2 * here
+            ahead, behind = loss_at(h * d), loss_at(-h * d)
+            bend, self._slope = ahead + behind - 2 * here, (ahead - behind) / (2 * h)
             if not math.isfinite(bend):
                 return None
             before, self._margin = self._margin, bend / (h * h * slope)

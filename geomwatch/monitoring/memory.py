@@ -20,22 +20,25 @@ class Difficulty(Resumable):
 
     _total: Kept[float]
     _missing: Kept[bool]
+    _norm: Kept[float]
 
     def __init__(self) -> None:
         self._total = 0.0
         self._missing = False  # lambda_max, at the last step
+        self._norm = 0.0  # of the gradient, held for the steps at which nobody asks for it
 
     def update(self, lr: float, step: Settled, lambda_max: float | None) -> None:
         """Add one optimizer step, if it was taken with a finite gradient."""
         self._missing = lambda_max is None
-        if lambda_max is not None and step.stepped and math.isfinite(step.grad_norm):
-            self._total += lr * step.grad_norm**2 * abs(lambda_max)
+        self._norm = self._norm if step.grad_norm is None else step.grad_norm
+        if lambda_max is not None and step.stepped and math.isfinite(self._norm):
+            self._total += lr * self._norm**2 * abs(lambda_max)
 
     def estimate(self) -> Estimate:
         """Return the sum so far; none where lambda_max was never known."""
         if self._missing:
             return Estimate(None, status="withheld", reason="lambda_max is not known")
-        reason = "lambda_max held between probes, mini-batch gradient norm"
+        reason = "lambda_max and gradient norm held between looks, mini-batch gradient norm"
         return Estimate(self._total, status="ok", reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from geomwatch.controllers.actuators import Actuator
+from geomwatch.controllers.actuators import CLIP, Actuator
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.controllers.protocol import Controller, check_controllers
 from geomwatch.curvature.checks import check_loss_fn, check_optimizer
@@ -260,7 +261,12 @@ class Monitor(Resumable):
             self._control.lift()
             settled = self._exchange(loss, grad_norm, grad_scale)
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
-            known = {"same_data": window, "loss": loss, "grad_scale": grad_scale}
+            known = {
+                "same_data": window,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "grad_scale": grad_scale,
+            }
             probed, looked = self._watch.look(step, self._fixed_window or window, known)
             return self._conclude(step, probed, looked=looked)
 
@@ -282,6 +288,8 @@ class Monitor(Resumable):
 
     def close(self) -> None:
         """Judge the last step, take the hook off the optimizer and close the sinks."""
+        if not self._counter.is_automatic and self._lr:
+            self._counter.count()
         settled = self._scalars.take(self._counter.steps)
         if settled is not None:
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
@@ -342,14 +350,28 @@ class Monitor(Resumable):
             self._counter.count()
         steps = self._counter.steps
         settled = self._scalars.take(steps)
-        params = self._layout.params
-        norm = gradient_norm(params) / grad_scale if grad_norm is None else grad_norm
-        self._scalars.put(steps, loss, norm)
+        if grad_norm is None and self._wants_norm(loss):
+            grad_norm = gradient_norm(self._layout.params) / grad_scale
+        self._scalars.put(steps, loss, grad_norm)
         if settled is not None and self._has_difficulty:
             lr = self._control.scale * max(self._lr)
             self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
         self._lr = learning_rates(self._optimizer)
         return settled
+
+    def _wants_norm(self, loss: Tensor | float | None) -> bool:
+        """Tell whether to compute the gradient's norm: now and then, and where there is reason.
+
+        At the start, at every tenth step, where the loss is not finite, as far as the host knows
+        it, and at each step where a controller goes by it.
+        """
+        steps, every = self._counter.steps, self._watch.schedule.cadence.norms
+        if steps % every == 0 or steps <= self._watch.schedule.cadence.start[-1]:
+            return True
+        if CLIP in self._control.knobs or loss is None:
+            return True
+        is_here = not isinstance(loss, Tensor) or loss.device.type == "cpu"
+        return is_here and not math.isfinite(float(loss))
 
     def _conclude(self, step: Coming, probed: Probed | None, *, looked: bool) -> Record | None:
         record = probed.record if probed is not None else None

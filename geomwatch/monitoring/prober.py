@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from geomwatch.curvature import batches
 from geomwatch.curvature.locate import operation_in
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.smoothness import choose_products
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.curvature.window_weights import Weighing
@@ -25,9 +27,15 @@ from geomwatch.monitoring.memory import Held
 from geomwatch.monitoring.replay_fidelity import ReplayFidelity, gradient_of_step
 from geomwatch.quantities.measurement import Measurement
 from geomwatch.quantities.plan import Plan
-from geomwatch.quantities.probe import Probe, WarmStart
+from geomwatch.quantities.probe import Probe
 from geomwatch.quantities.running_trace import RunningTrace
-from geomwatch.quantities.table import WITHOUT_HVPS, evaluate, evaluate_layers, ritz_indices
+from geomwatch.quantities.table import (
+    WITHOUT_HVPS,
+    evaluate,
+    evaluate_layers,
+    ritz_indices,
+    scaled,
+)
 from geomwatch.records import Estimate, Record
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
@@ -37,8 +45,36 @@ _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
     None, status="failed", reason="the gradient that the step would use is not finite"
 )
+_LONGER = 1.5  # gain that is no chance: two micro-batches give 2, a state that moves on 1.2
+_SYMMETRIC = 0.03  # relative asymmetry of products, as `smoothness` tells kinks by
+_NAMES_LAYERS = 0.25  # the margin from where on an alert may want to name its layers
+_NEED_VECTORS = {"stochastic_margin", "lambda_2", "lambda_3", "lambda_min", "spectral_gap"}
 _LAYERS_NAMED = 3
 _LAYER_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What the coming step itself knows: its gradient and its loss, if it does."""
+
+    gradient: Tensor | None  # (D,)
+    loss: float | None
+    is_of_window: bool  # they are of the batches that are measured on
+    unclipped: float | None = None  # the gradient's norm before clipping, if it is known
+
+    def is_finite(self) -> bool:
+        """Tell whether the gradient is; also where there is none."""
+        return self.gradient is None or math.isfinite(float(self.gradient.norm()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    loss: float
+    estimates: dict[str, Estimate]
+    provenance: dict[str, str | int | float | bool]
+    along: Estimate
+    layers: tuple[str, ...]
+    items: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +110,9 @@ class Prober(Resumable):
         self._sharding: dict[str, str] | None = None
         self._per_layer = how.per_layer
         self._rng = generator(how.seed)
-        self._warm = WarmStart()
+        self._bends: dict[str, float] = {}  # what steps of differences go by
+        self._last_margin: float | None = None
+        self._is_kinked = False  # one-sided differences were given up
         self._invariance = ScaleInvariance()
         self._invariant: frozenset[str] = frozenset()
         self._sentinel = Sentinel()
@@ -97,6 +135,7 @@ class Prober(Resumable):
         same_data: Sequence[Any],
         noise: bool = False,
         loss: Tensor | float | None = None,
+        grad_norm: Tensor | float | None = None,
         grad_scale: float = 1.0,
     ) -> Probed:
         """Measure on `window`; `same_data` are the batches the step itself has seen.
@@ -108,44 +147,94 @@ class Prober(Resumable):
         self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
         gradient = gradient_of_step(self._subject.layout, grad_scale)
-        own = gradient if window is same_data else None
-        with self._objective(window, own) as objective:
-            steady = gradient is None or math.isfinite(float(gradient.norm()))
-            finite = objective.is_finite()
-            if gradient is not None and steady and finite:
-                self._fidelity.refuse_scaled(gradient, objective.gradient())
-            probe = self._shared(objective, gradient)
-            names = self._choose(probe, step, noise=noise)
-            fresh = evaluate(probe, names)
-            if finite and self._per_layer and self.plan.is_whole:
-                fresh |= evaluate_layers(probe)
-            if objective.obstacle:
-                fresh |= self._without_hvps(probe, names)
-            if not steady:
-                fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
-            layers = self._layers(probe, fresh)
-            self._fidelity.compare(objective, own, _number(loss))
-            along = self._along_gradient(probe, gradient)
-            how = objective.provenance | (self._validation or {}) | {"hvps": objective.hvps}
-            how |= (self._sharding or {}) | self._weighing.facts
-            value, items = objective.loss(), self._items(objective)
-            self.surprises += [
-                f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
-                "loss_fn= that leaves it alone, or name its owner in also=(...)."
-                for name in objective.changed_objects
-            ]
+        own = Own(gradient, _number(loss), window is same_data, _number(grad_norm))
+        names: list[str] | None = None
+        while True:
+            with self._objective(window, gradient if own.is_of_window else None) as objective:
+                adopted = self._adopt(objective, own)
+                probe = self._shared(objective, own)
+                names = names or self._choose(probe, step, noise=noise)
+                self._spend(probe, names)
+                if not self._is_asymmetric(probe, names):
+                    found = self._measured(probe, names, own, adopted=adopted)
+                    break
+            # the step's gradient was another one after all, as where clipping has set in; or the
+            # loss has kinks now: a layer was switched, or a mask has changed
+            if adopted:
+                self._fidelity.has_gradient = False
+            else:
+                self._subject, self._validation = self._subject.set(hvp="auto"), None
+                self._is_kinked = True
         self._compare_data(step, same_data)
         self.plan.probes += 1
+        margin = found.estimates.get("stability_margin")
+        self._last_margin = None if margin is None else margin.value
         record = Record(
             step=step,
-            loss=value,
+            loss=found.loss,
             lr=learning_rates(self.optimizer),
             seconds=time.perf_counter() - start,
-            estimates=self._ordered(self._held.merge(step, fresh)),
-            provenance=how | {"same_data": self.same_data},
+            estimates=self._ordered(self._held.merge(step, found.estimates)),
+            provenance=found.provenance | {"same_data": self.same_data},
         )
-        margin = fresh.get("stability_margin")
-        return Probed(record, margin, along, layers, probe.limit_ratio, items)
+        return Probed(record, margin, found.along, found.layers, probe.limit_ratio, found.items)
+
+    def _measured(self, probe: Probe, names: Sequence[str], own: Own, *, adopted: bool) -> _Found:
+        objective = probe.objective
+        fresh = evaluate(probe, names)
+        if self._per_layer and self.plan.is_whole and objective.is_finite():
+            fresh |= evaluate_layers(probe)
+        if objective.obstacle:
+            fresh |= self._without_hvps(probe, names)
+        if not own.is_finite():
+            fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
+        layers = self._layers(probe, fresh)
+        if not adopted:
+            self._fidelity.compare(objective, own.gradient if own.is_of_window else None, own.loss)
+        gain = self._fidelity.gain_of_step(own.gradient, own.unclipped)
+        fresh |= {n: scaled(fresh[n], gain) for n in _MARGINS if n in fresh and gain != 1}
+        along = self._along_gradient(probe, own.gradient, gain)
+        self._tell_gain(gain)
+        how = objective.provenance | (self._validation or {}) | (self._sharding or {})
+        how |= self._weighing.facts
+        self.surprises += [
+            f"evaluating the loss changes {name}, which a probe can't put back. Pass a "
+            "loss_fn= that leaves it alone, or name its owner in also=(...)."
+            for name in objective.changed_objects
+        ]
+        return _Found(
+            objective.loss(),
+            fresh,
+            how | {"hvps": objective.hvps, "gain": gain},
+            along,
+            layers,
+            self._items(objective),
+        )
+
+    def _adopt(self, objective: Objective, own: Own) -> bool:
+        """Let one-sided differences go by the step's own gradient, where that is the loss's."""
+        known = own.is_of_window and own.gradient is not None and own.loss is not None
+        if self._subject.how.hvp != "one_sided" or not known or not own.is_finite():
+            return False
+        if not (self._fidelity.has_gradient and self._fidelity.has_loss):
+            return False
+        if self._fidelity.gain_of_step(own.gradient, own.unclipped) != 1:  # clipped just now
+            return False
+        assert own.gradient is not None
+        assert own.loss is not None
+        objective.adopt(own.loss, own.gradient)
+        return True
+
+    def _is_asymmetric(self, probe: Probe, names: Sequence[str]) -> bool:
+        """Tell whether one-sided differences have turned out not to be those of a Hessian."""
+        if self._subject.how.hvp != "one_sided" or "stability_margin" not in names:
+            return False
+        if not probe.objective.is_finite():
+            return False
+        try:
+            return probe.margin_spectrum.asymmetry > _SYMMETRIC
+        except Exception:  # for the estimate to report
+            return False
 
     @traceless
     def glance(
@@ -155,6 +244,7 @@ class Prober(Resumable):
         *,
         same_data: Sequence[Any],
         loss: Tensor | float | None = None,
+        grad_norm: Tensor | float | None = None,
         grad_scale: float = 1.0,
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
@@ -170,8 +260,13 @@ class Prober(Resumable):
                 self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
             )
             known = _number(loss) if self._fidelity.has_loss and len(window) == 1 else None
-            is_own = self._fidelity.has_gradient or gradient is None
-            return self._sentinel.measure(objective.loss_at, Point(stability, used, is_own, known))
+            unclipped = _number(grad_norm)
+            gain: float | None = self._fidelity.gain_of_step(gradient, unclipped)
+            is_own = gradient is None or (self._fidelity.has_gradient and gain == 1)
+            if self._fidelity.agrees and not is_own and unclipped is None:
+                gain = None  # clipping may have set in or ended since the probe
+            point = Point(stability, used, gain, is_own, known)
+            return self._sentinel.measure(objective.loss_at, point)
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
@@ -199,7 +294,8 @@ class Prober(Resumable):
     def _objective(self, window: Sequence[Any], gradient: Tensor | None) -> Objective:
         if self._validation is None:
             first = window[0] if window else None
-            self._subject, self._validation = choose_backend(self._subject, first)
+            choose = choose_backend if self._is_kinked else partial(choose_products, self._bends)
+            self._subject, self._validation = choose(self._subject, first)
             by_differences = self._subject.how.hvp == "finite_difference"
             if by_differences and "validation_error" in self._validation:
                 self.surprises.append(
@@ -207,12 +303,15 @@ class Prober(Resumable):
                     "gradients instead, at twice the cost or more."
                 )
         weights = self._weighing(self._subject, window, gradient)
-        return self._subject.on(window, weights=weights)
+        return self._subject.on(window, weights=weights, bends=self._bends)
 
-    def _shared(self, objective: Objective, gradient: Tensor | None) -> Probe:
+    def _shared(self, objective: Objective, own: Own) -> Probe:
         obstacle = self._obstacle or str((self._validation or {}).get("obstacle", ""))
         if obstacle:
             objective.forgo_hvps(obstacle)
+        gradient = own.gradient
+        if gradient is not None and own.is_finite() and objective.is_finite():
+            self._fidelity.refuse_scaled(gradient, objective.gradient())
         used = objective.gradient() if gradient is None else gradient
         self._invariant = self._invariance.update(self._subject.layout, objective.gradient())
         return Probe(
@@ -220,35 +319,45 @@ class Prober(Resumable):
             stability=stability_of(
                 self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
             ),
-            warm=self._warm,
             rng=self._rng,
             groups=getattr(self.optimizer, "param_groups", ()),
             running=self._trace,
             last_lambda=self.lambda_max(),
         )
 
-    def _along_gradient(self, probe: Probe, gradient: Tensor | None) -> Estimate:
+    def _along_gradient(self, probe: Probe, gradient: Tensor | None, gain: float) -> Estimate:
         """Return the margin along the coming step: an HVP's where there is one for free."""
         stability = probe.stability
         assert stability is not None
         if probe.knows_margin_sharpness:
             exact = probe.margin_sharpness
             self._sentinel.note(exact)
-            return Estimate(stability.limit_ratio * exact, 0.0, "none")
+            return Estimate(gain * stability.limit_ratio * exact, 0.0, "none")
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
-        is_own = self._fidelity.has_gradient or gradient is None
-        return self._sentinel.measure(
-            objective.loss_at, Point(stability, used, is_own, objective.loss())
-        )
+        is_own = gradient is None or (self._fidelity.has_gradient and gain == 1)
+        point = Point(stability, used, gain, is_own, objective.loss())
+        return self._sentinel.measure(objective.loss_at, point)
+
+    def _tell_gain(self, gain: float) -> None:
+        """Say once that steps are longer than the loss as it is measured has them."""
+        if self._fidelity.agrees and gain > _LONGER:
+            self.surprises.append(
+                f"the step's gradient is {gain:.3g} x that of loss_fn on the same batches, as "
+                "where an accumulation is not divided by its micro-batches, or the loss is scaled. "
+                "Margins are those of the step that is taken."
+            )
 
     def _choose(self, probe: Probe, step: int, *, noise: bool) -> list[str]:
-        """Choose what to measure, and set what that may cost."""
-        names = self.plan.names(step, separate=probe.costs_separate_hessian, noise=noise)
-        cold = self._warm.hessian is None and self._warm.margin is None
-        probe.budget = self.plan.budget(names, cold=cold)
-        probe.until = ritz_indices(names)
-        return names
+        """Choose what to measure."""
+        return self.plan.names(step, separate=probe.costs_separate_hessian, noise=noise)
+
+    def _spend(self, probe: Probe, names: Sequence[str]) -> None:
+        """Set what that may cost."""
+        probe.budget, probe.until = self.plan.budget(names), ritz_indices(names)
+        margin = self._last_margin
+        near = margin is None or margin > _NAMES_LAYERS
+        probe.needs_vectors = near or bool(_NEED_VECTORS & set(names))
 
     def _without_hvps(self, probe: Probe, names: Sequence[str]) -> dict[str, Estimate]:
         """Measure what losses alone can tell; say once what is in the way."""
@@ -269,6 +378,8 @@ class Prober(Resumable):
     def _layers(self, probe: Probe, fresh: dict[str, Estimate]) -> tuple[str, ...]:
         """Name the modules that hold the top Ritz vector: squares of its entries, for free."""
         if "stability_margin" not in fresh or fresh["stability_margin"].value is None:
+            return ()
+        if not len(probe.margin_spectrum.vectors):
             return ()
         mass = self._subject.layout.mass_by_module(probe.margin_spectrum.vectors[0])
         named = [(m, share) for m, share in mass.items() if share >= _LAYER_SHARE]

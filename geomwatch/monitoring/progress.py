@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -69,6 +70,9 @@ class StepCounter(Resumable):
             self._handle.remove()
 
 
+_Read: TypeAlias = Callable[[], float | None]
+
+
 class StepScalars(Resumable):
     """Loss and gradient norm of each step, copied asynchronously and read one step later.
 
@@ -76,20 +80,20 @@ class StepScalars(Resumable):
     later the copy has long arrived.
     """
 
-    pending: Kept[tuple[int, float | None, float] | None]  # as numbers, while it is saved
+    pending: Kept[tuple[int, float | None, float | None] | None]  # as numbers, while it is saved
 
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()  # over which the loss is averaged
-        self._pending: tuple[int, Callable[[], float | None], _Scalar] | None = None
+        self._pending: tuple[int, _Read, _Read] | None = None
         self.pending = None
 
-    def put(self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float) -> None:
+    def put(
+        self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float | None
+    ) -> None:
         """Start the copy; `steps` is the number of steps the optimizer has taken."""
-        if self._ranks.size > 1:
-            read = _mean_of(self._ranks.sum_and_count(loss))
-        else:
-            read = _nothing if loss is None else _Scalar(loss).read
-        self._pending = (steps, read, _Scalar(grad_norm))
+        alone = self._ranks.size == 1
+        read = _reader(loss) if alone else _mean_of(self._ranks.sum_and_count(loss))
+        self._pending = (steps, read, _reader(grad_norm))
 
     def take(self, steps: int) -> Settled | None:
         """Read what `put` left, now that the optimizer has taken `steps` steps."""
@@ -97,14 +101,14 @@ class StepScalars(Resumable):
             return None
         before, loss, grad_norm = self._pending
         self._pending = None
-        return Settled(before, loss(), grad_norm.read(), stepped=steps > before)
+        return Settled(before, loss(), grad_norm(), stepped=steps > before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is pending, as numbers."""
         self.pending = None
         if self._pending is not None:
             before, loss, grad_norm = self._pending
-            self.pending = before, loss(), grad_norm.read()
+            self.pending = before, loss(), grad_norm()
         return super().state_dict()
 
     def resumed(self) -> None:
@@ -138,6 +142,14 @@ class _Scalar:
         if self._arrived is not None:
             self._arrived.synchronize()
         return float(self._value)
+
+
+def _reader(value: Tensor | float | None) -> _Read:
+    if value is None:
+        return _nothing
+    if isinstance(value, float):
+        return partial(float, value)
+    return _Scalar(value).read
 
 
 def _nothing() -> None:

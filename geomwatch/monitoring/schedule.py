@@ -29,9 +29,9 @@ class Cadence:
     attention: float = 0.25  # margins above this are worth a closer look: a quarter of the limit
     rising: float = 1.1  # times the last margin: it rises
     steepness: float = 3.4  # intervals shrink as (attention / margin)^3.4: 1/20 at 0.6
-    sentinels: int = 20  # between two sentinels,
-    close_sentinels: int = 10  # where the run is young or its margin above `attention`
-    young: int = 100  # steps
+    sentinels: int = 50  # between two sentinels of a calm run, half of its age before that,
+    close_sentinels: int = 10  # and at least so many, as where the margin is above `attention`
+    norms: int = 10  # between two norms of the gradient, which cost some 10 us a tensor
     rise: float = 1.5  # of the rate since the last probe, across which no margin is trusted,
     risky_rise: float = 1.15  # and where the margin is above `attention`
     jump: float = 2.0  # times the rate of the step before: urgent, whatever the budget
@@ -110,8 +110,9 @@ class Schedule(Resumable):
         """Take note of a sentinel and the margin it has found, in units of the probe's."""
         c = self.cadence
         start = next((s for s in c.start if s > index), None)
-        is_close = index < c.young or (margin is not None and margin > c.attention)
-        self._next_sentinel = start or index + (c.close_sentinels if is_close else c.sentinels)
+        is_close = margin is not None and margin > c.attention
+        calm = max(c.close_sentinels, min(c.sentinels, index // 2))
+        self._next_sentinel = start or index + (c.close_sentinels if is_close else calm)
 
     def probed(self, index: int, margin: float | None) -> None:
         """Take note of a probe and the margin it has found, and choose the step of the next."""

@@ -16,7 +16,7 @@ class Settled:
 
     step: int
     loss: float | None
-    grad_norm: float
+    grad_norm: float | None  # None where nobody has asked for it
     stepped: bool  # False when a GradScaler left the step out
 
 

@@ -21,9 +21,10 @@ class Measurement(Settings):
         quantities: "default", "all", a name or names of quantities.
         operator: "hessian", or "ggn" for the generalised Gauss-Newton matrix, where the loss is a
             function of the model's outputs.
-        hvp: how Hessian-vector products are computed: "auto", "double_backward" or
-            "finite_difference". Of a model that fully_shard has cut: on a replica or on its local
-            shards by memory, on a replica, or on the shards.
+        hvp: how Hessian-vector products are computed: "auto"; "double_backward"; "one_sided", by
+            one difference of gradients a product, where the loss is smooth; "finite_difference", by
+            four. Of a model that fully_shard has cut: on a replica or on its local shards by memory
+            ("auto"), on a replica ("double_backward"), or on the shards ("finite_difference").
         precision: "float32" (without autocast, whatever trains) or "training".
         mode: "train" (the flags of the training step) or "eval".
         micro_batch: evaluate so many items at a time, to bound the memory of a probe. A product is

@@ -9,10 +9,9 @@ from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.quantities.probe import Budget
 from geomwatch.quantities.table import QUANTITIES
 
-_WARM = Budget(lanczos=5, samples=1, tol=1e-2)
-_COLD = Budget(lanczos=12, samples=2, tol=1e-3)  # nothing to start from yet
-_COLD_FRUGAL = Budget(lanczos=8, samples=1, tol=1e-2)
-_WHOLE = Budget(lanczos=8, samples=5, tol=1e-3)  # all to measure
+# A residual of 5 % is an error of 1 % or less: it enters squared.
+_LEAN = Budget(lanczos=8, samples=1, tol=5e-2, is_lean=True)
+_WHOLE = Budget(lanczos=8, samples=5, tol=1e-3, is_lean=True)  # all to measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,6 @@ class Plan(Resumable):
         settled = portions.settled_frugal if frugal else 0
         self._next_whole = settled * (interval or 0)
         self._slow = portions.slow_frugal if frugal else portions.slow
-        self._cold = _COLD_FRUGAL if frugal and interval is not None else _COLD
         self.is_whole = False  # whether the present probe measures what is costly as well
 
     @property
@@ -83,17 +81,16 @@ class Plan(Resumable):
         noise = noise or not self.probes
         needed = self._needed | {"stochastic_margin"} if noise else self._needed
         names = [n for n in names if QUANTITIES[n].pace != "slow" or n in needed]
-        if separate and self.probes:
+        if separate:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self.last_full < min(self._interval, self.last_full):
             return [n for n in names if QUANTITIES[n].pace == "dense" or n in needed]
         self.last_full = step
         return names
 
-    def budget(self, names: Sequence[str], *, cold: bool) -> Budget:
+    def budget(self, names: Sequence[str]) -> Budget:
         """Return what these quantities may cost."""
-        whole = self.is_whole and self._interval is not None
-        budget = self._cold if cold else _WHOLE if whole else _WARM
+        budget = _WHOLE if self.is_whole else _LEAN
         # What is not pooled over probes needs an error bar from the samples of one.
         single = self._per_layer or {"trace_squared", "effective_rank"} & set(names)
         return replace(budget, samples=_WHOLE.samples) if single else budget

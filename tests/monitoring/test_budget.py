@@ -156,7 +156,7 @@ def looks(monkeypatch):
 def test_sentinels_go_on_where_probes_are_too_dear(looks, clock):
     trained(60)
     assert looks[:5] == [1, 2, 3, 5, 8]
-    assert max(b - a for a, b in itertools.pairwise(looks)) <= 11
+    assert all(b - a <= max(10, a / 2) + 1 for a, b in itertools.pairwise(looks))
 
 
 def test_only_the_first_looks_ask_which_weights_are_scale_invariant(looks, clock, monkeypatch):

@@ -72,7 +72,8 @@ def test_a_resumed_run_measures_what_the_uninterrupted_run_does(kind, every):
         # few HVPs, from other start vectors: a residual bounds the distance to some eigenvalue
         spread = margin.error + other.error + 0.2 * other.value
         assert abs(margin.value - other.value) <= spread
-    assert second.history[-1]["difficulty"].value > first.history[-1]["difficulty"].value
+    if kind is sgd:  # else lambda_max is not measured by itself
+        assert second.history[-1]["difficulty"].value > first.history[-1]["difficulty"].value
 
 
 def test_the_memory_of_the_rules_survives_a_checkpoint():

@@ -142,8 +142,9 @@ def test_a_window_of_micro_batches_measures_like_their_union():
                 monitor.observe(part)
         records[way] = monitor.step(None if way == "window" else (inputs, targets))
     for name in ("loss", "grad_norm", "lambda_max", "stability_margin", "batch_sharpness"):
-        window, union = records["window"][name].value, records["union"][name].value
-        assert window == pytest.approx(union, rel=1e-5), name
+        window, union = records["window"][name], records["union"][name]
+        spread = (window.error or 0.0) + (union.error or 0.0) + 5e-3 * abs(union.value)
+        assert window.value == pytest.approx(union.value, abs=spread), name
     assert records["window"].provenance["items"] == 64
 
 

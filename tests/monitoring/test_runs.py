@@ -12,7 +12,7 @@ from problems import cross_entropy, digits, mlp
 from torch import Tensor, nn
 
 import geomwatch
-from geomwatch import Monitor
+from geomwatch import Measurement, Monitor
 
 
 def convnet(*, norm: bool) -> nn.Module:
@@ -34,7 +34,8 @@ def test_the_scale_of_weights_before_a_batchnorm_does_not_move_the_margin():
                 if isinstance(layer, nn.Conv2d):
                     layer.weight *= scale
         optimizer = sgd(model)
-        monitor = Monitor(model, cross_entropy, optimizer)
+        how = Measurement(quantities=["stability_margin", "lambda_max"])
+        monitor = Monitor(model, cross_entropy, optimizer, how)
         train(model, optimizer, monitor, 1)
         records.append(monitor.history[0])
     one, other = records

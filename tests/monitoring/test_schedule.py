@@ -189,7 +189,7 @@ def test_a_warm_up_is_probed_at_each_rise_of_the_rate_by_half():
     assert max(gaps(ramp)) <= 41  # 1.01^41 = 1.504
 
 
-def test_sentinels_look_every_10_steps_at_first_and_while_a_margin_is_high_else_every_20():
+def test_sentinels_look_at_half_the_age_of_a_run_and_every_10_steps_while_a_margin_is_high():
     def glances(margin: float) -> list[int]:
         schedule, found = schedule_of(), []
         for step in range(400):
@@ -202,10 +202,10 @@ def test_sentinels_look_every_10_steps_at_first_and_while_a_margin_is_high_else_
         return found
 
     calm, risky = glances(0.1), glances(0.4)
-    assert set(gaps([s for s in calm if 85 < s < 100])) <= {10}
+    assert max(gaps([s for s in calm if s < 60])) <= 30
     late = gaps([s for s in calm if s > 150])
-    assert min(late) == 20
-    assert max(late) <= 40  # with a probe in between
+    assert min(late) >= 50
+    assert max(late) <= 100  # with a probe in between
     near = gaps([s for s in risky if s > 150])
     assert min(near) == 10
     assert max(near) <= 20

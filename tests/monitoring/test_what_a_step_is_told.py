@@ -11,7 +11,7 @@ from loops import DENSE, draws, small, train
 from problems import cross_entropy, digits, mlp
 from torch import nn
 
-from geomwatch import Monitor, UsageError
+from geomwatch import Measurement, Monitor, UsageError
 from geomwatch.rules import NonFinite
 
 
@@ -90,7 +90,8 @@ def test_gradients_that_nothing_unscales_are_measured_through_their_scale():
         model = mlp(64, 16, 10)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        monitor = Monitor(model, cross_entropy, optimizer)
+        how = Measurement(quantities=["stability_margin", "lambda_max", "difficulty"])
+        monitor = Monitor(model, cross_entropy, optimizer, how)
         for batch in itertools.islice(draws(), 6):
             optimizer.zero_grad()
             scaler.scale(cross_entropy(model, batch)).backward()
