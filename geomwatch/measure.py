@@ -16,7 +16,8 @@ from geomwatch.curvature.validation import choose_backend
 from geomwatch.isolation.signals import traceless
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
-from geomwatch.quantities.probe import Budget, Probe
+from geomwatch.quantities.plan import Budget
+from geomwatch.quantities.probe import Probe
 from geomwatch.quantities.table import evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Record
 from geomwatch.stability.problem import Stability, learning_rates, stability_of

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from geomwatch.curvature.objective import Objective
-from geomwatch.vectors.layout import generator
+from geomwatch.vectors.layout import Layout, generator
 
 # Of the gradient: the smallest step crosses no kink. But a model may compute parts of itself in
 # float32, whatever its parameters (as an RMSNorm does): then it drowns in rounding.
@@ -24,6 +25,23 @@ _LARGEST_TOLERANCE = 1e-2  # where differences can tell no better
 _ASYMMETRY = 1e-3  # the symmetric cases have 1e-10
 
 
+class Differentiable(Protocol):
+    """What is asked of an Objective."""
+
+    @property
+    def layout(self) -> Layout:
+        """Where its vectors come from."""
+
+    def gradient(self) -> Tensor:
+        """Return g."""
+
+    def gradient_at(self, displacement: Tensor) -> Tensor:
+        """Return g at w + displacement."""
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """Return H v."""
+
+
 @dataclass(frozen=True, slots=True)
 class Validation:
     """What a check of the double-backward HVP against differences of gradients has found."""
@@ -33,7 +51,9 @@ class Validation:
     reason: str = ""
 
 
-def validate(objective: Callable[[], Objective], kept: Tensor | None = None) -> Validation:
+def validate(
+    objective: Callable[[], AbstractContextManager[Differentiable]], kept: Tensor | None = None
+) -> Validation:
     """Compare H v by double backward with differences of gradients, along one random v.
 
     A backward that is not differentiable (raw tensors kept on ctx, computed without a graph) shows
@@ -78,7 +98,7 @@ def _judged(found: _Comparison) -> Validation:
 class _Comparison:
     """H v by double backward beside J v by differences of gradients at several steps."""
 
-    def __init__(self, objective: Objective, kept: Tensor | None) -> None:
+    def __init__(self, objective: Differentiable, kept: Tensor | None) -> None:
         self._objective, self._kept = objective, kept
         v = self._only_kept(objective.layout.normal(generator(0)).to(torch.float64))
         self._v = v / v.norm()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from geomwatch.curvature import batches
 from geomwatch.errors import UsageError, UsageTypeError
 
 _WRONG_DEVICE = "same device|expected device|expected on|weight type|storage has not been allocated"
-_ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator makes of a backward
-_OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
 def check_loss_fn(loss_fn: object) -> None:
@@ -72,30 +68,6 @@ def explain_device(error: RuntimeError, batch: Any, device: torch.device) -> Non
             f"{', '.join(sorted(devices))}. Move the batch before step(batch), or inside "
             f"loss_fn. (torch said: {error})"
         ) from error
-
-
-def find_once_differentiable(loss: Tensor, gradients: Iterable[Tensor | None]) -> str | None:
-    """Name a function in the graph whose backward is marked once_differentiable.
-
-    torch.autograd.grad takes the gradients of such functions for constants in a second pass, and
-    HVPs come out wrong without an error. Walks the graph: a microsecond per node.
-    """
-    waiting: list[Any] = [t.grad_fn for t in (loss, *gradients) if t is not None]
-    seen: set[Any] = set()
-    found = None
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function: Any = getattr(node, "_forward_cls", None)
-        code = getattr(getattr(function, "backward", None), "__code__", None)
-        if code is _ONCE_DIFFERENTIABLE.__code__:
-            return str(function.__name__)
-        if node.name() == _OTHERS_ERROR:
-            found = "a function"
-        waiting += [child for child, _ in node.next_functions]
-    return found
 
 
 # Backward nodes of functions with kinks: their first derivative jumps, as that of ReLU at 0.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from geomwatch.curvature.checks import find_once_differentiable
 from geomwatch.errors import UsageError
 from geomwatch.vectors.layout import Layout
 
@@ -18,6 +19,8 @@ _NO_SECOND = re.compile(
     r"|does not require grad|differentiate twice|trying to differentiate",
     re.IGNORECASE,
 )
+_ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator makes of a backward
+_OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -67,3 +70,27 @@ def product(graph: Sequence[Tensor], leaves: Layout, v: Tensor) -> Tensor:
 def lacks_second_derivative(error: RuntimeError) -> bool:
     """Tell whether an error is about a missing second derivative, not about memory, say."""
     return isinstance(error, NoSecondDerivativeError) or bool(_NO_SECOND.search(str(error)))
+
+
+def find_once_differentiable(loss: Tensor, gradients: Iterable[Tensor | None]) -> str | None:
+    """Name a function in the graph whose backward is marked once_differentiable.
+
+    torch.autograd.grad takes the gradients of such functions for constants in a second pass, and
+    HVPs come out wrong without an error. Walks the graph: a microsecond per node.
+    """
+    waiting: list[Any] = [t.grad_fn for t in (loss, *gradients) if t is not None]
+    seen: set[Any] = set()
+    found = None
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function: Any = getattr(node, "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        if code is _ONCE_DIFFERENTIABLE.__code__:
+            return str(function.__name__)
+        if node.name() == _OTHERS_ERROR:
+            found = "a function"
+        waiting += [child for child, _ in node.next_functions]
+    return found

@@ -10,7 +10,7 @@ import torch
 
 from geomwatch.errors import UsageError
 from geomwatch.quantities.measurement import Measurement
-from geomwatch.stability.problem import unwrap
+from geomwatch.stability.optimizers import optimizer_name
 
 
 def is_disabled() -> bool:
@@ -29,14 +29,6 @@ def run_facts(optimizer: Any, dim: int, names: tuple[str, ...], how: Measurement
         "operator": how.operator,
         "seed": how.seed,
     }
-
-
-def optimizer_name(optimizer: Any) -> str:
-    """Return the optimizer as messages call it: its class, momentum and weight decay."""
-    inner: Any = unwrap(optimizer)
-    group = inner.param_groups[0] if getattr(inner, "param_groups", None) else {}
-    options = [f"{k} {group[k]:g}" for k in ("momentum", "weight_decay") if group.get(k)]
-    return " ".join([type(inner).__name__, *options])
 
 
 def check_state(state: Mapping[str, Any], version: int, own: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
 from geomwatch.monitoring.memory import Difficulty
-from geomwatch.monitoring.prober import Probed, Prober
+from geomwatch.monitoring.probed import Probed
+from geomwatch.monitoring.prober import Prober
 from geomwatch.monitoring.progress import StepCounter, StepScalars, fixed_window, gradient_norm
 from geomwatch.monitoring.schedule import Cadence
 from geomwatch.monitoring.watch import Coming, Watch
@@ -30,6 +31,7 @@ from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
+from geomwatch.quantities.table import paces_of
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks import Sink, as_sinks, run_line
@@ -110,14 +112,14 @@ class Monitor(Resumable):
         self._layout, self._optimizer = layout, optimizer
         self._account = Account(budget, counts_work=bool(controllers))
         plan = Plan(
-            names,
+            paces_of(names),
             interval=(every or Cadence.calm) if how.quantities == "default" else None,
             frugal=budget is not None and not needed,
             per_layer=how.per_layer,
             needed=needed,
         )
         subject = Subject(unwrapped(model), loss_fn, layout, how, self._ranks)
-        prober = Prober(subject, optimizer, names, plan, how)
+        prober = Prober(subject, optimizer, plan, per_layer=how.per_layer, seed=how.seed)
         self._watch = Watch(prober, self._account, every, controlled=bool(controllers))
         self._control = Conductor(() if self._disabled else controllers, optimizer)
         self._dispatch = Dispatch(rules, as_sinks(sinks), on_alert, self._control)

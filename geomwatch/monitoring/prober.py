@@ -16,16 +16,15 @@ from geomwatch.curvature import batches
 from geomwatch.curvature.locate import operation_in
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
-from geomwatch.curvature.smoothness import choose_products
 from geomwatch.curvature.subject import Subject
-from geomwatch.curvature.validation import choose_backend
+from geomwatch.curvature.validation import choose_backend, choose_products
 from geomwatch.curvature.window_weights import Weighing
 from geomwatch.estimators.along_step import Point, Sentinel
 from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.memory import Held
+from geomwatch.monitoring.probed import Probed
 from geomwatch.monitoring.replay_fidelity import ReplayFidelity, gradient_of_step
-from geomwatch.quantities.measurement import Measurement
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.probe import Probe
 from geomwatch.quantities.running_trace import RunningTrace
@@ -77,18 +76,6 @@ class _Found:
     items: int
 
 
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """A record with what only the rules need beside it."""
-
-    record: Record
-    margin: Estimate | None
-    gradient_margin: Estimate
-    layers: tuple[str, ...]
-    limit_ratio: float
-    items: int  # of all ranks
-
-
 class Prober(Resumable):
     """Measures at a training step; keeps warm starts, the running trace and held values."""
 
@@ -102,14 +89,14 @@ class Prober(Resumable):
     _held: Kept[Held]
 
     def __init__(
-        self, subject: Subject, optimizer: Any, names: Sequence[str], plan: Plan, how: Measurement
+        self, subject: Subject, optimizer: Any, plan: Plan, *, per_layer: bool, seed: int
     ) -> None:
         self.ranks, self.optimizer, self.plan = subject.ranks, optimizer, plan
-        self._subject, self._names = subject, tuple(names)
+        self._subject = subject
         self._validation: dict[str, str | int | float | bool] | None = None
         self._sharding: dict[str, str] | None = None
-        self._per_layer = how.per_layer
-        self._rng = generator(how.seed)
+        self._per_layer = per_layer
+        self._rng = generator(seed)
         self._bends: dict[str, float] = {}  # what steps of differences go by
         self._last_margin: float | None = None
         self._is_kinked = False  # one-sided differences were given up
@@ -404,7 +391,7 @@ class Prober(Resumable):
         self.same_data = self.ranks.all(same)
 
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
-        own = {name: estimates[name] for name in self._names if name in estimates}
+        own = {name: estimates[name] for name in self.plan.all_names if name in estimates}
         return own | estimates
 
 

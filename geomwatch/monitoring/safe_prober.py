@@ -10,7 +10,7 @@ import torch
 from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
-from geomwatch.monitoring.prober import Probed, Prober
+from geomwatch.monitoring.probed import Measures, Probed
 from geomwatch.observation.margins import Margin
 from geomwatch.parallel.ranks import RankError
 from geomwatch.quantities.plan import Plan
@@ -25,9 +25,9 @@ class SafeProber(Resumable):
 
     margin: Kept[Margin]
     gradient_margin: Kept[Margin]
-    _prober: Kept[Prober]
+    _prober: Kept[Measures]
 
-    def __init__(self, prober: Prober, account: Account) -> None:
+    def __init__(self, prober: Measures, account: Account) -> None:
         self._prober, self._account = prober, account
         self.paused = False
         self.last: Probed | None = None

@@ -8,14 +8,13 @@ from typing import Any
 
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
-from geomwatch.monitoring.face import optimizer_name
-from geomwatch.monitoring.prober import Probed, Prober
+from geomwatch.monitoring.probed import Measures, Probed
 from geomwatch.monitoring.safe_prober import SafeProber
 from geomwatch.monitoring.schedule import Schedule
 from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
-from geomwatch.stability.optimizers import is_adaptive
+from geomwatch.stability.optimizers import is_adaptive, optimizer_name
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
 
 _NO_BATCH = (
@@ -42,7 +41,7 @@ class Watch(Resumable):
     prober: Kept[SafeProber]
 
     def __init__(
-        self, prober: Prober, account: Account, every: int | None, *, controlled: bool
+        self, prober: Measures, account: Account, every: int | None, *, controlled: bool
     ) -> None:
         self.schedule = Schedule(every, account, prober.ranks)
         self._second_look = SecondLook(controlled=controlled)

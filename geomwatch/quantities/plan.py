@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.quantities.probe import Budget
-from geomwatch.quantities.table import QUANTITIES
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """HVPs a probe may spend on its Lanczos run and its trace samples, and when to stop early."""
+
+    lanczos: int = 20
+    samples: int = 8
+    tol: float = 1e-4
+    is_lean: bool = False  # from the gradient, and without Ritz vectors unless they are asked for
+
 
 # A residual of 5 % is an error of 1 % or less: it enters squared.
 _LEAN = Budget(lanczos=8, samples=1, tol=5e-2, is_lean=True)
@@ -32,7 +41,8 @@ class Plan(Resumable):
     With `interval`, the steps between two probes of a calm run, the choice is ours: everything now
     and then (see `Portions`); else without what is dear and slow to move, and without products of
     another operator than the margin's; and while probes are dense, little more than the margin.
-    With `interval` None all of `names` are measured at each probe. What controllers need is
+    With `interval` None all are measured at each probe. `paces` are the
+    quantities, each with its pace (see `Quantity`). What controllers need is
     measured at each.
     """
 
@@ -42,7 +52,7 @@ class Plan(Resumable):
 
     def __init__(
         self,
-        names: Sequence[str],
+        paces: Mapping[str, str],
         *,
         interval: int | None,
         frugal: bool,
@@ -51,7 +61,7 @@ class Plan(Resumable):
         portions: Portions | None = None,
     ) -> None:
         portions = portions or Portions()
-        self._names = tuple(names)
+        self._paces = dict(paces)
         self._needed = frozenset(needed)
         self._interval = interval
         self._per_layer = per_layer
@@ -63,6 +73,11 @@ class Plan(Resumable):
         self.is_whole = False  # whether the present probe measures what is costly as well
 
     @property
+    def all_names(self) -> tuple[str, ...]:
+        """All that is measured, at one probe or another."""
+        return tuple(self._paces)
+
+    @property
     def is_free(self) -> bool:
         """Whether the choice is ours."""
         return self._interval is not None
@@ -72,7 +87,7 @@ class Plan(Resumable):
 
         With `noise`, and at the first probe, also what batches that differ add to the margin.
         """
-        names = list(self._names)
+        names = list(self._paces)
         self.is_whole = self._interval is None or step >= self._next_whole
         if self._interval is None or self.is_whole:
             self.last_full = step
@@ -80,11 +95,11 @@ class Plan(Resumable):
             return names
         noise = noise or not self.probes
         needed = self._needed | {"stochastic_margin"} if noise else self._needed
-        names = [n for n in names if QUANTITIES[n].pace != "slow" or n in needed]
+        names = [n for n in names if self._paces[n] != "slow" or n in needed]
         if separate:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
         if step - self.last_full < min(self._interval, self.last_full):
-            return [n for n in names if QUANTITIES[n].pace == "dense" or n in needed]
+            return [n for n in names if self._paces[n] == "dense" or n in needed]
         self.last_full = step
         return names
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
 from geomwatch.estimators.sharpness import directional_sharpness
+from geomwatch.quantities.plan import Budget
 from geomwatch.quantities.running_trace import RunningTrace
 from geomwatch.records import Estimate
 from geomwatch.stability.problem import Stability
@@ -27,16 +28,6 @@ from geomwatch.vectors.layout import generator
 _PIECES = 8
 # Of the Ritz vectors of a part of the batch: any of them may be the top one of the whole.
 _COARSE_WEIGHTS = (1.0, 0.9, 0.8, 0.7, 0.6)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """HVPs a probe may spend on its Lanczos run and its trace samples, and when to stop early."""
-
-    lanczos: int = 20
-    samples: int = 8
-    tol: float = 1e-4
-    is_lean: bool = False  # from the gradient, and without Ritz vectors unless they are asked for
 
 
 class Probe:

@@ -85,6 +85,11 @@ def resolve(quantities: str | Sequence[str], *, has_optimizer: bool) -> tuple[st
     return names
 
 
+def paces_of(names: Sequence[str]) -> dict[str, str]:
+    """Return how often a monitor measures each of these by itself."""
+    return {name: QUANTITIES[name].pace for name in names}
+
+
 def ritz_indices(names: Collection[str]) -> tuple[int, ...]:
     """Return which Ritz values, largest first, quantities need to be converged."""
     indices = (QUANTITIES[name].ritz for name in names)

@@ -228,3 +228,11 @@ def _read(c: Coming, key: str) -> Tensor:
     """A state tensor as a vector in the gradient's dtype; zeros before the first step."""
     value = c.state.get(key)
     return torch.zeros_like(c.gradient) if value is None else entries(c.gradient, value)
+
+
+def optimizer_name(optimizer: Any) -> str:
+    """Return the optimizer as messages call it: its class, momentum and weight decay."""
+    inner: Any = unwrap(optimizer)
+    group = inner.param_groups[0] if getattr(inner, "param_groups", None) else {}
+    options = [f"{k} {group[k]:g}" for k in ("momentum", "weight_decay") if group.get(k)]
+    return " ".join([type(inner).__name__, *options])
