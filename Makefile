@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format data wheel clean
+.PHONY: help demo test faults check format data wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -16,6 +16,9 @@ demo: $(VENV)/.demo  ## train a small network on real digits and watch it
 
 test: $(VENV)/.dev  ## run all tests, WORKERS at a time on one thread each
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+faults: $(VENV)/.dev  ## strike at lines and allocations of probes, and count what survives
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/faults.py $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

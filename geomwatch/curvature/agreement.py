@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from geomwatch.isolation.signals import traceless
 from geomwatch.vectors.layout import Layout, generator
 
 # Of the gradient: the smallest step crosses no kink. But a model may compute parts of itself in
@@ -51,6 +52,7 @@ class Validation:
     reason: str = ""
 
 
+@traceless
 def validate(
     objective: Callable[[], AbstractContextManager[Differentiable]], kept: Tensor | None = None
 ) -> Validation:

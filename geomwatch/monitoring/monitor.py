@@ -250,11 +250,13 @@ class Monitor(Resumable):
             The Record when a probe was due, else None.
 
         Raises:
-            UsageError: at the first call, when it is made in the wrong place or without a batch.
+            UsageError: at the first call, when it is made in the wrong place or without a batch;
+                or at the first probe. Nothing else ever stops a run.
         """
         if self._disabled:
             return None
-        with self._account.open(self._counter.steps):
+        survives = self._watch.prober.survives(self._counter.steps, but_wrong_use=not self._called)
+        with survives, self._account.open(self._counter.steps):
             if batch is not None:
                 self.observe(batch)
             window, self._window = self._window, []
@@ -271,6 +273,7 @@ class Monitor(Resumable):
             }
             probed, looked = self._watch.look(step, self._fixed_window or window, known)
             return self._conclude(step, probed, looked=looked)
+        return None
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class SafeProber(Resumable):
         self.margin = self.gradient_margin = Margin()
         self._failures = 0
         self._told: set[str] = set()
+        self._refuses = False  # the first probe has shown that something can't work
 
     def probe(self, window: Sequence[Any], step: int, **known: Any) -> Probed | None:
         """Probe, or report why not and return None.
@@ -45,7 +47,9 @@ class SafeProber(Resumable):
             probed = self._probe_within_memory(window, step, **known)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
             if self._prober.plan.probes == 0:
+                self._refuses = True
                 self._prober.ranks.refuse_after(error)
+                self._refuses = False
             self._report(step, error)
             return None
         self._failures = 0
@@ -105,6 +109,25 @@ class SafeProber(Resumable):
         """Probe again after a pause."""
         self.paused = False
         self._failures = 0
+
+    @contextlib.contextmanager
+    def survives(self, step: int, *, but_wrong_use: bool) -> Iterator[None]:
+        """Let no error out of the block, but a UsageError of the first call or the first probe."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, training goes on
+            if isinstance(error, UsageError) and (but_wrong_use or self._refuses):
+                raise
+            if type(error).__name__ not in self._told:
+                self._told.add(type(error).__name__)
+                logger.warning(
+                    "step %d: watching it failed with %s: %s. Training goes on untouched. This is "
+                    "said once.",
+                    step,
+                    type(error).__name__,
+                    error,
+                    exc_info=error,
+                )
 
     def tell(self, message: str) -> None:
         """Warn of something, once."""

@@ -29,6 +29,7 @@ from geomwatch.estimators.normalized_sharpness import (
 from geomwatch.estimators.roughness import roughness, roughness_residual
 from geomwatch.estimators.sharpness import sharpness_by_losses
 from geomwatch.estimators.stochastic_margin import stochastic_margin
+from geomwatch.isolation.signals import traceless
 from geomwatch.quantities.probe import Probe
 from geomwatch.records import Estimate
 
@@ -121,6 +122,7 @@ def evaluate_layers(probe: Probe) -> dict[str, Estimate]:
     return found
 
 
+@traceless
 def attempt(quantity: Callable[[], Estimate]) -> Estimate:
     """Return an estimate, or one without a value that says why it could not be had."""
     try:
