@@ -20,19 +20,21 @@ class Difficulty(Resumable):
 
     _total: Kept[float]
     _missing: Kept[bool]
-    _norm: Kept[float]
+    _step: Kept[int]
 
     def __init__(self) -> None:
         self._total = 0.0
         self._missing = False  # lambda_max, at the last step
-        self._norm = 0.0  # of the gradient, held for the steps at which nobody asks for it
+        self._step = -1  # of the last one that was added
 
     def update(self, lr: float, step: Settled, lambda_max: float | None) -> None:
-        """Add one optimizer step, if it was taken with a finite gradient."""
+        """Add a step whose gradient norm is known, for all since the last one that was taken."""
         self._missing = lambda_max is None
-        self._norm = self._norm if step.grad_norm is None else step.grad_norm
-        if lambda_max is not None and step.stepped and math.isfinite(self._norm):
-            self._total += lr * self._norm**2 * abs(lambda_max)
+        norm, since = step.grad_norm, max(step.step - self._step, 1)
+        if lambda_max is None or norm is None or not step.stepped or not math.isfinite(norm):
+            return
+        self._step = step.step
+        self._total += since * lr * norm**2 * abs(lambda_max)
 
     def estimate(self) -> Estimate:
         """Return the sum so far; none where lambda_max was never known."""

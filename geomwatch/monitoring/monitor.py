@@ -358,7 +358,7 @@ class Monitor(Resumable):
         if grad_norm is None and self._wants_norm(loss):
             grad_norm = gradient_norm(self._layout.params) / grad_scale
         self._scalars.put(steps, loss, grad_norm)
-        if settled is not None and self._has_difficulty:
+        if self._has_difficulty and settled is not None and settled.grad_norm is not None:
             lr = self._control.scale * max(self._lr)
             self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
         self._lr = learning_rates(self._optimizer)

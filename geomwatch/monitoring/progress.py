@@ -147,8 +147,9 @@ class _Scalar:
 def _reader(value: Tensor | float | None) -> _Read:
     if value is None:
         return _nothing
-    if isinstance(value, float):
-        return partial(float, value)
+    is_here = type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu"
+    if is_here or isinstance(value, float):
+        return partial(float, float(value))
     return _Scalar(value).read
 
 

@@ -71,6 +71,12 @@ class Schedule(Resumable):
         self.last_probe = -1  # its step
         self.jumped = False  # the rate, at the last step that was asked about
 
+    def is_quiet(self, index: int, rates: tuple[float, ...]) -> bool:
+        """Tell whether nothing can be due: no step of a look, at the rates of the step before."""
+        is_quiet = rates == self._rates and index < self._next and index < self._next_sentinel
+        self.jumped = self.jumped and not is_quiet
+        return is_quiet
+
     def look(
         self,
         index: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from geomwatch.isolation.state import Kept, Resumable
@@ -49,6 +49,8 @@ class Watch(Resumable):
         self._ranks, self._optimizer = prober.ranks, prober.optimizer
         self._name = optimizer_name(prober.optimizer)
         self._adaptive = is_adaptive(unwrap(prober.optimizer))
+        self._controlled = controlled
+        self._plain: Observation | None = None  # of the last step at which nothing was due
 
     def look(
         self, step: Coming, window: Sequence[Any], known: dict[str, Any]
@@ -58,6 +60,9 @@ class Watch(Resumable):
         Returns what a probe has found, and whether a sentinel has.
         """
         prober, schedule = self.prober, self.schedule
+        if schedule.is_quiet(step.index, step.lr):
+            return None, False
+        self._plain = None
         if prober.paused and self._ranks.size == 1:
             return None, False
         due = schedule.look(
@@ -85,6 +90,15 @@ class Watch(Resumable):
 
     def observation(self, step: Coming, record: Record | None, *, looked: bool) -> Observation:
         """Return what rules and controllers see of a step."""
+        if self._plain is not None and not looked and record is None:
+            return replace(self._plain, index=step.index, settled=step.settled)
+        seen = self._observed(step, record, looked)
+        # a controller goes by what changes with the step itself
+        if record is None and not looked and not self._controlled:
+            self._plain = seen
+        return seen
+
+    def _observed(self, step: Coming, record: Record | None, looked: bool) -> Observation:
         prober = self.prober
         last = prober.last
         return Observation(
