@@ -15,36 +15,20 @@ from geomwatch.records import Estimate
 class NoiseLevels(Documented):
     """How much noise is too much for a start: it grows about tenfold as the loss falls."""
 
-    sgd: float = level(
-        0.3,
-        "noise part N of SGD",
-        source="decision 020: up to 4 x the tuned rate .26 at most, failing .32",
-    )
-    adaptive: float = level(
-        1.8, "N of methods that adapt, from step `settled` on", source="decision 020: healthy 1.76"
-    )
-    first: float = level(
-        4.0,
-        "N of these before step `settled`,",
-        source="decision 020: healthy 3.1 at most, failing 5",
-    )
+    sgd: float = level(0.3, "noise part N of SGD", source="decision 020: healthy .26, failing .32")
+    adaptive: float = level(1.8, "N of methods that adapt", source="decision 020: healthy 1.76")
+    first: float = level(4.0, "N of these before `settled`", source="decision 020: healthy 3.1")
     first_margin: float = level(
         0.6,
-        "and the stability margin that makes it matter",
-        source="decisions 020 and 021: a fresh head has N 190 and M .2",
+        "margin that goes with it",
+        source="decision 021: a fresh head",
     )
-    planned: float = level(
-        0.4, "N of SGD at a planned peak", source="decision 020: trained .14 at most, failed .48"
-    )
-    settled: int = level(
-        2, "steps after which a preconditioner has seen two gradients", source="theory: v = g^2"
-    )
+    planned: float = level(0.4, "N of SGD at a planned peak", source="decision 020: healthy .14")
+    settled: int = level(2, "steps until v has seen two gradients", source="theory")
     young: int = level(10, "the last step of a start", source="decision 020")
     aimed: float = level(0.1, "N that advice aims for, of SGD", source="decision 020: tuned rates")
     aimed_adaptive: float = level(0.5, "the same of methods that adapt", source="decision 020")
-    aimed_margin: float = level(
-        0.15, "stability margin aimed for before step `settled`", source="decision 020"
-    )
+    aimed_margin: float = level(0.15, "margin aimed for before `settled`", source="decision 020")
 
     def at(self, step: Observation, *, planned: bool = False) -> float:
         """Return how much noise is too much in the first steps, or at a peak that is planned."""

@@ -62,7 +62,10 @@ class Documented:
         """Write the declared fields into the docstring."""
         super().__init_subclass__()
         own = [(n, f) for n, f in vars(cls).items() if isinstance(f, dataclasses.Field)]
-        lines = [_argument(name, found) for name, found in own if "what" in found.metadata]
+        kinds = [kind for kind in cls.__bases__ if dataclasses.is_dataclass(kind)]
+        inherited = [(f.name, f) for kind in kinds for f in fields_of(kind)]
+        every = {**dict(own), **{n: f for n, f in inherited if n not in vars(cls)}}
+        lines = [_argument(name, f) for name, f in every.items() if "what" in f.metadata]
         if lines:
             text, mark, raises = inspect.cleandoc(cls.__doc__ or "").partition("\n\nRaises:\n")
             cls.__doc__ = "\n".join([text, "", "Args:", *lines]) + mark + raises

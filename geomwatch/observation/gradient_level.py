@@ -21,21 +21,11 @@ class GradientLevels(Documented):
     many times that of small ones. Where every step sees the same data it is the former.
     """
 
-    sgd: float = level(
-        7.0, "gradient margin of SGD, in a mean over many steps", source="decisions 014 and 020"
-    )
-    adaptive: float = level(
-        12.0, "the same of methods that adapt their steps, as Adam", source="decisions 014 and 020"
-    )
+    sgd: float = level(7.0, "gradient margin of SGD, long mean", source="decision 020")
+    adaptive: float = level(12.0, "the same of methods that adapt", source="decision 020")
     power: float = level(1 / 3, "power of the batch that levels grow with", source="decision 014")
-    quiet: float = level(
-        2.5,
-        "times higher where batches agree on the curvature",
-        source="decision 018: five healthy GPTs under SGD",
-    )
-    edge: float = level(
-        1.3, "times the limit of the full batch: no level lies beyond", source=GUESS
-    )
+    quiet: float = level(2.5, "times higher where batches agree", source="decision 018: five GPTs")
+    edge: float = level(1.3, "highest level, in full-batch limits", source=GUESS)
 
     def at(self, step: Observation, at_64: float | None = None, *, is_quiet: bool = False) -> float:
         """Return a level for this batch and this optimizer.

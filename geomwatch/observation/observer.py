@@ -50,23 +50,15 @@ class Observer(Documented, Resumable):
 
     settles: int = level(
         20,
-        "the first step at which batches that agree mean something",
-        source="decision 012 for the idea; the number is a guess",
+        "step from which on agreeing tells",
+        source="decision 012 why; a guess",
     )
-    lasts: float = level(
-        3.0,
-        "times the step of a look, up to which it is believed",
-        source="decision 019: a GPT under AdamW",
-    )
-    holds: float = level(2.0, "times the rate of a look, up to which it is believed", source=GUESS)
-    quiet: float = level(
-        1.3,
-        "stochastic over full-batch margin, below which batches agree",
-        source="decisions 012 and 018",
-    )
-    still: float = level(1.8, "the same, up to which they go on to", source="decision 018: a ramp")
-    noisy: float = level(2.5, "the same, above which noise dominates", source="decision 012")
-    near: float = level(0.1, "margin from which on agreeing means something", source=GUESS)
+    lasts: float = level(3.0, "times its step: believed so long", source="decision 019: a GPT")
+    holds: float = level(2.0, "times its rate: believed so far", source=GUESS)
+    quiet: float = level(1.3, "M_ms / M: batches agree below", source="decision 018")
+    still: float = level(1.8, "M_ms / M: they go on to below", source="decision 018: a ramp")
+    noisy: float = level(2.5, "M_ms / M: noise dominates above", source="decision 012")
+    near: float = level(0.1, "margin from which on agreeing tells", source=GUESS)
     matters: float = level(0.5, "margin that needs belief", source=GUESS)
 
     _noise: Kept[float | None] = field(init=False, default=None)  # M_ms / M

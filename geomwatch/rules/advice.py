@@ -19,18 +19,16 @@ class Advice(Documented):
     """
 
     margin: float = level(0.4, "stability margin aimed for", source="decision 017")
-    margin_full_batch: float = level(
-        0.8, "the same where every step sees the same data", source="decision 017"
-    )
+    margin_full_batch: float = level(0.8, "the same in full-batch training", source="decision 017")
     gradient: float = level(
-        0.21, "share of its level that the gradient margin is to have", source="decision 017"
+        0.21, "gradient margin aimed for, as a share of its level", source="decision 017"
     )
     gradient_full_batch: float = level(
-        0.6, "the same where every step sees the same data", source="decision 017"
+        0.6, "the same in full-batch training", source="decision 017"
     )
     start: float = level(
         3.0,
-        "times as much of it in the first steps, whose gradients lie along sharp directions",
+        "times as much of it in the first steps, along sharp directions",
         source="decision 017",
     )
     young: int = level(20, "last step at which it costs less to start again", source="decision 017")
@@ -84,7 +82,7 @@ class LossAdvice(Advice):
     """The same where the loss says that the rate is too high, which bounds the answer."""
 
     most: float = level(
-        1 / 10, "share of the rate, at most, where a loss has risen", source="decision 017"
+        1 / 10, "share of the rate, at most, for a risen loss", source="decision 017"
     )
     least: float = level(1 / 30, "share of the rate, at least, there", source="decision 017")
 

@@ -34,9 +34,7 @@ class BatchNoise(Deferring, LatchedRule):
     says = ("warning",)
 
     noise: NoiseLevels = group(NoiseLevels, "of N = M_ms - M")
-    at_once: float = level(
-        1.0, "noise part of SGD that is told of before the first step", source=GUESS
-    )
+    at_once: float = level(1.0, "noise part of SGD told of before the first step", source=GUESS)
     advice: Advice = group(Advice, "the rate to go on at")
 
     def __call__(self, step: Observation) -> Alert | None:

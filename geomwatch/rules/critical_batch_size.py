@@ -33,8 +33,8 @@ class CriticalBatchSize(LatchedRule):
 
     far: float = level(
         10.0,
-        "times that the batch is above or below",
-        source="McCandlish et al. 2018: a tenth saves 9 %",
+        "times above or below",
+        source="McCandlish et al. 2018",
         check=above(1),
     )
     least: int = level(3, "measurements in the mean, at least", source=GUESS, check=whole(2))

@@ -30,9 +30,7 @@ class FlatButRough(LatchedRule):
     reads = "probe"
     says = ("warning",)
 
-    rough: float = level(
-        0.1, "share of the roughness that a parabola leaves", source="six healthy nets: below 0.08"
-    )
+    rough: float = level(0.1, "share that a parabola leaves", source="six healthy nets: below 0.08")
     unusual: float = level(5.0, "times the run's own median of it", source=GUESS, check=above(1))
     sure: float = level(2.0, "standard errors", source=GUESS)
     flat: float = level(0.25, "quantile of the run's own traces", source=GUESS, check=between(0, 1))

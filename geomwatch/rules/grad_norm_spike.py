@@ -41,8 +41,8 @@ class GradNormSpike(LatchedRule):
     floor: float = level(0.1, "standard deviation of log norms, at least", source=GUESS)
     percentile: float = level(
         0.9,
-        "quantile of the history to clip at",
-        source="AutoClip, Seetharaman et al. 2020",
+        "quantile of norms to clip at",
+        source="AutoClip",
         check=between(0, 1),
     )
 

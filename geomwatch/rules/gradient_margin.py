@@ -19,16 +19,16 @@ from geomwatch.rules.rule import LatchedRule
 class FirstValues(Documented):
     """One value of SGD in the first steps, where a run that is lost shows it."""
 
-    limit: float = level(22.0, "gradient margin that is critical", source="decision 020")
+    limit: float = level(22.0, "gradient margin: critical", source="decision 020")
     start: int = level(3, "first step: a spike before it may heal", source="decision 014")
-    end: int = level(12, "last step", source="decision 014")
+    end: int = level(12, "last step of these", source="decision 014")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LastValues(Documented):
     """The mean of the last few values of SGD."""
 
-    limit: float = level(13.0, "gradient margin that warns", source="decision 020")
+    limit: float = level(13.0, "gradient margin: warning", source="decision 020")
     count: int = level(3, "measurements in the mean", source="decision 014")
     span: int = level(40, "steps that the mean looks back", source=GUESS)
 
@@ -66,14 +66,10 @@ class GradientMargin(LatchedRule):
     levels: GradientLevels = group(GradientLevels, "of the long mean")
     first: FirstValues = group(FirstValues, "one value of the first steps")
     last: LastValues = group(LastValues, "the short mean")
-    at_once: float = level(
-        2.0, "limits of the full batch: one value that is critical", source=GUESS
-    )
-    at_once_full_batch: float = level(
-        3.0, "the same where every step sees the same data", source=GUESS
-    )
+    at_once: float = level(2.0, "one value, in full-batch limits: critical", source=GUESS)
+    at_once_full_batch: float = level(3.0, "the same in full-batch training", source=GUESS)
     calm: float = level(
-        0.7, "share of a level, below which it is over", source=GUESS, check=between(0, 1)
+        0.7, "share of its level below which it is over", source=GUESS, check=between(0, 1)
     )
     span: int = level(60, "steps that the long mean looks back", source="decision 014")
     least: int = level(4, "measurements in the long mean, at least", source=GUESS)

@@ -23,23 +23,11 @@ class StartOfLosses(Documented):
 
     steps: int = level(10, "losses that make a start", source="decision 015")
     last: int = level(5, "of them whose median counts", source="decision 015")
-    healed: int = level(
-        5, "losses after which a spike has healed if it does", source="decision 020: a GPT"
-    )
-    rise: float = level(
-        0.05, "share of the first loss that the median lies above it", source="decision 015"
-    )
-    spike: float = level(
-        0.4,
-        "share of the first loss that a single one lies above it",
-        source="decision 020: a GPT under AdamW",
-    )
-    margin: float = level(
-        0.6, "stability margin that makes the rate a likely reason", source="decision 015"
-    )
-    margin_full_batch: float = level(
-        3.0, "the same where every step sees the same data", source="decision 015: catapults"
-    )
+    healed: int = level(5, "losses in which a spike heals, if it does", source="decision 020")
+    rise: float = level(0.05, "share of the first loss, median above it", source="decision 015")
+    spike: float = level(0.4, "share of the first loss, one above it", source="decision 020: a GPT")
+    margin: float = level(0.6, "margin that makes the rate suspect", source="decision 015")
+    margin_full_batch: float = level(3.0, "the same in full-batch training", source="decision 015")
     items: int = level(16, "items in a batch; of fewer one loss says little", source="decision 015")
 
 
@@ -58,14 +46,10 @@ class LossRise(LatchedRule):
     name = "loss_rise"
     says = ("warning", "critical")
 
-    share: float = level(
-        0.3,
-        "share of the first loss that the mean may rise",
-        source="decision 014: 0.7 nats of 2.3",
-    )
-    noise: float = level(3.0, "standard deviations of one loss that it may rise", source=GUESS)
+    share: float = level(0.3, "share of the first loss that the mean rises", source="decision 014")
+    noise: float = level(3.0, "standard deviations of one loss that it rises", source=GUESS)
     in_a_row: int = level(
-        3, "losses that must be above as well", source="32 runs of 3,000 steps, batches of 1 to 4"
+        3, "losses that must be above too", source="32 runs with batches of 1 to 4"
     )
     smoothing: float = level(
         0.8, "weight of the past in the mean loss", source=GUESS, check=between(0, 1)
@@ -76,7 +60,7 @@ class LossRise(LatchedRule):
     young: int = level(10, "losses until noise is known", source=GUESS)
     least: int = level(5, "losses before there is a minimum", source=GUESS)
     calm: float = level(
-        0.5, "share of the limit, below which it is over", source=GUESS, check=between(0, 1)
+        0.5, "share of that rise below which it is over", source=GUESS, check=between(0, 1)
     )
     start: StartOfLosses = group(StartOfLosses, "the first steps")
     span: int = level(60, "steps whose margins the advice goes by", source=GUESS)

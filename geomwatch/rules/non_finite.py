@@ -25,9 +25,7 @@ class NonFinite(LatchedRule):
     name = "non_finite"
     says = ("info", "critical")
 
-    skips: int = level(
-        5, "steps left out in a row that are critical", source="theory: a factor of 32 in scale"
-    )
+    skips: int = level(5, "steps left out in a row: critical", source="theory: scale / 32")
     once: Once = group(soon_over, "when an alert is news again")
     advice: LossAdvice = group(LossAdvice, "the rate to go on at")
 

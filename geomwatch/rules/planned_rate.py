@@ -35,24 +35,15 @@ class PlannedRate(Documented, Deferring):
     reads = "probe"
     says = ("warning", "critical")
 
-    warning: float = level(
-        3.0, "margin at the peak that warns", source="138 runs: up to 2.4 trained well"
-    )
-    critical: float = level(
-        5.0, "margin at the peak that is critical", source="138 runs: above it all failed"
-    )
+    warning: float = level(3.0, "margin at the peak: warning", source="138 runs: 2.4 trains well")
+    critical: float = level(5.0, "margin at the peak: critical", source="138 runs: all failed")
     at_once: float = level(
         10.0,
-        "margin at the peak that is told of at once",
-        source="decision 020: five full-batch Adam runs",
+        "margin at the peak: told at once",
+        source="decision 020: five runs",
     )
-    target: float = level(1.0, "margin at the peak that advice aims for", source="theory")
-    ahead: float = level(
-        1.05,
-        "times the first rate: a peak from which on there is a plan",
-        source=GUESS,
-        check=above(1),
-    )
+    target: float = level(1.0, "margin at the peak: aim of the advice", source="theory")
+    ahead: float = level(1.05, "times the first rate: a plan", source=GUESS, check=above(1))
     noise: NoiseLevels = group(NoiseLevels, "of N = M_ms - M")
 
     waits: Kept[bool] = field(init=False, default=True)  # for the first step that moves weights

@@ -21,10 +21,8 @@ from geomwatch.rules.rule import LatchedRule
 class StochasticLevels(Documented):
     """Levels of the stochastic margin, where this step's probe could measure it."""
 
-    sgd: float = level(3.5, "stochastic margin of SGD", source="jumps of decision 018, no table")
-    adaptive: float = level(
-        6.0, "the same of methods that adapt", source="jumps of decision 018, no table"
-    )
+    sgd: float = level(3.5, "stochastic margin of SGD", source="decision 018, no table")
+    adaptive: float = level(6.0, "the same of methods that adapt", source="decision 018, no table")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -55,13 +53,9 @@ class RateJump(LatchedRule):
     stochastic: StochasticLevels = group(StochasticLevels, "of the stochastic margin")
     quiet: float = level(1.2, "margin of SGD where noise does not dominate", source="decision 012")
     beyond: float = level(2.0, "margin at whatever noise", source=GUESS)
-    full_batch: float = level(
-        2.2, "margin where every step sees the same data", source="decision 012"
-    )
+    full_batch: float = level(2.2, "margin in full-batch training", source="decision 012")
     held: float = level(2.0, "times higher levels at a step without a probe", source=GUESS)
-    target: float = level(
-        0.5, "share of the level that advice aims for", source=GUESS, check=between(0, 1)
-    )
+    target: float = level(0.5, "share of the level aimed for", source=GUESS, check=between(0, 1))
     probes: int = level(3, "measurements in a mean, at most", source="decision 012")
     span: int = level(200, "steps that a mean looks back", source=GUESS)
 

@@ -49,7 +49,7 @@ class Once(Documented):
     release: int = level(15, "steps of calm until an alert is over", source=GUESS)
     cooldown: int = level(
         25,
-        "steps after that until there may be another, unless critical",
+        "steps to the next one, unless critical",
         source=GUESS,
         check=whole(0),
     )

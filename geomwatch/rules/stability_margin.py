@@ -21,25 +21,21 @@ from geomwatch.rules.rule import LatchedRule, Persistence
 class FullBatchLevels(Documented):
     """Levels of training that sees the same data at every step: it lives at the limit."""
 
-    edge: float = level(
-        0.9,
-        "mean margin that is the edge of stability, as information",
-        source="Cohen et al. 2021, edge of stability",
-    )
-    warning: float = level(1.3, "mean margin that warns, if the loss rises", source=GUESS)
+    edge: float = level(0.9, "mean margin: edge of stability, info", source="Cohen et al. 2021")
+    warning: float = level(1.3, "mean margin: warning, if the loss rises", source=GUESS)
     critical: float = level(
         2.0,
-        "mean margin that is critical after `persistence` steps",
-        source="runs survived 2 to 2.75, diverged above 3",
+        "mean margin: critical if it lasts",
+        source="runs survived 2 to 2.75",
     )
-    at_once: float = level(3.0, "one margin that is critical", source="the same runs")
+    at_once: float = level(3.0, "one margin: critical", source="runs diverged above 3")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StartLevels(Documented):
     """The first steps, which may leave sharp weights by a harmless catapult."""
 
-    at_once: float = level(10.0, "one margin that is critical at step 0", source=GUESS)
+    at_once: float = level(10.0, "one margin at step 0: critical", source=GUESS)
     warm_up: int = level(10, "first steps, without warnings", source=GUESS, check=whole(0))
 
 
@@ -50,12 +46,10 @@ class OwnPast(Documented):
     margin: float = level(
         2.0,
         "times the median of eta lambda_max",
-        source="160 healthy runs, 32 failing",
+        source="192 runs",
         check=above(1),
     )
-    loss: float = level(
-        1.5, "times the median of the loss", source="the same runs: Lion grew 4-8 x", check=above(1)
-    )
+    loss: float = level(1.5, "times the median of the loss", source="192 runs", check=above(1))
     least: int = level(5, "measurements before there is a usual", source=GUESS)
     most: int = level(20, "measurements that make it", source=GUESS)
 
@@ -78,24 +72,22 @@ class StabilityMargin(LatchedRule):
     reads = "probe"
     says = ("info", "warning", "critical")
 
-    warning: float = level(0.8, "mean margin that warns", source="decision 020")
-    critical: float = level(
-        1.0, "mean margin that is critical after `persistence` steps", source="theory: its limit"
-    )
-    at_once: float = level(2.5, "one margin that is critical", source="decision 020")
+    warning: float = level(0.8, "mean margin: warning", source="decision 020")
+    critical: float = level(1.0, "mean margin: critical if it lasts", source="theory: the limit")
+    at_once: float = level(2.5, "one margin: critical", source="decision 020")
     full_batch: FullBatchLevels = group(FullBatchLevels, "where every step sees the same data")
     start: StartLevels = group(StartLevels, "the first steps")
     own_past: OwnPast = group(OwnPast, "optimizers without a formula")
     calm: float = level(
         0.7,
-        "share of the level that warns, below which it is over",
+        "share of the warning level below which it is over",
         source=GUESS,
         check=between(0, 1),
     )
     probes: int = level(3, "measurements in a mean, at most", source="decision 005")
     span: int = level(60, "steps that a mean looks back", source=GUESS)
     persistence: int = level(
-        5, "steps that a mean must stay critical", source="decision 005", check=whole(0)
+        5, "steps that a mean must last", source="decision 005", check=whole(0)
     )
     advice: Advice = group(Advice, "the rate to go on at")
 
