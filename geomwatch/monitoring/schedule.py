@@ -31,6 +31,7 @@ class Cadence:
     steepness: float = 3.4  # intervals shrink as (attention / margin)^3.4: 1/20 at 0.6
     sentinels: int = 50  # between two sentinels of a calm run, half of its age before that,
     close_sentinels: int = 10  # and at least so many, as where the margin is above `attention`
+    again: int = 10  # until what the budget did not allow is asked for again
     norms: int = 10  # between two norms of the gradient, which cost some 10 us a tensor
     rise: float = 1.5  # of the rate since the last probe, across which no margin is trusted,
     risky_rise: float = 1.15  # and where the margin is above `attention`
@@ -109,6 +110,7 @@ class Schedule(Resumable):
             worth = self._account.units.probe
             if self._ranks.all(urgent or self._account.affords(worth)):
                 return "probe"
+            self._next = max(self._next, index + c.again)
         wanted = index >= self._next_sentinel or growth_along > c.risky_rise
         return "sentinel" if wanted else "nothing"
 
