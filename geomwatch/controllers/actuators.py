@@ -98,6 +98,8 @@ class LearningRate(Actuator):
                 optimizer.register_step_post_hook(after),
                 optimizer.register_state_dict_pre_hook(after),
             ]
+            for handle in self._handles:
+                weakref.finalize(self, handle.remove)
 
     def value(self, rates: Sequence[float]) -> float:
         """Return the factor that rates are multiplied by."""
@@ -152,6 +154,8 @@ class StepClip(Actuator):
         self._optimizer = optimizer
         hook = _calling(self, "_clip")
         self._handle = None if self.obstacle else optimizer.register_step_pre_hook(hook)
+        if self._handle is not None:
+            weakref.finalize(self, self._handle.remove)
 
     def close(self) -> None:
         """Take the hook off."""

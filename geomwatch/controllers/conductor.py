@@ -61,6 +61,22 @@ class Conductor(Resumable):
         self._pending: list[Move] = []
         self._advised: set[str] = set()
         self._broken: set[str] = set()
+        self._closed = False
+
+    @property
+    def turns(self) -> bool:
+        """Whether it may turn a knob of its optimizer."""
+        return not self._closed and len(self._dry) < len(self._asked)
+
+    def follow(self, optimizer: Any) -> None:
+        """Turn the knobs of another optimizer; what hangs on a host's own stays."""
+        for controller in self._asked:
+            present = self._actuators[controller.knob]
+            if not isinstance(present, LearningRate | StepClip):
+                continue
+            present.close()
+            self._actuators[controller.knob] = self._own_actuator(controller, unwrap(optimizer))
+        self.resumed()
 
     @property
     def knobs(self) -> list[str]:
@@ -130,6 +146,7 @@ class Conductor(Resumable):
 
     def close(self) -> None:
         """Put the loop back as it was."""
+        self._closed = True
         for actuator in self._actuators.values():
             actuator.close()
 

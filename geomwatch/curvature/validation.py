@@ -92,6 +92,8 @@ def choose_backend(subject: Subject, batch: Any) -> tuple[Subject, Facts]:
     if found.passed is False:
         facts["validation_failed"] = True
     wrong = ranks.any(found.passed is False) and hvp == "auto"
+    if wrong:
+        facts["fallback"] = found.reason or "another rank has found double backward wrong"
     return (subject.set(hvp="finite_difference") if wrong else subject), facts
 
 

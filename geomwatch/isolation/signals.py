@@ -33,6 +33,18 @@ def users(function: Callable[..., T], *arguments: Any) -> T:
     return function(*arguments) if held is None else held.within(function, *arguments)
 
 
+def raised_by_users(error: BaseException) -> bool:
+    """Tell whether an error comes out of code that `users` has called."""
+    calls = {users.__code__, HeldSignals.within.__code__}
+    inside, frame = False, error.__traceback__
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        if inside and code not in calls:
+            return True
+        inside, frame = inside or code in calls, frame.tb_next
+    return False
+
+
 def handle_signals() -> None:
     """Handle the signals that wait, in a place where an exception does no harm."""
     if _THREAD.held is not None:

@@ -18,6 +18,7 @@ from geomwatch.rules.rule import Rule, is_due
 from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
 
 T = TypeVar("T")
+_OF_THE_LOSS = ("loss_rise", "non_finite")  # what rules remember of any parameters
 
 
 class Dispatch(Resumable):
@@ -38,6 +39,8 @@ class Dispatch(Resumable):
     ) -> None:
         self._judges = resolve(rules)
         self._rules = [rule for rule in self._judges if hasattr(rule, "state_dict")]
+        of_curvature = (r for r in self._rules if r.name not in _OF_THE_LOSS)
+        self._at_first = [(r, r.state_dict()) for r in of_curvature if isinstance(r, Resumable)]
         self._observer = Observer()
         self._sinks: list[Sink] = [Log(), *sinks]
         self._on_alert = on_alert
@@ -75,6 +78,12 @@ class Dispatch(Resumable):
             self.emit(adjustment_line(adjustment))
         self._control.apply(step.lr)
         return record
+
+    def forget(self) -> None:
+        """Forget what was measured of other parameters, or of another optimizer."""
+        self._observer = Observer()
+        for rule, state in self._at_first:
+            rule.load_state_dict(state)
 
     def emit(self, line: Line) -> None:
         """Send a line to the log and the sinks."""

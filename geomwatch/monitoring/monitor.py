@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geomwatch.controllers.actuators import CLIP, Actuator
+from geomwatch.controllers.claim import claim
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.controllers.protocol import Controller, check_controllers
 from geomwatch.curvature.checks import check_loss_fn, check_optimizer
@@ -19,6 +20,7 @@ from geomwatch.curvature.subject import Subject
 from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
+from geomwatch.monitoring.changes import Changes, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
 from geomwatch.monitoring.memory import Difficulty
@@ -34,7 +36,7 @@ from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.rule import Rule
-from geomwatch.sinks import Sink, as_sinks, run_line
+from geomwatch.sinks import Sink, as_sinks, logger, run_line
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout
 
@@ -103,13 +105,13 @@ class Monitor(Resumable):
         check_loss_fn(loss_fn)
         check_optimizer(optimizer)
         budget = budget_of(every, budget)
-        layout = Layout.of(unwrapped(model) if isinstance(model, nn.Module) else model, how.params)
+        self._changes = Changes(model, how.params, optimizer)
         controllers = check_controllers(controllers)
         needed = {name for c in controllers for name in getattr(c, "needs", ())}
         names = tuple(dict.fromkeys((*how.names(has_optimizer=True), *sorted(needed))))
         self._disabled = is_disabled()
         self._ranks = Ranks.of(model)
-        self._layout, self._optimizer = layout, optimizer
+        layout, self._optimizer = self._changes.layout, optimizer
         self._account = Account(budget, counts_work=bool(controllers))
         plan = Plan(
             paces_of(names),
@@ -121,7 +123,9 @@ class Monitor(Resumable):
         subject = Subject(unwrapped(model), loss_fn, layout, how, self._ranks)
         prober = Prober(subject, optimizer, plan, per_layer=how.per_layer, seed=how.seed)
         self._watch = Watch(prober, self._account, every, controlled=bool(controllers))
-        self._control = Conductor(() if self._disabled else controllers, optimizer)
+        self._control = claim(
+            optimizer, Conductor(() if self._disabled else controllers, optimizer)
+        )
         self._dispatch = Dispatch(rules, as_sinks(sinks), on_alert, self._control)
         self._difficulty = Difficulty()
         self._has_difficulty = "difficulty" in names
@@ -192,21 +196,30 @@ class Monitor(Resumable):
             )
         self._counter.steps = step
 
-    def succeed(self, before: Monitor) -> None:
-        """Take the place of a monitor of other parameters: the same run goes on.
+    def follow(self, optimizer: Any, *, params: str | Sequence[str] | None = None) -> None:
+        """Watch the steps of another optimizer from now on, as where a phase of a recipe makes one.
 
-        Its step, the memories of its rules and controllers and all that it has recorded are taken
-        over. The first probe starts cold.
+        `params` are the parameters to measure, where they are others (see `Measurement`). What was
+        measured so far is forgotten, and the next call probes. A new torch optimizer is found
+        without this within three steps.
 
         Raises:
-            UsageError: it has other rules or controllers.
+            UsageError: it is no optimizer, or another monitor's controllers turn its rates.
         """
-        self.start_at(before._counter.steps)
-        self._dispatch.load_state_dict(before._dispatch.state_dict())
-        self._control.load_state_dict(before._control.state_dict())
-        self.history.extend(before.history)
-        self.alerts.extend(before.alerts)
-        self.adjustments.extend(before.adjustments)
+        check_optimizer(optimizer)
+        if self._disabled:
+            return
+        claim(optimizer, self._control)
+        counter, by_hook = self._counter, self._counter.is_automatic
+        self._optimizer = optimizer
+        self._control.follow(optimizer)
+        self._changes.search.reset()
+        counter.follow(unwrap(optimizer), self._layout.params)
+        if self._lr:  # without a hook the step of the last call is counted by the next one
+            counter.steps += counter.is_automatic - by_hook
+        self._changes.patterns = params if params is not None else self._changes.patterns
+        self._lr = learning_rates(optimizer) if self._lr else ()
+        self._adapt()
 
     def check_gradient(self, remedy: str = _PLACE) -> None:
         """Make sure that there is a gradient which the optimizer has not stepped with.
@@ -264,6 +277,7 @@ class Monitor(Resumable):
                 self._start(window)
             self._control.lift()
             settled = self._exchange(loss, grad_norm, grad_scale)
+            self._find_optimizer()
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
             known = {
                 "same_data": window,
@@ -271,7 +285,10 @@ class Monitor(Resumable):
                 "grad_norm": grad_norm,
                 "grad_scale": grad_scale,
             }
-            probed, looked = self._watch.look(step, self._fixed_window or window, known)
+            due = self._watch.due(step)
+            if due != "nothing" and self._adapt():
+                due = self._watch.due(step)
+            probed, looked = self._watch.look(due, step, self._fixed_window or window, known)
             return self._conclude(step, probed, looked=looked)
         return None
 
@@ -300,6 +317,8 @@ class Monitor(Resumable):
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
             self._conclude(step, None, looked=False)
         self._tell_of_a_short_run()
+        self._watch.end()
+        self._changes.search.reset()
         self._counter.close()
         self._control.close()
         self._dispatch.close()
@@ -345,6 +364,7 @@ class Monitor(Resumable):
                 "observe(batch) for each micro-batch, or give it Measurement(batch=...)."
             )
         self._called = True
+        self._check_held()
         self._dispatch.emit(run_line(self._facts))
 
     def _exchange(
@@ -363,6 +383,57 @@ class Monitor(Resumable):
             self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
         self._lr = learning_rates(self._optimizer)
         return settled
+
+    def _find_optimizer(self) -> None:
+        """Follow the optimizer that steps, where it is another than the one that is known."""
+        counter = self._counter
+        if not counter.is_automatic:
+            return
+        found = self._changes.search.call(counter.steps, self._layout.params)
+        if not found:
+            return
+        known = type(unwrap(self._optimizer)).__name__
+        said = (
+            f"step {counter.steps}: the {known} that monitor knows no longer steps while its "
+            f"parameters move; {', '.join(type(o).__name__ for o in found)} does"
+        )
+        if len(found) > 1:
+            logger.warning("%s. Build one Monitor for each of these, or follow(optimizer).", said)
+            return
+        logger.warning("%s, and is followed from now on, as by monitor.follow(optimizer).", said)
+        counter.steps += self._changes.search.missed
+        self.follow(found[0])
+
+    def _adapt(self) -> bool:
+        """Measure what is trained now, if it is not what was; tell whether that is so."""
+        prober, steps = self._watch.prober, self._counter.steps
+        try:
+            changes = self._changes.look(self._optimizer)
+        except UsageError as error:
+            prober.why = str(error)
+            prober.tell(f"step {steps}: nothing can be measured until this is mended: {error}")
+            self._watch.schedule.probed(steps, None)
+            return False
+        if not self._ranks.any(bool(changes)):
+            return False
+        self._counter.follow(unwrap(self._optimizer), self._layout.params)
+        self._watch.restart(self._layout, self._optimizer, steps)
+        self._dispatch.forget()
+        self._check_held()
+        logger.info("step %d: %s. Measured anew from here on.", steps, "; ".join(changes))
+        return True
+
+    def _check_held(self) -> None:
+        """Say which of the parameters the optimizer does not step."""
+        strangers, total = self._changes.strangers, len(self._layout.names)
+        said = strangers_line(strangers, total, self._optimizer) if strangers else ""
+        self._watch.prober.not_to_be_told(said if len(strangers) == total else "")
+        if said:
+            self._watch.prober.tell(said)
+
+    @property
+    def _layout(self) -> Layout:
+        return self._changes.layout
 
     def _wants_norm(self, loss: Tensor | float | None) -> bool:
         """Tell whether to compute the gradient's norm: now and then, and where there is reason.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.plan import Plan
 from geomwatch.records import Estimate, Record
+from geomwatch.vectors.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Measures(Protocol):
     optimizer: Any
     same_data: bool
     surprises: list[str]
+    no_margin: str
 
     @property
     def probe(self) -> Callable[..., Probed]:
@@ -39,6 +41,9 @@ class Measures(Protocol):
     @property
     def glance(self) -> Callable[..., Estimate]:
         """Looks along a step."""
+
+    def restart(self, layout: Layout, optimizer: Any) -> None:
+        """Go on with other parameters or another optimizer."""
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ from geomwatch.quantities.table import (
 from geomwatch.records import Estimate, Record
 from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
-from geomwatch.vectors.layout import generator
+from geomwatch.vectors.layout import Layout, generator
 
 _MARGINS = ("stability_margin", "stochastic_margin")
 _UNSTEADY = Estimate(
@@ -92,11 +92,28 @@ class Prober(Resumable):
         self, subject: Subject, optimizer: Any, plan: Plan, *, per_layer: bool, seed: int
     ) -> None:
         self.ranks, self.optimizer, self.plan = subject.ranks, optimizer, plan
-        self._subject = subject
-        self._validation: dict[str, str | int | float | bool] | None = None
-        self._sharding: dict[str, str] | None = None
         self._per_layer = per_layer
         self._rng = generator(seed)
+        self._weighing = Weighing()
+        self.same_data = False  # each step sees the same data
+        self._fingerprint: tuple[float, ...] | None = None
+        self._compared: int | None = None  # the step it was taken at
+        self.surprises: list[str] = []  # things to tell the user once
+        self.no_margin = ""  # why the optimizer's steps have none
+        self._given = self._subject = subject
+        self._forget()
+
+    def restart(self, layout: Layout, optimizer: Any) -> None:
+        """Go on with other parameters or another optimizer: nothing measured so far is of them."""
+        self.optimizer = optimizer
+        self._subject = replace(self._given, layout=layout)
+        self._forget()
+        self.plan.restart()
+
+    def _forget(self) -> None:
+        self._validation: dict[str, str | int | float | bool] | None = None
+        self._sharding: dict[str, str] | None = None
+        self._obstacle = ""  # why this model has no HVPs
         self._bends: dict[str, float] = {}  # what steps of differences go by
         self._last_margin: float | None = None
         self._is_kinked = False  # one-sided differences were given up
@@ -106,12 +123,6 @@ class Prober(Resumable):
         self._fidelity = ReplayFidelity()
         self._trace = RunningTrace()
         self._held = Held()
-        self._weighing = Weighing()
-        self.same_data = False  # each step sees the same data
-        self._fingerprint: tuple[float, ...] | None = None
-        self._compared: int | None = None  # the step it was taken at
-        self._obstacle = ""  # why this model has no HVPs
-        self.surprises: list[str] = []  # things to tell the user once
 
     @traceless
     def probe(
@@ -175,6 +186,8 @@ class Prober(Resumable):
             fresh |= self._without_hvps(probe, names)
         if not own.is_finite():
             fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
+        if self.no_margin:
+            fresh |= {name: _none(self.no_margin) for name in _MARGINS if name in fresh}
         layers = self._layers(probe, fresh)
         if not adopted:
             self._fidelity.compare(objective, own.gradient if own.is_of_window else None, own.loss)
@@ -235,6 +248,8 @@ class Prober(Resumable):
         grad_scale: float = 1.0,
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
+        if self.no_margin:
+            return _none(self.no_margin)
         self._choose_shards()
         self._compare_data(step, same_data)
         gradient = gradient_of_step(self._subject.layout, grad_scale)
@@ -316,6 +331,8 @@ class Prober(Resumable):
         """Return the margin along the coming step: an HVP's where there is one for free."""
         stability = probe.stability
         assert stability is not None
+        if self.no_margin:
+            return _none(self.no_margin)
         if probe.knows_margin_sharpness:
             exact = probe.margin_sharpness
             self._sentinel.note(exact)
@@ -393,6 +410,10 @@ class Prober(Resumable):
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self.plan.all_names if name in estimates}
         return own | estimates
+
+
+def _none(reason: str) -> Estimate:
+    return Estimate(None, status="withheld", reason=reason)
 
 
 def _number(loss: Tensor | float | None) -> float | None:

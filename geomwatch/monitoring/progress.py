@@ -26,11 +26,16 @@ class StepCounter(Resumable):
 
     def __init__(self, optimizer: Any, params: Sequence[Tensor]) -> None:
         self.steps = 0
+        self._handle: Any = None
+        self.follow(optimizer, params)
+
+    def follow(self, optimizer: Any, params: Sequence[Tensor]) -> None:
+        """Count the steps of this optimizer from now on, of these parameters."""
+        self.close()
         self._params = params
         self._witness = min(params, key=lambda p: p.numel())
         # The gradient object itself is kept, not its id: ids of freed tensors are used again.
         self._used: tuple[Tensor, int] | None = None
-        self._handle = None
         if hasattr(optimizer, "register_step_post_hook"):
             # A weak reference: the optimizer must not keep a forgotten monitor alive.
             me = weakref.ref(self)
@@ -41,6 +46,7 @@ class StepCounter(Resumable):
                     counter.count()
 
             self._handle = optimizer.register_step_post_hook(count)
+            weakref.finalize(self, self._handle.remove)
 
     @property
     def is_automatic(self) -> bool:
@@ -68,6 +74,7 @@ class StepCounter(Resumable):
         """Take the hook off the optimizer."""
         if self._handle is not None:
             self._handle.remove()
+            self._handle = None
 
 
 _Read: TypeAlias = Callable[[], float | None]
@@ -147,9 +154,10 @@ class _Scalar:
 def _reader(value: Tensor | float | None) -> _Read:
     if value is None:
         return _nothing
-    is_here = type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu"
-    if is_here or isinstance(value, float):
-        return partial(float, float(value))
+    if type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu":
+        return partial(float, float(value.detach()))
+    if isinstance(value, float):
+        return partial(float, value)
     return _Scalar(value).read
 
 

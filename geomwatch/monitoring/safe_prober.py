@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from geomwatch.errors import UsageError
+from geomwatch.isolation.signals import raised_by_users
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
 from geomwatch.monitoring.probed import Measures, Probed
 from geomwatch.observation.margins import Margin
 from geomwatch.parallel.ranks import RankError
 from geomwatch.quantities.plan import Plan
-from geomwatch.records import Estimate
+from geomwatch.quantities.table import QUANTITIES
+from geomwatch.records import Estimate, Record
 from geomwatch.sinks import logger
+from geomwatch.vectors.layout import Layout
 
-_PATIENCE = 3  # failed probes in a row before probing is paused
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """What failed probes in a row lead to."""
+
+    failures: int = 3  # before probing is paused
+    pause: int = 100  # steps that the first pause lasts; each further one lasts twice as long
 
 
 class SafeProber(Resumable):
@@ -28,9 +39,15 @@ class SafeProber(Resumable):
     gradient_margin: Kept[Margin]
     _prober: Kept[Measures]
 
-    def __init__(self, prober: Measures, account: Account) -> None:
+    def __init__(
+        self, prober: Measures, account: Account, patience: Patience | None = None
+    ) -> None:
         self._prober, self._account = prober, account
-        self.paused = False
+        self._patience = patience or Patience()
+        self.paused = False  # by the user
+        self.why = ""  # the last look has found no margin
+        self._until: int | None = None  # the step at which failed probes are tried again
+        self._pause = self._patience.pause
         self.last: Probed | None = None
         self.margin = self.gradient_margin = Margin()
         self._failures = 0
@@ -52,13 +69,33 @@ class SafeProber(Resumable):
                 self._refuses = False
             self._report(step, error)
             return None
-        self._failures = 0
+        self._failures, self._pause = 0, self._patience.pause
         self.last = probed
+        self.why = probed.gradient_margin.reason
         self._account.work += self._work_of(probed)
         self.margin = Margin(probed.margin, probed.record.lr)
         self.gradient_margin = Margin(probed.gradient_margin, probed.record.lr)
         self._tell_surprises()
+        self._tell_of_no_products(probed.record)
         return probed
+
+    def restart(self, layout: Layout, optimizer: Any) -> None:
+        """Forget the margins of other parameters, or of another optimizer, and probe again."""
+        self._prober.restart(layout, optimizer)
+        self.last, self.margin, self.gradient_margin = None, Margin(), Margin()
+        self._until, self._failures, self._pause = None, 0, self._patience.pause
+
+    def is_off(self, step: int) -> bool:
+        """Tell whether nothing is measured before this step; a pause after failures ends."""
+        if self._until is not None and step >= self._until:
+            self._until, self._failures = None, self._patience.failures - 1
+        return self.paused or self._until is not None
+
+    def not_to_be_told(self, reason: str) -> None:
+        """Say that there is no margin of the optimizer's steps, "" if there is again."""
+        self._prober.no_margin = reason
+        if reason:
+            self.tell(reason)
 
     def glance(self, window: Sequence[Any], step: int, lr: tuple[float, ...], **known: Any) -> bool:
         """Measure the gradient margin; tell whether it could be had.
@@ -71,8 +108,9 @@ class SafeProber(Resumable):
                 found = self._prober.glance(window, step, **known)
         except Exception as error:
             logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
+            self.why = f"a look failed with {type(error).__name__}: {error}"
             return False
-        self.gradient_margin = Margin(found, lr)
+        self.gradient_margin, self.why = Margin(found, lr), found.reason
         return found.value is not None
 
     def _work_of(self, probed: Probed) -> float:
@@ -107,8 +145,8 @@ class SafeProber(Resumable):
 
     def resume(self) -> None:
         """Probe again after a pause."""
-        self.paused = False
-        self._failures = 0
+        self.paused, self._until = False, None
+        self._failures, self._pause = 0, self._patience.pause
 
     @contextlib.contextmanager
     def survives(self, step: int, *, but_wrong_use: bool) -> Iterator[None]:
@@ -164,32 +202,61 @@ class SafeProber(Resumable):
 
     def _report(self, step: int, error: Exception) -> None:
         self._failures += 1
+        self.why = f"a probe failed with {type(error).__name__}: {error}"
         if "failure" not in self._told:
             self._told.add("failure")
             logger.warning(
-                "step %d: a probe failed with %s: %s. Training goes on untouched. A probe calls "
-                "loss_fn(model, batch) again on the same batch; make sure that works.",
+                "step %d: a probe failed with %s: %s. Training goes on untouched. %s",
                 step,
                 type(error).__name__,
                 error,
+                _remedy(error),
                 exc_info=error,
                 extra={"each_rank": not isinstance(error, RankError)},
             )
-        if self._failures == _PATIENCE:
-            self.paused = True
+        if self._failures >= self._patience.failures:
+            self._until, self._pause = step + self._pause, 2 * self._pause
             logger.warning(
                 "step %d: probing is paused after %d failed probes in a row, the last with %s: %s. "
-                "monitor.resume() starts it again.",
+                "It is tried again at step %d; monitor.resume() does so at once.",
                 step,
-                _PATIENCE,
+                self._failures,
                 type(error).__name__,
                 error,
+                self._until,
             )
+
+    def _tell_of_no_products(self, record: Record) -> None:
+        """Say that of what needs products with the Hessian nothing could be had, and why."""
+        needy = [e for n, e in record.estimates.items() if QUANTITIES[n].needs_products]
+        if not needy or any(e.status != "failed" for e in needy):
+            return
+        known = any(message.startswith("curvature can't be measured") for message in self._told)
+        if known or not math.isfinite(record.loss) or not needy[0].reason:
+            return
+        self.tell(
+            f"no quantity that needs products with the Hessian could be measured: "
+            f"{needy[0].reason}. Measurement(hvp='finite_difference') makes them in another way."
+        )
 
     def _tell_surprises(self) -> None:
         for surprise in self._prober.surprises:
             self.tell(surprise)
         self._prober.surprises.clear()
+
+
+def _remedy(error: BaseException) -> str:
+    """Say what to do about a failed probe; loss_fn is blamed only for what was raised in it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "A probe takes more memory than a step; Measurement(micro_batch=...) lowers that."
+    if isinstance(error, RankError):
+        return "The rank that failed says why."
+    if raised_by_users(error):
+        return "A probe calls loss_fn(model, batch) again on the same batch; make sure that works."
+    return (
+        "loss_fn worked; it is what a probe does beside it that failed. If it goes on, try "
+        "Measurement(hvp='finite_difference')."
+    )
 
 
 def _scaled(margin: Estimate | None, scale: float) -> float | None:

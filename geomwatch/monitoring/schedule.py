@@ -111,8 +111,14 @@ class Schedule(Resumable):
             if self._ranks.all(urgent or self._account.affords(worth)):
                 return "probe"
             self._next = max(self._next, index + c.again)
-        wanted = index >= self._next_sentinel or growth_along > c.risky_rise
+        regrouped = len(rates) != len(before) > 0  # the optimizer's groups
+        wanted = regrouped or index >= self._next_sentinel or growth_along > c.risky_rise
         return "sentinel" if wanted else "nothing"
+
+    def restart(self) -> None:
+        """Forget margins and rates, and have the next step probed, whatever the budget."""
+        self._next, self._interval, self._next_sentinel = 0, 1.0, 0
+        self._margin, self._rates, self.last_probe = None, (), -1
 
     def looked(self, index: int, margin: float | None) -> None:
         """Take note of a sentinel and the margin it has found, in units of the probe's."""

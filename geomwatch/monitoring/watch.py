@@ -8,14 +8,17 @@ from typing import Any
 
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
+from geomwatch.monitoring.heartbeat import Heartbeat
 from geomwatch.monitoring.probed import Measures, Probed
 from geomwatch.monitoring.safe_prober import SafeProber
-from geomwatch.monitoring.schedule import Schedule
+from geomwatch.monitoring.schedule import Cadence, Look, Schedule
 from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
+from geomwatch.sinks import logger
 from geomwatch.stability.optimizers import is_adaptive, optimizer_name
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
+from geomwatch.vectors.layout import Layout
 
 _NO_BATCH = (
     "step() has no batch to probe on, so nothing is measured. Pass it as step(batch), or call "
@@ -39,6 +42,7 @@ class Watch(Resumable):
     schedule: Kept[Schedule]
     _second_look: Kept[SecondLook]
     prober: Kept[SafeProber]
+    _began: Kept[int]
 
     def __init__(
         self, prober: Measures, account: Account, every: int | None, *, controlled: bool
@@ -51,20 +55,29 @@ class Watch(Resumable):
         self._adaptive = is_adaptive(unwrap(prober.optimizer))
         self._controlled = controlled
         self._plain: Observation | None = None  # of the last step at which nothing was due
+        self._heartbeat = Heartbeat(Cadence.calm)
+        self._began = 0  # the step from which on the optimizer is this one
 
-    def look(
-        self, step: Coming, window: Sequence[Any], known: dict[str, Any]
-    ) -> tuple[Probed | None, bool]:
-        """Do what is due: a probe, a sentinel, both where the one calls for the other, or nothing.
+    def restart(self, layout: Layout, optimizer: Any, step: int) -> None:
+        """Go on with other parameters or another optimizer; the next look is a probe."""
+        if optimizer is not self._optimizer:
+            self._began = step
+        self._optimizer, self._name = optimizer, optimizer_name(optimizer)
+        self._adaptive = is_adaptive(unwrap(optimizer))
+        self._plain = None
+        self._second_look = SecondLook(controlled=self._controlled)
+        self.schedule.restart()
+        self.prober.restart(layout, optimizer)
 
-        Returns what a probe has found, and whether a sentinel has.
-        """
+    def due(self, step: Coming) -> Look:
+        """Say what is due before a step."""
         prober, schedule = self.prober, self.schedule
         if schedule.is_quiet(step.index, step.lr):
-            return None, False
+            return "nothing"
         self._plain = None
-        if prober.paused and self._ranks.size == 1:
-            return None, False
+        is_off = prober.is_off(step.index)
+        if is_off and self._ranks.size == 1:
+            return "nothing"
         due = schedule.look(
             step.index,
             step.lr,
@@ -73,7 +86,31 @@ class Watch(Resumable):
             growth_along=prober.gradient_margin.growth(step.lr),
         )
         # A pause on one rank is one for all.
-        if due == "nothing" or self._ranks.any(prober.paused):
+        return "nothing" if due == "nothing" or self._ranks.any(is_off) else due
+
+    def look(
+        self, due: Look, step: Coming, window: Sequence[Any], known: dict[str, Any]
+    ) -> tuple[Probed | None, bool]:
+        """Do what is due: a probe, a sentinel, both where the one calls for the other, or nothing.
+
+        Returns what a probe has found, and whether a sentinel has.
+        """
+        probed, looked = self._looked(due, step, window, known)
+        measured = looked or (probed is not None and probed.gradient_margin.value is not None)
+        if self._heartbeat.beat(step.index, usable=measured or self.prober.paused):
+            logger.warning("%s", self._heartbeat.words(self.prober.why))
+        return probed, looked
+
+    def end(self) -> None:
+        """Say why, if the run ends without a margin."""
+        if self._heartbeat.ends_blind() and not self.prober.paused:
+            logger.warning("at the end: %s", self._heartbeat.words(self.prober.why))
+
+    def _looked(
+        self, due: Look, step: Coming, window: Sequence[Any], known: dict[str, Any]
+    ) -> tuple[Probed | None, bool]:
+        prober, schedule = self.prober, self.schedule
+        if due == "nothing":
             return None, False
         if not self._ranks.any(bool(window)):
             if due == "probe":
@@ -109,7 +146,7 @@ class Watch(Resumable):
             fresh=record is not None,
             gradient_margin=prober.gradient_margin.at(step.lr),
             gradient_fresh=looked or record is not None,
-            cold_start=cold_start(self._optimizer, step.index),
+            cold_start=cold_start(self._optimizer, step.index - self._began),
             adaptive=self._adaptive,
             limit_ratio=last.limit_ratio if last is not None else 1.0,
             peak=planned_rates(self._optimizer, step.lr),

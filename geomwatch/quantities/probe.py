@@ -14,7 +14,7 @@ from torch import Tensor
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.products import RANDOM
 from geomwatch.estimators.hutchinson import Samples, hutchinson, mean_with_stderr
-from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, lean_lanczos, warm_start
+from geomwatch.estimators.lanczos import Operator, Spectrum, lanczos, lean_lanczos, unit, warm_start
 from geomwatch.estimators.noise import Spread, pooled, spread_of
 from geomwatch.estimators.noise_floor import Readout, read_out
 from geomwatch.estimators.roughness import Slices, take_slices
@@ -125,7 +125,8 @@ class Probe:
     @property
     def _began_downhill(self) -> bool:
         """Whether the margin's Krylov space has begun at S g: its first quotient is along it."""
-        return self.budget.is_lean and "margin_spectrum" in self.__dict__
+        is_along = self.budget.is_lean and not self.budget.is_mixed
+        return is_along and "margin_spectrum" in self.__dict__
 
     @cached_property
     def trace(self) -> Estimate:
@@ -195,11 +196,14 @@ class Probe:
         keep: Tensor | None = None,
     ) -> Spectrum:
         budget, operator = self.budget, operator_of(self.objective)
-        if budget.is_lean and not self.needs_vectors:
-            return lean_lanczos(operator, downhill(), max_hvps=budget.lanczos, tol=budget.tol)
         spent = 0
         if budget.is_lean:
             start = downhill()
+            if budget.is_mixed:
+                noise = self.objective.layout.normal(self.rng)
+                start = unit(start) + unit(noise if keep is None else noise * keep)
+            if not self.needs_vectors:
+                return lean_lanczos(operator, start, max_hvps=budget.lanczos, tol=budget.tol)
         else:
             coarse, spent = self._coarse(operator_of, budget.lanczos)
             noise = self.objective.layout.normal(self.rng)

@@ -59,34 +59,6 @@ def test_a_first_step_must_be_a_number_of_steps_and_come_before_any():
         monitor.start_at(7)
 
 
-def test_a_monitor_of_other_parameters_goes_on_in_place_of_the_first():
-    class Counting(geomwatch.rules.NonFinite):
-        seen = 0
-
-        def __call__(self, seen):
-            self.seen += 1
-            return geomwatch.Alert("odd", "warning", "odd", 1.0, 0.5, seen.index)
-
-        def state_dict(self):
-            return {"seen": self.seen}
-
-        def load_state_dict(self, state):
-            self.seen = state["seen"]
-
-    options = {"every": 3, "quantities": ["loss"]}
-    model, optimizer, before = watched(rules=[Counting()], params="0.*", **options)
-    for _ in range(4):
-        step(model, optimizer, before, digits(16))
-    rule = Counting()
-    after = geomwatch.Monitor(model, cross_entropy, optimizer, rules=[rule], **faced(options))
-    after.succeed(before)
-    for _ in range(3):
-        step(model, optimizer, after, digits(16))
-    assert [record.step for record in after.history] == [0, 3, 4, 6]
-    assert rule.seen == len(after.alerts) == 7
-    assert len(after.params) > len(before.params)
-
-
 def test_difficulty_goes_on_growing_after_a_resume():
     batch = digits(64)
     options = {"quantities": ["difficulty", "lambda_max"], "every": 10}

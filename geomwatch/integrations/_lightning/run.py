@@ -54,12 +54,11 @@ class OptimizerWatch(HostWatch[StepLoss]):
         super().__init__(self._new_monitor(), loss, Ranks.of(trained_model(trainer)))
         self.window = Window(trainer, optimizer)
 
-    def restart(self) -> None:
-        """Make another monitor that goes on, where other parameters are trained from now on."""
-        before = self.monitor
-        before.release()
-        self.monitor = self._new_monitor()
-        self.monitor.succeed(before)
+    def renew(self) -> None:
+        """Measure, of several optimizers, the parameters that this one holds now."""
+        if self.name:
+            names = names_of(self.optimizer, self._module, self._options.how.params)
+            self.monitor.follow(self.optimizer, params=names or None)
 
     def check(self) -> None:
         """At the first step, make sure that a probe measures the loss trained on.
@@ -176,9 +175,8 @@ class Run(StepTap):
         self.next_batch()
         if index == 0 and _trainable(self._module) != self._trainable:
             self._trainable = _trainable(self._module)
-            logger.info("other parameters are trained from now on, and measured.")
             for watch in self.watches:
-                watch.restart()
+                watch.renew()
 
     def batch_ends(self, index: int) -> list[tuple[str, Record]]:
         """Return the records of this batch, each with the name of its optimizer.

@@ -1,0 +1,162 @@
+"""What a run trains now, and with what, against what is measured: changes and their words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from geomwatch.monitoring.search import OptimizerSearch
+from geomwatch.parallel.ranks import unwrapped
+from geomwatch.stability.optimizers import optimizer_name
+from geomwatch.stability.problem import unwrap
+from geomwatch.vectors.fsdp import is_sharded
+from geomwatch.vectors.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The parameters that are measured and the optimizer's groups, as they are at one moment.
+
+    Taking it costs a microsecond or two a parameter, so that it is taken at looks alone.
+    """
+
+    layout: Layout
+    optimizer: Any
+    kinds: tuple[tuple[object, ...], ...]  # shape, dtype and device of each parameter
+    groups: tuple[frozenset[int], ...]  # ids of the parameters of each group
+
+    @classmethod
+    def now(cls, model: nn.Module, patterns: str | Sequence[str] | None, optimizer: Any) -> Trained:
+        """Look at a model and an optimizer.
+
+        Raises:
+            UsageError: nothing is trained, or nothing of what was asked for.
+        """
+        layout = Layout.of(model, patterns)
+        groups = getattr(unwrap(optimizer), "param_groups", ())
+        return cls(
+            layout,
+            optimizer,
+            tuple((p.shape, p.dtype, p.device) for p in layout.params),
+            tuple(frozenset(map(id, group["params"])) for group in groups),
+        )
+
+    def changes_since(self, before: Trained) -> list[str]:
+        """Say what differs, a phrase each; nothing where all is as it was."""
+        if is_sharded(before.layout.params) or is_sharded(self.layout.params):
+            return self._of_names(before) + self._of_optimizer(before)
+        return self._of_names(before) + self._of_tensors(before) + self._of_optimizer(before)
+
+    def strangers(self) -> list[str]:
+        """Name the parameters that are measured but that the optimizer does not hold."""
+        held = frozenset().union(*self.groups)
+        pairs = zip(self.layout.names, self.layout.params, strict=True)
+        return [name for name, p in pairs if id(p) not in held]
+
+    def _of_names(self, before: Trained) -> list[str]:
+        now, then = dict.fromkeys(self.layout.names), dict.fromkeys(before.layout.names)
+        return [
+            *_phrase("trained now", [n for n in now if n not in then]),
+            *_phrase("no longer trained", [n for n in then if n not in now]),
+        ]
+
+    def _of_tensors(self, before: Trained) -> list[str]:
+        then = dict(
+            zip(
+                before.layout.names,
+                zip(before.layout.params, before.kinds, strict=True),
+                strict=True,
+            )
+        )
+        other: dict[str, list[str]] = {}
+        for name, p, kind in zip(self.layout.names, self.layout.params, self.kinds, strict=True):
+            if name not in then:
+                continue
+            tensor, was = then[name]
+            if kind != was:
+                how = next(f"{a} instead of {b}" for a, b in _pairs(kind, was) if a != b)
+                other.setdefault(f"now {how}", []).append(name)
+            elif p is not tensor:
+                other.setdefault("now another tensor", []).append(name)
+        return [phrase for how, names in other.items() for phrase in _phrase(how, names)]
+
+    def _of_optimizer(self, before: Trained) -> list[str]:
+        if self.optimizer is not before.optimizer:
+            return [f"the optimizer is another {optimizer_name(self.optimizer)}"]
+        if self.groups == before.groups:
+            return []
+        if len(self.groups) != len(before.groups):
+            return [f"the optimizer has {len(self.groups)} groups instead of {len(before.groups)}"]
+        return ["the optimizer's groups hold other parameters"]
+
+
+def strangers_line(strangers: Sequence[str], total: int, optimizer: Any) -> str:
+    """Say that the optimizer does not hold what is measured, and what follows."""
+    name, count = type(unwrap(optimizer)).__name__, len(strangers)
+    if count == total:
+        return (
+            f"{name} holds none of the {total} parameters that are measured, as where it steps "
+            "copies of them: no margin can be told. Pass the optimizer that holds the model's own "
+            "parameters: monitor.follow(optimizer)."
+        )
+    return (
+        f"{name} does not hold {count} of the {total} parameters that are measured "
+        f"({_few(strangers)}): margins are those of its own steps alone, lambda_max is of all. "
+        "Give it the rest by add_param_group, freeze them, or build one Monitor for each optimizer "
+        "with Measurement(params=...)."
+    )
+
+
+class Changes:
+    """Compares what is trained now with what is measured."""
+
+    def __init__(
+        self, model: nn.Module, patterns: str | Sequence[str] | None, optimizer: Any
+    ) -> None:
+        self.patterns = patterns
+        self.search = OptimizerSearch()
+        self._model = unwrapped(model) if isinstance(model, nn.Module) else model
+        self._known = Trained.now(self._model, patterns, optimizer)
+
+    def look(self, optimizer: Any) -> list[str]:
+        """Return what has changed since the last look, a phrase each.
+
+        Raises:
+            UsageError: nothing is trained now, or nothing of what was asked for.
+        """
+        before, self._known = self._known, Trained.now(self._model, self.patterns, optimizer)
+        return self._known.changes_since(before)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the parameters lie that were trained at the last look."""
+        return self._known.layout
+
+    @property
+    def strangers(self) -> list[str]:
+        """Names of the parameters that the optimizer does not hold."""
+        return self._known.strangers()
+
+
+def _phrase(how: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    verb = "parameter is" if len(names) == 1 else "parameters are"
+    return [f"{len(names)} {verb} {how} ({_few(names)})"]
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _pairs(now: Iterable[object], then: Iterable[object]) -> Iterable[tuple[str, str]]:
+    def words(value: object) -> str:
+        if isinstance(value, torch.Size):
+            return f"of shape {tuple(value)}"
+        return f"{'on ' if isinstance(value, torch.device) else ''}{value}"
+
+    return [(words(a), words(b)) for a, b in zip(now, then, strict=True)]
