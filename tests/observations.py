@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from geomwatch.observation.findings import Findings, Present
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
@@ -78,7 +79,7 @@ def judged(rules: Watched, run: Iterable[Observation]) -> list[str]:
 
 def random_run(seed: int) -> list[Observation]:
     """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
-    rng = random.Random(seed)
+    rng, other = random.Random(seed), random.Random(~seed)
     status = rng.choice(["ok", "ok", "unknown"])
     same_data = rng.random() < 0.3
     usual = math.log(1.4 if same_data else 0.5)
@@ -111,9 +112,19 @@ def random_run(seed: int) -> list[Observation]:
                 items=64 if fresh else 0,
                 loss=math.nan if broken else loss,
                 settled=settled,
+                **known_at_once(other),
             )
         )
     return run
+
+
+def known_at_once(rng: random.Random, nan: float = 0.0) -> dict[str, Any]:
+    """What the host knows of a step before it is taken, with a bad batch now and then."""
+    found = Findings(outsized="batch[0]", times=math.exp(rng.uniform(0, 5)))
+    loss = math.exp(rng.gauss(0, 0.3)) * rng.choice([1.0] * 9 + [4.0, 20.0, 400.0])
+    norm = math.exp(rng.gauss(0, 0.3)) * rng.choice([1.0] * 12 + [40.0])
+    present = Present(math.nan if rng.random() < nan else loss, norm)
+    return {"present": present, "inspect": lambda *, before=False: found}
 
 
 def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
@@ -130,7 +141,7 @@ def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
 
 def wild_run(seed: int) -> list[Observation]:
     """A run of any optimizer, calm or doomed from somewhere on: each level decides at some seed."""
-    rng = random.Random(seed)
+    rng, other = random.Random(seed), random.Random(~seed)
     status = rng.choice(["ok"] * 4 + ["unknown"])
     more = {
         "adaptive": rng.random() < 0.4,
@@ -178,6 +189,7 @@ def wild_run(seed: int) -> list[Observation]:
                 estimates=estimates if fresh else None,
                 loss=loss if fresh else None,
                 settled=settled,
+                **known_at_once(other, nan=0.01),
                 **more,
             )
         )

@@ -41,6 +41,31 @@ def module_of(model: nn.Module, evaluate: Callable[[], object], operation: str) 
     return found[0] if found else None
 
 
+def first_not_finite(model: nn.Module, evaluate: Callable[[], object]) -> str | None:
+    """Name the first module whose output holds NaN or Inf; None if all are finite.
+
+    Costs one forward pass, and one number of each module's output.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[Any, Any, Any], None]:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not all(map(_is_finite, batches.tensors(output))):
+                found.append(name or type(module).__name__)
+
+        return note
+
+    with until_here():
+        for name, module in model.named_modules():
+            attach(module.register_forward_hook, watch(name))
+        evaluate()
+    return found[0] if found else None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_nested or bool(tensor.detach().isfinite().all())
+
+
 def _makes(wanted: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> bool:
     seen: set[Any] = {t.grad_fn for t in inputs}
     waiting: list[Any] = [t.grad_fn for t in outputs]

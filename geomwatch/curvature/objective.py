@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from geomwatch.curvature.batches import Part
 from geomwatch.curvature.checks import check_loss_fn, find_kink
 from geomwatch.curvature.cutting import Cutter, Split, Weigh, at_random, in_order
-from geomwatch.curvature.locate import module_of
+from geomwatch.curvature.locate import first_not_finite, module_of
 from geomwatch.curvature.padding import padding_mask
 from geomwatch.curvature.piece_check import Check, Pieces, check_mean
 from geomwatch.curvature.products import Products
@@ -184,6 +184,19 @@ class Objective:
             return ()
 
         self._replay.mean(of)
+        return next((name for name in found if name), None)
+
+    def first_not_finite(self) -> str | None:
+        """Name the first module whose output is not finite. One forward pass."""
+        found: list[str | None] = []
+
+        def of(batch: Any) -> tuple[Tensor, ...]:
+            evaluate = partial(self._replay.evaluate, batch)
+            found.append(first_not_finite(self._replay.model, evaluate))
+            return ()
+
+        with torch.no_grad():
+            self._replay.mean(of)
         return next((name for name in found if name), None)
 
     @property

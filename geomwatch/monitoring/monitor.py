@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
 from geomwatch.monitoring.changes import Changes, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
+from geomwatch.monitoring.inspection import Inspector
 from geomwatch.monitoring.memory import Difficulty
 from geomwatch.monitoring.probed import Probed
 from geomwatch.monitoring.prober import Prober
@@ -81,9 +83,12 @@ class Monitor(Resumable):
     _scalars: Kept[StepScalars]
     _account: Kept[Account]
     _watch: Kept[Watch]
+    _inspector: Kept[Inspector]
     _dispatch: Kept[Dispatch]
     _control: Kept[Conductor]
     _difficulty: Kept[Difficulty]
+    _window: list[Any]
+    _past: list[Any]  # the last window, while it is not known whether it was bad
 
     def __init__(
         self,
@@ -123,6 +128,7 @@ class Monitor(Resumable):
         subject = Subject(unwrapped(model), loss_fn, layout, how, self._ranks)
         prober = Prober(subject, optimizer, plan, per_layer=how.per_layer, seed=how.seed)
         self._watch = Watch(prober, self._account, every, controlled=bool(controllers))
+        self._inspector = Inspector(subject, optimizer)
         self._control = claim(
             optimizer, Conductor(() if self._disabled else controllers, optimizer)
         )
@@ -132,12 +138,11 @@ class Monitor(Resumable):
         self._fixed_window = fixed_window(how.batch)
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars = StepScalars(self._ranks)
-        self._window: list[Any] = []
+        self._window, self._past, self._called = [], [], False
         self._lr: tuple[float, ...] = ()  # of the last call
-        self._called = False
-        pace = {"every": every, "budget": budget}
-        chosen = {"controllers": [type(c).__name__ for c in controllers]}
-        self._facts = run_facts(optimizer, layout.dim, names, how) | pace | chosen
+        kinds = [type(c).__name__ for c in controllers]
+        chosen = {"every": every, "budget": budget, "controllers": kinds}
+        self._facts = run_facts(optimizer, layout.dim, names, how) | chosen
 
     @property
     def name(self) -> str:
@@ -278,7 +283,7 @@ class Monitor(Resumable):
             self._control.lift()
             settled = self._exchange(loss, grad_norm, grad_scale)
             self._find_optimizer()
-            step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
+            step = self._coming(settled, window)
             known = {
                 "same_data": window,
                 "loss": loss,
@@ -289,6 +294,10 @@ class Monitor(Resumable):
             if due != "nothing" and self._adapt():
                 due = self._watch.due(step)
             probed, looked = self._watch.look(due, step, self._fixed_window or window, known)
+            if probed is not None or looked:
+                self._inspector.note(window)
+            if probed is not None and not math.isfinite(probed.record.loss):
+                step = replace(step, present=self._scalars.present(wait=True))
             return self._conclude(step, probed, looked=looked)
         return None
 
@@ -310,6 +319,7 @@ class Monitor(Resumable):
 
     def close(self) -> None:
         """Judge the last step, take the hook off the optimizer and close the sinks."""
+        self._counter.settle()
         if not self._counter.is_automatic and self._lr:
             self._counter.count()
         settled = self._scalars.take(self._counter.steps)
@@ -331,6 +341,7 @@ class Monitor(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; the first probe after loading them starts cold."""
+        self._counter.settle()
         # Without a hook the step of the last call is counted by the next one.
         uncounted = not self._counter.is_automatic and bool(self._lr)
         head = {"version": STATE, "step": self._counter.steps + uncounted, "of": self._described()}
@@ -371,6 +382,7 @@ class Monitor(Resumable):
         self, loss: Tensor | float | None, grad_norm: Tensor | float | None, grad_scale: float
     ) -> Settled | None:
         """Read what the last step left behind and start copying this step's scalars."""
+        self._counter.settle()
         if not self._counter.is_automatic and self._lr:
             self._counter.count()
         steps = self._counter.steps
@@ -418,6 +430,7 @@ class Monitor(Resumable):
             return False
         self._counter.follow(unwrap(self._optimizer), self._layout.params)
         self._watch.restart(self._layout, self._optimizer, steps)
+        self._inspector.follow(self._layout, self._optimizer)
         self._dispatch.forget()
         self._check_held()
         logger.info("step %d: %s. Measured anew from here on.", steps, "; ".join(changes))
@@ -435,6 +448,14 @@ class Monitor(Resumable):
     def _layout(self) -> Layout:
         return self._changes.layout
 
+    def _coming(self, settled: Settled | None, window: Sequence[Any]) -> Coming:
+        """Return the coming step, with what the host knows of it."""
+        inspect = partial(self._inspector, window, self._past)
+        present = self._scalars.present()
+        is_known = present is not None and present.loss is not None
+        self._past = [] if is_known else list(window)
+        return Coming(self._counter.steps, self._lr, self._control.scale, settled, present, inspect)
+
     def _wants_norm(self, loss: Tensor | float | None) -> bool:
         """Tell whether to compute the gradient's norm: now and then, and where there is reason.
 
@@ -446,8 +467,9 @@ class Monitor(Resumable):
             return True
         if CLIP in self._control.knobs or loss is None:
             return True
-        is_here = not isinstance(loss, Tensor) or loss.device.type == "cpu"
-        return is_here and not math.isfinite(float(loss))
+        if not isinstance(loss, Tensor):
+            return not math.isfinite(loss)
+        return loss.device.type == "cpu" and not math.isfinite(float(loss.detach()))
 
     def _conclude(self, step: Coming, probed: Probed | None, *, looked: bool) -> Record | None:
         record = probed.record if probed is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,13 +15,18 @@ from torch.utils.data import DataLoader
 from geomwatch.errors import UsageError
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.findings import Present
 from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import whole
 
 
 class StepCounter(Resumable):
-    """Counts the steps an optimizer really takes, through its own post-step hook."""
+    """Counts the steps an optimizer really takes, through its own post-step hook.
+
+    A fused optimizer under a GradScaler is called in any case, and leaves out by itself a step
+    whose gradient is not finite; it holds `found_inf` while it does.
+    """
 
     steps: Kept[int]
 
@@ -36,14 +42,15 @@ class StepCounter(Resumable):
         self._witness = min(params, key=lambda p: p.numel())
         # The gradient object itself is kept, not its id: ids of freed tensors are used again.
         self._used: tuple[Tensor, int] | None = None
+        self._left_out: _Scalar | None = None  # above 0 if the last step was, as the device knows
         if hasattr(optimizer, "register_step_post_hook"):
             # A weak reference: the optimizer must not keep a forgotten monitor alive.
             me = weakref.ref(self)
 
-            def count(*_: object) -> None:
+            def count(stepped: Any, *_: object) -> None:
                 counter = me()
                 if counter is not None:
-                    counter.count()
+                    counter.count(getattr(stepped, "found_inf", None))
 
             self._handle = optimizer.register_step_post_hook(count)
             weakref.finalize(self, self._handle.remove)
@@ -53,11 +60,19 @@ class StepCounter(Resumable):
         """Whether the optimizer tells of its steps; otherwise call `count` for each."""
         return self._handle is not None
 
-    def count(self) -> None:
-        """Count one step."""
+    def count(self, found_inf: Any = None) -> None:
+        """Count one step, unless an infinite gradient was found."""
+        self.settle()
         self.steps += 1
+        self._left_out = None if found_inf is None else _Scalar(found_inf)
         gradient = self._witness.grad
         self._used = None if gradient is None else (gradient, gradient._version)
+
+    def settle(self) -> None:
+        """Take back the last step if it turns out to have been left out."""
+        if self._left_out is not None:
+            self.steps -= self._left_out() > 0
+            self._left_out = None
 
     def gradient_is_used_up(self) -> bool:
         """Tell whether the present gradient is the one the optimizer has stepped with already."""
@@ -99,7 +114,7 @@ class StepScalars(Resumable):
     ) -> None:
         """Start the copy; `steps` is the number of steps the optimizer has taken."""
         alone = self._ranks.size == 1
-        read = _reader(loss) if alone else _mean_of(self._ranks.sum_and_count(loss))
+        read = _reader(loss) if alone else _Mean(self._ranks.sum_and_count(loss))
         self._pending = (steps, read, _reader(grad_norm))
 
     def take(self, steps: int) -> Settled | None:
@@ -109,6 +124,18 @@ class StepScalars(Resumable):
         before, loss, grad_norm = self._pending
         self._pending = None
         return Settled(before, loss(), grad_norm(), stepped=steps > before)
+
+    def present(self, *, wait: bool = False) -> Present | None:
+        """Return what the host knows already, or what it knows if it may `wait` for the device.
+
+        It does wait for the norm where the loss is not finite.
+        """
+        if self._pending is None:
+            return None
+        _, loss, grad_norm = self._pending
+        known = loss() if wait or _is_here(loss) else None
+        is_bad = known is not None and not math.isfinite(known)
+        return Present(known, grad_norm() if wait or is_bad or _is_here(grad_norm) else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is pending, as numbers."""
@@ -145,7 +172,12 @@ class _Scalar:
         else:
             self._value = float(value)
 
-    def read(self) -> float:
+    @property
+    def is_here(self) -> bool:
+        """Whether the host knows it without waiting."""
+        return self._arrived is None
+
+    def __call__(self) -> float:
         if self._arrived is not None:
             self._arrived.synchronize()
         return float(self._value)
@@ -158,21 +190,27 @@ def _reader(value: Tensor | float | None) -> _Read:
         return partial(float, float(value.detach()))
     if isinstance(value, float):
         return partial(float, value)
-    return _Scalar(value).read
+    return _Scalar(value)
 
 
 def _nothing() -> None:
     """The loss of a loop that passes none."""
 
 
-def _mean_of(sum_and_count: Tensor) -> Callable[[], float | None]:
-    total, count = _Scalar(sum_and_count[0]), _Scalar(sum_and_count[1])
+def _is_here(read: _Read) -> bool:
+    return bool(getattr(read, "is_here", True))
 
-    def read() -> float | None:
-        number = count.read()
-        return total.read() / number if number else None
 
-    return read
+class _Mean:
+    """The loss of all ranks, from its sum and the number of ranks that have one."""
+
+    def __init__(self, sum_and_count: Tensor) -> None:
+        self._total, self._count = _Scalar(sum_and_count[0]), _Scalar(sum_and_count[1])
+        self.is_here = self._total.is_here
+
+    def __call__(self) -> float | None:
+        number = self._count()
+        return self._total() / number if number else None
 
 
 def gradient_norm(params: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from geomwatch.monitoring.probed import Measures, Probed
 from geomwatch.monitoring.safe_prober import SafeProber
 from geomwatch.monitoring.schedule import Cadence, Look, Schedule
 from geomwatch.monitoring.second_look import SecondLook
+from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
 from geomwatch.sinks import logger
@@ -34,6 +35,8 @@ class Coming:
     lr: tuple[float, ...]  # the user's rates
     scale: float  # what a controller lets it take of them
     settled: Settled | None  # what became of the step before
+    present: Present | None = None  # what the host knows of this one
+    inspect: Callable[..., Findings] = nothing_found  # looks for what is wrong with it
 
 
 class Watch(Resumable):
@@ -128,11 +131,17 @@ class Watch(Resumable):
     def observation(self, step: Coming, record: Record | None, *, looked: bool) -> Observation:
         """Return what rules and controllers see of a step."""
         if self._plain is not None and not looked and record is None:
-            return replace(self._plain, index=step.index, settled=step.settled)
+            return replace(
+                self._plain,
+                index=step.index,
+                settled=step.settled,
+                present=step.present,
+                inspect=step.inspect,
+            )
         seen = self._observed(step, record, looked)
         # a controller goes by what changes with the step itself
         if record is None and not looked and not self._controlled:
-            self._plain = seen
+            self._plain = replace(seen, inspect=nothing_found)  # which would hold a batch
         return seen
 
     def _observed(self, step: Coming, record: Record | None, looked: bool) -> Observation:
@@ -157,6 +166,8 @@ class Watch(Resumable):
             items=last.items if last is not None else 0,
             layers=last.layers if last is not None else (),
             settled=step.settled,
+            present=step.present,
+            inspect=step.inspect,
         )
 
     def _calls_for_a_probe(self, step: Coming) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
+from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.margins import scaled, within
 from geomwatch.records import Estimate
 
@@ -28,8 +29,10 @@ class Observation:
     otherwise the last one re-scaled; `gradient_margin`, measured more often, is the small-batch
     margin along the coming preconditioned step d = S^2 g, limit_ratio * d'(H + W)d / g'd (see
     `stability`): eta BS / (2 (1-mu)) for SGD with momentum, negative where the loss is concave.
-    `settled` is what became known of the step before. The last group of fields is what an
-    `Observer` adds from the steps before.
+    `settled` is what became known of the step before, `present` what the host knows of this one.
+    `inspect()` looks for what is wrong with its batch, `inspect(before=True)` with that of the step
+    before: a pass over the batch and one forward pass, for when something is. The last group of
+    fields is what an `Observer` adds from the steps before.
     """
 
     index: int  # optimizer steps taken before it
@@ -50,6 +53,8 @@ class Observation:
     items: int = 0  # of the batch last measured on, over all ranks
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
+    present: Present | None = None
+    inspect: Callable[..., Findings] = field(default=nothing_found, compare=False, repr=False)
 
     cap: float = math.inf  # the largest rate that a controller lets the step take
     jump: float = 1.0  # largest factor by which a group's rate has grown since the step before

@@ -11,6 +11,7 @@ from geomwatch.observation.batch_noise import NoiseLevels
 from geomwatch.observation.gradient_level import GradientLevels
 from geomwatch.observation.step import Observation
 from geomwatch.rules.advice import Advice, LossAdvice
+from geomwatch.rules.bad_batch import BadBatch
 from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch_size import CriticalBatchSize
 from geomwatch.rules.default import DEFAULT, default_rules, resolve
@@ -28,6 +29,7 @@ from geomwatch.rules.untrusted_probe import UntrustedProbe
 __all__ = [
     "DEFAULT",
     "Advice",
+    "BadBatch",
     "BatchNoise",
     "CriticalBatchSize",
     "FirstValues",

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.rules.bad_batch import BadBatch
 from geomwatch.rules.batch_noise import BatchNoise
 from geomwatch.rules.critical_batch_size import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
@@ -21,6 +22,7 @@ from geomwatch.rules.untrusted_probe import UntrustedProbe
 
 DEFAULT = (
     NonFinite,
+    BadBatch,
     LossRise,
     StabilityMargin,
     GradientMargin,

@@ -73,10 +73,14 @@ class Latch(Resumable):
         self._calm_since = None
         self._quiet_until = 0
 
+    def is_news(self, severity: Severity) -> bool:
+        """Tell whether an alert of this severity would be worse than the one that is not over."""
+        return _ORDER.index(severity) > _ORDER.index(self.severity)
+
     def admit(self, severity: Severity, step: int) -> bool:
-        """Tell whether an alert of this severity is news."""
+        """Let an alert of this severity out, if it is news."""
         self._calm_since = None
-        if _ORDER.index(severity) <= _ORDER.index(self.severity):
+        if not self.is_news(severity):
             return False
         if step < self._quiet_until and severity != "critical":
             return False

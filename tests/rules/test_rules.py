@@ -27,6 +27,7 @@ from observations import (
 from geomwatch.observation.step import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import (
+    BadBatch,
     BatchNoise,
     CriticalBatchSize,
     FlatButRough,
@@ -334,8 +335,8 @@ def test_a_run_that_has_had_no_curvature_has_no_usual():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_critical_once(value):
-    run = [trained(t, 1.0) for t in range(5)] + [trained(5 + t, value) for t in range(50)]
-    alerts = heard(NonFinite(), run)
+    lost = [trained(5 + t, value, grad_norm=value) for t in range(50)]
+    alerts = heard(NonFinite(), [trained(t, 1.0) for t in range(5)] + lost)
     assert brief(alerts) == [(5, "critical")]
     assert str(value) in alerts[0].message
 
@@ -343,7 +344,7 @@ def test_a_loss_that_is_not_finite_is_critical_once(value):
 def test_a_loss_that_only_the_probe_sees_is_critical_at_the_step_to_come():
     run = [
         Observation(index=7, lr=(0.1,), loss=math.nan, settled=Settled(6, None, 1.0, True)),
-        trained(7, math.nan),
+        trained(7, math.nan, grad_norm=math.nan),
     ]
     assert brief(heard(NonFinite(), run)) == [(7, "critical")]
 
@@ -379,7 +380,7 @@ def test_a_step_taken_with_an_infinite_gradient_is_critical():
 
 def test_after_a_recovery_the_next_nan_is_news():
     run = losses([1.0, math.nan, math.nan, 1.0, 1.0, 1.0, math.nan])
-    assert brief(heard(NonFinite(), run)) == [(1, "critical"), (6, "critical")]
+    assert brief(heard(NonFinite(), run)) == [(1, "warning"), (6, "warning")]
 
 
 # Memory
@@ -454,6 +455,7 @@ def test_every_monitor_gets_rules_of_its_own():
     one, other = default_rules(), default_rules()
     assert {type(rule) for rule in one} == {
         NonFinite,
+        BadBatch,
         LossRise,
         StabilityMargin,
         GradientMargin,
@@ -533,8 +535,8 @@ def test_an_old_lambda_max_is_not_quoted():
         ),
         (
             NonFinite(),
-            [trained(90, math.nan)],
-            ["the loss is nan", "earlier checkpoint", "at a learning rate of about", "bad data"],
+            [trained(90, math.nan, grad_norm=math.nan)],
+            ["batch of step 90 is nan", "the weights are lost", "earlier checkpoint"],
         ),
         (
             NonFinite(),
