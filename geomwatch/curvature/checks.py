@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ def check_loss(loss: object) -> Tensor:
     """Return the loss as a scalar tensor, or refuse it."""
     if not isinstance(loss, Tensor):
         raise UsageTypeError(
-            f"loss_fn must return a scalar tensor, got {type(loss).__name__} {loss!r}. "
-            "Return the loss itself, without .item() or float()."
+            f"loss_fn must return a scalar tensor, got {_shown(loss)}. {_repaired(loss)}"
         )
     if loss.numel() != 1:
         raise UsageError(
@@ -55,6 +55,29 @@ def check_loss(loss: object) -> Tensor:
             "without a graph. Don't detach it or compute it under torch.no_grad()."
         )
     return loss.reshape(())
+
+
+def _shown(loss: object) -> str:
+    if isinstance(loss, Mapping):
+        return f"a {type(loss).__name__} of {', '.join(map(str, loss))}"
+    if isinstance(loss, tuple | list):
+        return f"a {type(loss).__name__} of {', '.join(type(x).__name__ for x in loss)}"
+    return f"{type(loss).__name__} {loss!r:.80}"
+
+
+def _repaired(loss: object) -> str:
+    """Say what to do, with the line to write: of several losses only their user knows the sum."""
+    if isinstance(loss, Mapping) and "loss" in loss:
+        line = 'lambda model, batch: loss_fn(model, batch)["loss"]'
+    elif isinstance(loss, Mapping):
+        line = "lambda model, batch: sum(loss_fn(model, batch).values())"
+    elif isinstance(loss, tuple | list):
+        line = "lambda model, batch: loss_fn(model, batch)[0]"
+    elif isinstance(getattr(loss, "loss", None), Tensor):
+        line = "lambda model, batch: loss_fn(model, batch).loss"
+    else:
+        return "Return the loss itself, without .item() or float()."
+    return f"Pass the one that is trained on, such as:\n    {line}"
 
 
 def explain_device(error: RuntimeError, batch: Any, device: torch.device) -> None:
@@ -84,15 +107,46 @@ def find_kink(loss: Tensor) -> str:
 
     A compiled or checkpointed part hides its functions. A microsecond per node.
     """
-    waiting: list[Any] = [loss.grad_fn]
-    seen: set[Any] = set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes([loss.grad_fn]):
         found = _KINKED.match(node.name())
         if found:
             return found.group(1)
-        waiting += [child for child, _ in node.next_functions]
     return ""
+
+
+def raw_backward(loss: Tensor, params: Sequence[Tensor]) -> str | None:
+    """Name a function in the graph that drops the graph of what its backward is given.
+
+    Raw tensors kept on ctx, or a backward under no_grad: autograd takes such a gradient for a
+    constant, without a word. Differences of gradients tell it too, where they can be had.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[Sequence[Any], Sequence[Any]], None]:
+        def note(made: Sequence[Any], given: Sequence[Any]) -> None:
+            if _any_with_graph(given) and not _any_with_graph(made):
+                found.append(name)
+
+        return note
+
+    for node in _nodes([loss.grad_fn]):
+        function: Any = getattr(node, "_forward_cls", None)
+        if function is not None:
+            node.register_hook(watch(str(function.__name__)))
+    torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    return found[0] if found else None
+
+
+def _any_with_graph(gradients: Sequence[Any]) -> bool:
+    return any(g is not None and g.requires_grad for g in gradients)
+
+
+def _nodes(waiting: list[Any]) -> Iterator[Any]:
+    """Walk an autograd graph, a microsecond per node."""
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [child for child, _ in node.next_functions]

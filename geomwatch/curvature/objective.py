@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.batches import Part
-from geomwatch.curvature.checks import check_loss_fn, find_kink
+from geomwatch.curvature.checks import check_loss_fn, find_kink, raw_backward
 from geomwatch.curvature.cutting import Cutter, Split, Weigh, at_random, in_order
 from geomwatch.curvature.locate import first_not_finite, module_of
 from geomwatch.curvature.padding import padding_mask
@@ -176,27 +176,35 @@ class Objective:
 
     def module_of(self, operation: str) -> str | None:
         """Name the module that an operation is in. One forward pass."""
-        found: list[str | None] = []
-
-        def of(batch: Any) -> tuple[Tensor, ...]:
-            evaluate = partial(self._replay.evaluate, batch)
-            found.append(module_of(self._replay.model, evaluate, operation))
-            return ()
-
-        self._replay.mean(of)
-        return next((name for name in found if name), None)
+        return self._told(
+            lambda part: module_of(
+                self._replay.model, partial(self._replay.evaluate, part), operation
+            )
+        )
 
     def first_not_finite(self) -> str | None:
         """Name the first module whose output is not finite. One forward pass."""
+        with torch.no_grad():
+            return self._told(
+                lambda part: first_not_finite(
+                    self._replay.model, partial(self._replay.evaluate, part)
+                )
+            )
+
+    def raw_backward(self) -> str | None:
+        """Name a function that computes its gradient without a graph. One gradient."""
+        params = self._replay.leaves.params
+        return self._told(lambda part: raw_backward(self._replay.evaluate(part), params))
+
+    def _told(self, look: Callable[[Part], str | None]) -> str | None:
+        """Return what a look at the batches tells of the first that it tells something of."""
         found: list[str | None] = []
 
-        def of(batch: Any) -> tuple[Tensor, ...]:
-            evaluate = partial(self._replay.evaluate, batch)
-            found.append(first_not_finite(self._replay.model, evaluate))
+        def of(part: Part) -> tuple[Tensor, ...]:
+            found.append(look(part))
             return ()
 
-        with torch.no_grad():
-            self._replay.mean(of)
+        self._replay.mean(of)
         return next((name for name in found if name), None)
 
     @property
@@ -246,14 +254,7 @@ class Objective:
 
         One forward pass.
         """
-        found = [""]
-
-        def of(batch: Any) -> tuple[Tensor, ...]:
-            found.append(find_kink(self._replay.evaluate(batch)))
-            return ()
-
-        self._replay.mean(of)
-        return max(found)
+        return self._told(lambda part: find_kink(self._replay.evaluate(part))) or ""
 
     def smoothness(self, v: Tensor) -> float:
         """Return how far one-sided differences of two steps along v differ, relatively.

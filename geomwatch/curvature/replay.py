@@ -86,7 +86,7 @@ class Replay:
         """Make the leaves such as can be differentiated twice, at a precision."""
         if is_sharded(self.layout.params):
             self._unshard()
-        if dtype is not None and any(p.dtype != dtype for p in self.leaves.params):
+        if dtype is not None and any(p.dtype.to_real() != dtype for p in self.leaves.params):
             self.recast(dtype)
 
     @property

@@ -1,4 +1,4 @@
-"""What to check of a model before it is measured: double backward, and cutting its batches."""
+"""How products are had: by the cheapest way that is right, once that has been checked."""
 
 from __future__ import annotations
 
@@ -7,38 +7,45 @@ from typing import Any
 import torch
 
 from geomwatch.curvature.agreement import Validation, validate
+from geomwatch.curvature.constants import FEW, holding, moves_constants, no_spectrum_of_differences
+from geomwatch.curvature.micro_batches import check_micro_batches
 from geomwatch.curvature.padding import padding_mask
+from geomwatch.curvature.precision_choice import (
+    Facts,
+    at_a_precision_that_runs,
+    must_run,
+    why_no_products,
+)
 from geomwatch.curvature.subject import Subject
-from geomwatch.errors import NoCurvatureError, UsageError, WithheldError
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.vectors.fsdp import is_sharded
 from geomwatch.vectors.layout import generator
 
-_ITEMS = 4
-_PIECES_AGREE = 1e-4
 # Two steps, h and h / 4, of a smooth loss differ by their truncation, some 1e-3; across kinks by
 # 1 and more. Between them lies room of two decades.
 _SMOOTH = 3e-2
-
-_ASYMMETRY = 1e-2  # of differences in float32, which are good to 0.2 %
-
-
-Facts = dict[str, str | int | float | bool]
 
 
 def choose_products(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subject, Facts]:
     """Choose how products are computed in a run: by the cheapest right way.
 
-    One-sided differences where no function with kinks is in the loss and two steps along a random
-    direction agree; else double backward, once validated (see `choose_backend`). Costs a forward
-    pass, and two to four gradients where it sees no kinks.
+    One-sided differences where no function with kinks is in the loss, two steps along a random
+    direction agree, and nothing that moves with the weights is constant for the gradient; else
+    double backward, once validated (see `choose_backend`). Costs a forward pass, and two to four
+    gradients where it sees no kinks.
     """
     how, ranks = subject.how, subject.ranks
     if how.hvp != "auto" or how.operator != "hessian" or not ranks.all(batch is not None):
         return choose_backend(subject, batch)
     if is_sharded(list(subject.model.parameters())):
         return choose_backend(subject, batch)
-    tried = subject.set(hvp="one_sided")
+    if must_run(subject) and at_a_precision_that_runs(subject, batch)[1]:
+        return choose_backend(subject, batch)  # differences drown in the rounding of 16 bits
+    return _tried(bends, subject, batch)
+
+
+def _tried(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subject, Facts]:
+    ranks, tried = subject.ranks, subject.set(hvp="one_sided")
     with ranks.together():
         check_own_loss(tried, batch)
     with ranks.together():
@@ -55,7 +62,7 @@ def choose_products(bends: dict[str, float], subject: Subject, batch: Any) -> tu
         raise
     except Exception:  # which double backward will tell of, or not meet
         error = None
-    if error is not None and error <= _SMOOTH:
+    if error is not None and error <= _SMOOTH and not ranks.any(moves_constants(subject, batch)):
         facts: Facts = {"validated": False, "smoothness_error": error}
         return tried, facts | {"validation": "differences of two steps agree"}
     bends.clear()
@@ -68,22 +75,48 @@ def choose_products(bends: dict[str, float], subject: Subject, batch: Any) -> tu
 def choose_backend(subject: Subject, batch: Any) -> tuple[Subject, Facts]:
     """Check `micro_batch`, validate double backward; return what to measure by, and the findings.
 
-    `hvp` "auto" becomes "finite_difference" where double backward is wrong.
+    `hvp` "auto" becomes "finite_difference" where double backward is wrong, and precision that of
+    training where the loss runs in no other.
     """
+    facts: Facts = {}
+    if must_run(subject):
+        subject, facts = at_a_precision_that_runs(subject, batch)
     ranks, hvp = subject.ranks, subject.how.hvp
     with ranks.together():
         check_own_loss(subject, batch)
     with ranks.together():
         check_micro_batches(subject, batch)
     if hvp == "finite_difference":
-        return subject, {
+        return subject, facts | {
             "validated": False,
             "validation": "differences of gradients check themselves",
-            **_asymmetry_of_shards(subject, batch),
+            **no_spectrum_of_differences(subject, batch),
         }
     if is_sharded(list(subject.model.parameters())):
         return subject, {"validated": False, "validation": "not run on sharded parameters"}
     found = _validated(subject.alone(), batch)
+    if ranks.any(found.error is None) and not facts:
+        subject, facts = at_a_precision_that_runs(subject, batch)
+        found = _validated(subject.alone(), batch) if facts else found
+    if found.passed is None:
+        facts |= _what_else_is_wrong(subject, batch, found)
+    facts |= _facts(found)
+    wrong = ranks.any(found.passed is False) and hvp == "auto"
+    if wrong:
+        facts["fallback"] = found.reason or "another rank has found double backward wrong"
+    return (subject.set(hvp="finite_difference") if wrong else subject), facts
+
+
+def _what_else_is_wrong(subject: Subject, batch: Any, found: Validation) -> dict[str, str]:
+    """Say why there are no products, where double backward could not be validated."""
+    if subject.how.precision == "training":  # differences drown in rounding
+        return why_no_products(subject.alone(), batch)
+    if found.error is None:  # differences may be what is left
+        return no_spectrum_of_differences(subject, batch)
+    return {}
+
+
+def _facts(found: Validation) -> Facts:
     facts: Facts = {"validated": found.passed is True}
     if found.error is not None:
         facts["validation_error"] = found.error
@@ -91,10 +124,9 @@ def choose_backend(subject: Subject, batch: Any) -> tuple[Subject, Facts]:
         facts["validation"] = found.reason
     if found.passed is False:
         facts["validation_failed"] = True
-    wrong = ranks.any(found.passed is False) and hvp == "auto"
-    if wrong:
-        facts["fallback"] = found.reason or "another rank has found double backward wrong"
-    return (subject.set(hvp="finite_difference") if wrong else subject), facts
+    if found.holds:
+        facts["holds_constants"] = True
+    return facts
 
 
 def check_own_loss(subject: Subject, batch: Any) -> None:
@@ -112,99 +144,23 @@ def check_own_loss(subject: Subject, batch: Any) -> None:
         objective.loss_at(objective.layout.zeros())
 
 
-def _asymmetry_of_shards(subject: Subject, batch: Any) -> dict[str, str]:
-    """Say that differences of gradients on local shards have no spectrum, if they have none.
-
-    They are products with J, the gradient's Jacobian. Where part of the loss is held constant for
-    its gradient J is not symmetric, and nothing else would tell: double backward, which gives the
-    Hessian of what is left, can't be had here. 1 - v'J(Jv) / ||Jv||^2 is 0 where J = J', and on
-    average ||J - J'||^2 / 2 ||J||^2. Two HVPs on a few items of each rank.
-    """
-    layout = subject.layout
-    if not layout.is_cut:
-        return {}
-    few = [] if batch is None else [subject.cutter.head(batch, _ITEMS)]
-    with subject.set(micro_batch=None).on(few) as objective:
-        v = layout.normal(generator(0))
-        v = v / v.norm()
-        try:
-            jv = objective.hvp(v)
-            size = float(jv.norm())
-            asymmetry = 1 - float(v @ objective.hvp(jv / size)) / size if size > 0 else 0.0
-        except NoCurvatureError:  # which the probe will tell of
-            return {}
-    if not asymmetry > _ASYMMETRY:
-        return {}
-    return {
-        "obstacle": "part of the loss is held constant for its gradient (detach(), a "
-        "straight-through estimator), so that its differences have no real spectrum; "
-        "hvp='double_backward' measures the curvature with that part held, on a replica"
-    }
-
-
 def _validated(subject: Subject, batch: Any) -> Validation:
     """Validate double backward on a few items, on this rank."""
     items = subject.cutter.count(batch) if batch is not None else 0
     if items == 0:
         return Validation(None, reason="this rank has no items to run it on")
     # in float64 an item takes the memory of two
-    most = max(1, (subject.how.micro_batch or 2 * _ITEMS) // 2)
-    few = [subject.cutter.head(batch, min(_ITEMS, most, items))]
+    most = max(1, (subject.how.micro_batch or 2 * FEW) // 2)
+    few = [subject.cutter.head(batch, min(FEW, most, items))]
     tested = subject.set(operator="hessian", hvp="double_backward")
     kept = padding_mask(list(subject.model.modules()), subject.layout)
-    found = validate(lambda: tested.on(few, dtype=torch.float64), kept)
+    held = holding(tested)
+    found = validate(
+        lambda: tested.on(few, dtype=torch.float64),
+        kept,
+        held=lambda: held.on(few, dtype=torch.float64),
+    )
     if found.error is None:  # of a model made for one precision: in that one, if it is smooth
         inherent = validate(lambda: tested.on(few))
         found = found if inherent.passed is None else inherent
     return found
-
-
-def check_micro_batches(subject: Subject, batch: Any) -> None:
-    """Compare the loss of the whole batch with what its pieces make up, once.
-
-    Raises:
-        UsageError: they differ by more than 1e-4: a loss over the whole batch, or BatchNorm.
-    """
-    size, ranks = subject.how.micro_batch, subject.ranks
-    cuts = size is not None and batch is not None and size < subject.cutter.count(batch)
-    if not ranks.any(cuts):
-        return
-    with subject.set(micro_batch=None).on([batch]) as whole:
-        normalizes = whole.normalizes_batches
-    if ranks.any(normalizes):
-        raise UsageError(
-            f"micro_batch must not cut the batches of a BatchNorm in train mode, got {size}: each "
-            "piece would have its own statistics. Leave micro_batch out, or pass mode='eval'."
-        )
-    if is_sharded(list(subject.model.parameters())):
-        why = _difference_of_pieces(subject, batch)
-    else:
-        why = _why_no_chunks(subject, batch) if cuts else ""
-    if ranks.any(bool(why)):
-        raise UsageError(
-            f"micro_batch must leave the loss as it is, got {size}: it is no mean over items. "
-            f"{why or 'Another rank says why.'} Leave micro_batch out."
-        )
-
-
-def _why_no_chunks(subject: Subject, batch: Any) -> str:
-    """Find out how the batch may be cut; say why it can't be, "" where it can."""
-    with subject.alone().set(micro_batch=None).on([batch]) as whole:
-        try:
-            whole.check_chunks(subject.how.micro_batch or whole.items)
-        except WithheldError as why:
-            return f"{why}."
-    return ""
-
-
-def _difference_of_pieces(subject: Subject, batch: Any) -> str:
-    """Say how far the loss is from that of its pieces, which all ranks evaluate together."""
-    for mode in (subject.how.mode, "eval"):  # in train mode dropout draws other masks for pieces
-        losses = []
-        for tested in (subject.set(micro_batch=None, mode=mode), subject.set(mode=mode)):
-            with tested.on([batch]) as objective:
-                losses.append(objective.value())
-        difference = abs(losses[0] - losses[1]) / max(abs(losses[0]), 1e-12)
-        if difference <= _PIECES_AGREE:
-            return ""
-    return f"It differs by {difference:.1e}."

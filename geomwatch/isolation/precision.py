@@ -39,9 +39,10 @@ def recast(modules: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[Tensor
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    values = tensor.detach().to(dtype, copy=True)
+    wanted = dtype.to_complex() if tensor.is_complex() else dtype
+    values = tensor.detach().to(wanted, copy=True)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, requires_grad=tensor.requires_grad)
     return values

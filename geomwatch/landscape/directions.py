@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature.checks import check_count
+from geomwatch.curvature.micro_batches import check_micro_batches
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
-from geomwatch.curvature.validation import check_micro_batches, choose_backend
+from geomwatch.curvature.validation import choose_backend
 from geomwatch.errors import UsageError
 from geomwatch.estimators.lanczos import lanczos
 from geomwatch.estimators.roughness import filter_normalised

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss_fn, explain_device
 from geomwatch.curvature.cutting import Cutter
+from geomwatch.curvature.micro_batches import check_micro_batches
 from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.curvature.subject import Subject
-from geomwatch.curvature.validation import check_micro_batches
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.isolation.isolation import captured_by, isolate
 from geomwatch.isolation.precision import recast

@@ -61,6 +61,8 @@ def _cosine(w: Tensor, g: Tensor) -> float | None:
 
 
 def _cosine_along(w: Tensor, g: Tensor) -> float | None:
+    if w.is_complex():
+        w, g = torch.view_as_real(w), torch.view_as_real(g)
     # As a product of bfloat16 the cosine would be all rounding.
     wide = torch.promote_types(w.dtype, torch.float32)
     w, g = w.flatten(1).to(wide), g.flatten(1).to(wide)

@@ -35,12 +35,17 @@ class Layout:
         `patterns` are shell-style name patterns ("encoder.*"); a parameter is kept when one fits
         one of its names.
 
+        Complex parameters count as pairs of reals, as their optimizers see them. Those on the meta
+        device, which hold nothing, are left out: nothing trains them.
+
         Raises:
-            UsageError: no parameter requires grad, none fits `patterns`, or one is complex.
+            UsageError: no parameter requires grad, or none fits `patterns`.
         """
         if not isinstance(model, nn.Module):
             raise UsageTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trainable = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad and not p.is_meta
+        ]
         if not trainable:
             raise UsageError(
                 "model must have at least one parameter with requires_grad=True, got none of "
@@ -60,28 +65,22 @@ class Layout:
                     f"{', ...' if len(trainable) > 8 else ''}."
                 )
             trainable = kept
-        for name, p in trainable:
-            if p.is_complex():
-                raise UsageError(
-                    f"parameters must be real to be measured, got {p.dtype} for {name!r}. Leave "
-                    "it out with params=[...], or keep it as its real view (torch.view_as_real)."
-                )
         return cls(tuple(n for n, _ in trainable), tuple(p for _, p in trainable))
 
     @property
     def dim(self) -> int:
         """D, the number of scalars in a vector."""
-        return sum(p.numel() for p in self.params)
+        return sum(_reals(p) for p in self.params)
 
     @property
     def sizes(self) -> list[int]:
         """How many of a vector's entries here belong to each parameter."""
-        return [p.numel() for p in self.params]
+        return [_reals(p) for p in self.params]
 
     @property
     def dtype(self) -> torch.dtype:
         """The vectors' dtype: float64 for float64 parameters, float32 for all narrower ones."""
-        wide = any(p.dtype == torch.float64 for p in self.params)
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in self.params)
         return torch.float64 if wide else torch.float32
 
     @property
@@ -173,12 +172,14 @@ class Layout:
 
     def _entries(self, tensor: Tensor) -> Tensor:
         """The entries of a parameter, or of what is shaped like it, that a vector has."""
-        return whole(tensor)
+        return _as_reals(whole(tensor))
 
     def _vector(self, entries: Tensor) -> Tensor:
         return entries
 
     def _shaped(self, piece: Tensor, parameter: Tensor) -> Tensor:
+        if parameter.is_complex():
+            piece = torch.view_as_complex(piece.reshape(*parameter.shape, 2))
         shaped = piece.view(parameter.shape)
         return shaped.to(device=parameter.device, dtype=parameter.dtype)
 
@@ -224,10 +225,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
 
 
+def _as_reals(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _reals(parameter: Tensor) -> int:
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
 @functools.singledispatch
 def entries(like: Tensor, tensor: Tensor) -> Tensor:
     """Return the entries of a tensor as a vector like another, which may be a piece of one."""
-    return whole(tensor).reshape(-1).to(like)
+    return _as_reals(whole(tensor)).reshape(-1).to(like)
 
 
 @functools.singledispatch
