@@ -21,6 +21,8 @@ from geomwatch.curvature import placement as shard_choice
 from geomwatch.curvature.fully_sharded import FullySharded
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.settings import Settings
+from geomwatch.curvature.subject import Subject
 from geomwatch.errors import WithheldError
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.stability.problem import stability_of
@@ -35,7 +37,7 @@ NAMES = [
     "batch_sharpness",
     "normalized_sharpness",  # by losses: forward passes that leave the outermost module whole
 ]
-ON_SHARDS = {"hvp": "finite_difference", "schedule": "fixed", "quantities": NAMES}
+ON_SHARDS = {"hvp": "finite_difference", "quantities": NAMES}
 
 
 def part(rank: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,7 @@ def trained(rank: int) -> Any:
     for watch in (True, False):
         model = sharded(net())
         optimizer = adamw(model)
-        made = geomwatch.Monitor(model, cross_entropy, optimizer, every=2, **ON_SHARDS)
+        made = geomwatch.Monitor(model, cross_entropy, optimizer, every=2, **faced(ON_SHARDS))
         monitor = made if watch else None
         x, y = digits(96)
         steps(model, (x[48 * rank :][:48], y[48 * rank :][:48]), optimizer, monitor)
@@ -259,9 +261,10 @@ def chosen(rank: int) -> dict[str, Any]:
     from torch.distributed.tensor import Shard
 
     def choice(model: nn.Module, hvp: str = "auto", operator: str = "hessian") -> Any:
-        ranks = Ranks.of(model)
-        made = choose_shards(model, Layout.of(model), ranks, hvp=hvp, operator=operator)
-        return made.layout.is_cut, made.hvp, made.facts["sharding"]
+        how = Settings(hvp=hvp, operator=operator)
+        subject = Subject(model, cross_entropy, Layout.of(model), how, Ranks.of(model))
+        made, facts = choose_shards(subject)
+        return made.layout.is_cut, made.how.hvp, facts["sharding"]
 
     model = sharded(net())
     found = {"as it is": choice(model)}
