@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import platform
-import random
 import statistics
 import time
 from collections import Counter
@@ -15,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +21,11 @@ from geomwatch.curvature.checks import check_loss, check_optimizer
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import LossFn
+from geomwatch.curvature.side_effects import side_effects
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.estimators.noise_floor import read_out
+from geomwatch.isolation.random_state import RandomState
 from geomwatch.isolation.signals import traceless
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, check_pace
 from geomwatch.parallel.ranks import Ranks
@@ -118,15 +117,15 @@ def doctor(
 
 def _look(subject: Subject, batch: Any, optimizer: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Evaluate the loss and its gradient at the weights; the loss's own errors pass through."""
-    model = subject.model
+    model, goes_on = subject.model, side_effects(subject, batch).changed
     with subject.set(hvp="finite_difference", operator="hessian").on([batch]) as objective:
         mode, layout = str(objective.provenance["mode"]), objective.layout
         flags = [(type(m).__name__, m.training) for m in model.modules()]
-        before = _random_state(layout.device)
+        before = RandomState()
         gradient = objective.gradient()  # from the state before, and leaves the one after it
-        drawn = _random_state(layout.device) != before
+        drawn = before.changed()
         readout = read_out(objective.loss_at, layout, rng=generator(0))
-        changed, loss = objective.changed_objects, objective.loss()
+        changed, loss = [*objective.changed_objects, *goes_on], objective.loss()
     other = Counter(kind for kind, training in flags if training != (mode == "train"))
     invariant = ScaleInvariance().update(layout, gradient)
     names = tuple(name for name in layout.names if name in invariant)
@@ -162,12 +161,6 @@ def _limit(optimizer: Any, layout: Layout, gradient: Tensor, invariant: frozense
         return stability_of(optimizer, layout, gradient=gradient, exclude=invariant).reason
     except Exception as error:  # of an optimizer that we do not know
         return f"none, {type(error).__name__}: {error}"
-
-
-def _random_state(device: torch.device) -> tuple[object, ...]:
-    cuda = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None
-    others = pickle.dumps((np.random.get_state(), random.getstate()))
-    return torch.get_rng_state().tolist(), cuda, others
 
 
 def _time_step(subject: Subject, batch: Any, seconds: dict[str, float]) -> None:

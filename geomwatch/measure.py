@@ -11,6 +11,7 @@ from geomwatch.curvature.checks import check_count, check_optimizer
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.settings import LossFn
+from geomwatch.curvature.side_effects import side_effects
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend
 from geomwatch.isolation.signals import traceless
@@ -20,6 +21,7 @@ from geomwatch.quantities.plan import Budget
 from geomwatch.quantities.probe import Probe
 from geomwatch.quantities.table import evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Record
+from geomwatch.sinks import logger
 from geomwatch.stability.problem import Stability, learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
 from geomwatch.vectors.layout import Layout, generator
@@ -44,7 +46,8 @@ def measure(
     NumPy's, Python's) are left as they were. `how` says what is measured and how: a Measurement.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
-    sharpness along the gradient, and a check of double backward on four items.
+    sharpness along the gradient, a check of double backward on four items, and two forward passes
+    for a check of what the loss changes.
 
     Raises:
         UsageError: (a ValueError, or a TypeError too) loss_fn gives no scalar tensor, the batch is
@@ -72,6 +75,8 @@ def measure(
     subject, sharding = choose_shards(
         Subject(model, loss_fn, Layout.of(model, how.params), how, ranks)
     )
+    for effect in side_effects(subject, batch).told():
+        logger.warning("%s", effect)
     subject, facts = choose_backend(subject, batch)
     with subject.on([batch]) as objective:
         if "obstacle" in facts:

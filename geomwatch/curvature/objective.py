@@ -24,6 +24,7 @@ from geomwatch.curvature.replay import Replay
 from geomwatch.curvature.settings import LossFn as LossFn
 from geomwatch.curvature.settings import Settings
 from geomwatch.errors import UsageError, WithheldError
+from geomwatch.isolation.outside import Outside
 from geomwatch.isolation.twice_differentiable import not_compiled
 from geomwatch.isolation.undo import until_here
 from geomwatch.parallel.ranks import Ranks
@@ -73,6 +74,7 @@ class Objective:
         weights: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
         products: bool = True,
+        outside: Outside | None = None,
         bends: dict[str, float] | None = None,
     ) -> None:
         check_loss_fn(loss_fn)
@@ -88,7 +90,15 @@ class Objective:
         if (ranks is None or ranks.size == 1) and self.items == 0:
             raise UsageError(f"window must hold items, got {len(window)} batches without any.")
         kind = _replay_on(self.layout)
-        self._replay = kind(model, loss_fn, parts, layout=self.layout, also=how.also, ranks=ranks)
+        self._replay = kind(
+            model,
+            loss_fn,
+            parts,
+            layout=self.layout,
+            also=how.also,
+            ranks=ranks,
+            outside=outside,
+        )
         by_one = how.hvp == "one_sided"  # needs no second derivative: kernels of training
         self._products_wanted = products and not by_one
         if not self._products_wanted:

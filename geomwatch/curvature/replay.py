@@ -15,8 +15,10 @@ from geomwatch.curvature.checks import check_loss, explain_device
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError, WithheldError
-from geomwatch.isolation.isolation import captured_by, isolate
+from geomwatch.isolation.isolation import isolate
+from geomwatch.isolation.outside import Outside
 from geomwatch.isolation.precision import recast
+from geomwatch.isolation.reach import captured_by
 from geomwatch.isolation.signals import handle_signals, users
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.isolation.sync_norm import is_synchronised, shared
@@ -47,11 +49,12 @@ class Replay:
         layout: Layout,
         also: Sequence[object] = (),
         ranks: Ranks | None = None,
+        outside: Outside | None = None,
     ) -> None:
         self.window = list(window)
         self.leaves = self.layout = layout
         self._model, self._loss_fn = model, loss_fn
-        self._others = [*also, *captured_by(loss_fn)]
+        self._also, self._outside = also, outside or Outside()
         self.ranks = ranks or Ranks()
         self.kept: Callable[[Tensor], Tensor] | None = None
         self.total = 0.0  # weight of the window, on all ranks
@@ -68,10 +71,13 @@ class Replay:
         if is_sharded(self.layout.params):
             reshard(list(self._model.modules()))
         later(self._shut)
+        window = [part.batch for part in self.window]
+        drawn = self._outside.generators(self._model, self._loss_fn, self._also, window)
         self._snapshot = isolate(
             self._model,
             self.layout.params,
-            others=self._others,
+            others=[*self._also, *captured_by(self._loss_fn), *drawn],
+            draws=self._outside.draws,
             mode=mode,
             autocast=autocast,
             second_order=self.second_order,
@@ -114,13 +120,13 @@ class Replay:
         params = tuple(stand_in(p) for p in self.leaves.params)
         self.leaves, self._cast = Layout(self.layout.names, params), dtype
         # Each evaluation is to start from the stand-ins, the end of the probe is not.
-        self._snapshot = Snapshot([self._model, *self._others])
+        self._snapshot = self._snapshot.anew()
 
     def _unshard(self) -> None:
         assert self._snapshot is not None
         stand_in = unshard(self._snapshot.modules)
         self.leaves = Layout(self.layout.names, tuple(map(stand_in, self.layout.params)))
-        self._snapshot = Snapshot([self._model, *self._others])
+        self._snapshot = self._snapshot.anew()
 
     def undo_recast(self) -> None:
         """Go back to the precision before the last `recast`."""

@@ -11,6 +11,7 @@ from torch import nn
 from geomwatch.curvature.cutting import Cutter
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import LossFn, Settings
+from geomwatch.isolation.outside import Outside
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.layout import Layout
 
@@ -25,6 +26,7 @@ class Subject:
     how: Settings
     ranks: Ranks
     cutter: Cutter = field(default_factory=Cutter)
+    outside: Outside = field(default_factory=Outside)
 
     def __post_init__(self) -> None:
         self.cutter.items = self.how.items
@@ -39,6 +41,7 @@ class Subject:
             layout=self.layout,
             ranks=self.ranks,
             cutter=self.cutter,
+            outside=self.outside,
             **options,
         )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from geomwatch.isolation.precision import autocast_off
+from geomwatch.isolation.random_state import Draws, RandomState
 from geomwatch.isolation.snapshot import HOOKS, Snapshot
 from geomwatch.isolation.tf32 import tf32_off
 from geomwatch.isolation.twice_differentiable import twice_differentiable
@@ -41,6 +41,7 @@ def isolate(
     params: Sequence[Tensor],
     *,
     others: Sequence[object] = (),
+    draws: Draws | None = None,
     mode: str,
     autocast: bool = False,
     second_order: bool = True,
@@ -57,7 +58,7 @@ def isolate(
     _PROBING.set(True)
     enter(torch.inference_mode(False))
     enter(torch.enable_grad())
-    snapshot = Snapshot([model, *others])
+    snapshot = Snapshot([model, *others], rng=RandomState(draws))
     if not autocast:
         autocast_off({p.device.type for p in params} | {"cpu"})
         tf32_off()
@@ -69,54 +70,8 @@ def isolate(
     later(snapshot.finish)
     if _set_mode(model, mode):
         # Each evaluation is to start from the new mode, the end of the probe is not.
-        snapshot = Snapshot([model, *others], like=snapshot)
+        snapshot = snapshot.anew(sharing=True)
     return snapshot
-
-
-def captured_by(loss_fn: Callable[..., Any]) -> list[object]:
-    """Find what a loss_fn carries along: itself or its owner, and the modules it names.
-
-    Names are looked up in its closure, its defaults and its file, and in those of the functions
-    from the same file that it names in turn.
-    """
-    found: list[object] = []
-    waiting: list[object] = [loss_fn]
-    seen: set[int] = set()
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, types.MethodType):
-            found.append(item.__self__)
-            waiting.append(item.__func__)
-        elif isinstance(item, functools.partial):
-            waiting += [item.func, *item.args, *item.keywords.values()]
-        elif isinstance(item, types.FunctionType):
-            waiting += _named_in(item)
-        elif isinstance(item, nn.Module) or (item is loss_fn and hasattr(item, "__dict__")):
-            found.append(item)
-    return found
-
-
-def _named_in(function: types.FunctionType) -> list[object]:
-    """What a function can reach by a name: its closure, its defaults, globals of its file."""
-    reached: list[object] = [
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-    ]
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # an empty cell
-            reached.append(cell.cell_contents)
-    namespace = function.__globals__
-    codes = [function.__code__]
-    for code in codes:  # grows: the bodies of lambdas and comprehensions are constants
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-        for name in code.co_names:
-            item = namespace.get(name)
-            if not isinstance(item, types.FunctionType) or item.__globals__ is namespace:
-                reached.append(item)
-    return reached
 
 
 def _set_mode(model: nn.Module, mode: str) -> bool:

@@ -16,7 +16,6 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 # attribute, or a large frozen network, must not double its memory in a probe.
 _LARGEST_COPY = 1_000_000  # elements
 CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
-GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 class Saved:
@@ -119,7 +118,7 @@ class SavedObject(Saved):
 
     def restore(self) -> None:
         """Put back a generator or an array."""
-        if self._state is not None:
+        if self._state is not None and not same_state(_state(self._item), self._state):
             _set_state(self._item, self._state)
 
     def lost(self) -> bool:
@@ -183,8 +182,8 @@ def _mark(value: object) -> object:
 def _state(item: object) -> Any:
     if isinstance(item, torch.Generator | np.random.RandomState):
         return item.get_state()
-    if isinstance(item, np.random.Generator):
-        return item.bit_generator.state
+    if isinstance(item, np.random.Generator | np.random.BitGenerator):
+        return _bits(item).state
     if isinstance(item, random.Random):
         return item.getstate()
     # Not a memmap, which may be a file that nobody wants written.
@@ -194,11 +193,28 @@ def _state(item: object) -> Any:
 
 
 def _set_state(item: Any, state: Any) -> None:
-    if isinstance(item, np.random.Generator):
-        item.bit_generator.state = state
+    if isinstance(item, np.random.Generator | np.random.BitGenerator):
+        _bits(item).state = state
     elif isinstance(item, np.ndarray):
         np.copyto(item, state)
     elif isinstance(item, random.Random):
         item.setstate(state)
     else:
         item.set_state(state)
+
+
+def _bits(item: Any) -> Any:
+    return item if isinstance(item, np.random.BitGenerator) else item.bit_generator
+
+
+def same_state(a: Any, b: Any) -> bool:
+    """Tell whether two states of a generator are the same."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, dict):
+        return all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, list) or (isinstance(a, tuple) and any(isinstance(x, np.ndarray) for x in a)):
+        return all(map(same_state, a, b))
+    return bool(a == b)

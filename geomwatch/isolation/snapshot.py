@@ -7,7 +7,6 @@ same vectors. Restored at the end, it makes sure that training sees no trace of 
 
 from __future__ import annotations
 
-import random
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -16,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geomwatch.isolation.reach import GENERATORS
 from geomwatch.isolation.saved import (
     CONTAINERS,
-    GENERATORS,
     Saved,
     SavedContainer,
     SavedObject,
@@ -43,15 +42,21 @@ class Snapshot:
     that are still those of the snapshot `like` are shared with it: its copies serve both.
     """
 
-    def __init__(self, objects: Iterable[object], *, like: Snapshot | None = None) -> None:
+    def __init__(
+        self,
+        objects: Iterable[object],
+        *,
+        like: Snapshot | None = None,
+        rng: Any = None,
+    ) -> None:
         held = [] if like is None else like._saved
         self._held = {id(s.tensor): s for s in held if isinstance(s, SavedTensor)}
         self.modules: list[nn.Module] = []
-        self._rng = RandomState()
+        self._rng = rng  # a RandomState
         self._saved: list[Saved] = []
         # Most containers of a module are hook dictionaries with nothing in them.
         self._empty: list[Any] = []
-        roots = list(objects)
+        self._roots = roots = list(objects)
         # An object that is looked after from the inside needs no watching from the outside.
         self._seen = {id(root) for root in roots if _is_plain(root)}
         for root in roots:
@@ -59,6 +64,10 @@ class Snapshot:
         # Containers first: they put those tensors back in place whose values are put back next.
         self._saved.sort(key=lambda saved: not isinstance(saved, SavedContainer))
         self._is_used = False
+
+    def anew(self, *, sharing: bool = False) -> Snapshot:
+        """Return one of the same objects as they are now; copies may be shared."""
+        return Snapshot(self._roots, like=self if sharing else None, rng=self._rng.anew())
 
     def start(self) -> None:
         """Put everything back before an evaluation, unless it is the first."""
@@ -73,7 +82,8 @@ class Snapshot:
                 container.clear()
         for saved in self._saved:
             saved.restore()
-        self._rng.restore()
+        if self._rng is not None:
+            self._rng.restore()
         self._is_used = False  # not before: an interrupted one is to be done again
 
     def finish(self) -> None:
@@ -130,24 +140,6 @@ class Snapshot:
                 self._empty.append(item)
                 continue
             self._visit(name if key in _UNNAMED else f"{name}.{key}", item)
-
-
-class RandomState:
-    """The global generators of torch (every device in use), NumPy and Python."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Set them back to where they were."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
 
 
 def _is_plain(root: object) -> bool:

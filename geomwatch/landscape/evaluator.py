@@ -18,8 +18,9 @@ from geomwatch.curvature.micro_batches import check_micro_batches
 from geomwatch.curvature.settings import LossFn, Settings
 from geomwatch.curvature.subject import Subject
 from geomwatch.errors import UsageError, UsageTypeError
-from geomwatch.isolation.isolation import captured_by, isolate
+from geomwatch.isolation.isolation import isolate
 from geomwatch.isolation.precision import recast
+from geomwatch.isolation.reach import captured_by, generators_in
 from geomwatch.isolation.signals import users
 from geomwatch.isolation.snapshot import Snapshot
 from geomwatch.isolation.undo import later, until_here
@@ -168,7 +169,8 @@ def evaluating(
     """
     check_loss_fn(loss_fn)
     given = Batches(data)
-    others = [*how.also, *captured_by(loss_fn), *given.generators]
+    drawn = generators_in(model, loss_fn, how.also)
+    others = [*how.also, *captured_by(loss_fn), *given.generators, *drawn]
     with until_here():
         if layout is None:
             layout = _everything(model)
@@ -182,7 +184,7 @@ def evaluating(
             cast = layout.dtype
             stand_in = recast(snapshot.modules, cast)
             layout = Layout(layout.names, tuple(stand_in(p) for p in layout.params))
-            snapshot = Snapshot([model, *others])
+            snapshot = snapshot.anew()
         yield Evaluator(model, loss_fn, given, how, layout, snapshot, cast, subject.cutter)
         for name in snapshot.changed_objects():
             logger.warning(

@@ -55,7 +55,9 @@ class Monitor(Resumable):
     """Watches the geometry of the loss while a model trains, and warns before it goes wrong.
 
     Call `step(batch)` between `loss.backward()` and `optimizer.step()`. When a probe is due it
-    measures and returns a Record, otherwise None. Training is bit-identical with and without it.
+    measures and returns a Record, otherwise None. Training is bit-identical with and without it,
+    but for what loss_fn changes beside the model, random generators apart: what goes on with each
+    evaluation, such as an iterator or a counter, is found and told before the first step.
 
     Args:
         model: the module in training.

@@ -16,6 +16,7 @@ from geomwatch.curvature import batches
 from geomwatch.curvature.locate import operation_in
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
+from geomwatch.curvature.side_effects import side_effects
 from geomwatch.curvature.subject import Subject
 from geomwatch.curvature.validation import choose_backend, choose_products
 from geomwatch.curvature.window_weights import Weighing
@@ -294,8 +295,10 @@ class Prober(Resumable):
             self._subject, self._sharding = choose_shards(self._subject)
 
     def _objective(self, window: Sequence[Any], gradient: Tensor | None) -> Objective:
+        first = window[0] if window else None
+        if self.ranks.any(self._subject.outside.is_doubtful):
+            self.surprises += side_effects(self._subject, first).told()
         if self._validation is None:
-            first = window[0] if window else None
             choose = choose_backend if self._is_kinked else partial(choose_products, self._bends)
             self._subject, self._validation = choose(self._subject, first)
             by_differences = self._subject.how.hvp == "finite_difference"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from geomwatch.errors import UsageError
-from geomwatch.isolation.snapshot import Snapshot
+from geomwatch.isolation.random_state import RandomState
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.findings import Present
 from geomwatch.observation.step import Settled
@@ -241,7 +241,7 @@ def fixed_window(source: Any) -> list[Any]:
         return []
     if not isinstance(source, DataLoader):
         return [source]
-    before = Snapshot([])
+    before = RandomState()
     try:
         window = list(source)
     finally:

@@ -63,6 +63,7 @@ class SafeProber(Resumable):
         try:
             probed = self._probe_within_memory(window, step, **known)
         except Exception as error:  # whatever a loss_fn raises in a probe, training goes on
+            self._tell_surprises()
             if self._prober.plan.probes == 0:
                 self._refuses = True
                 self._prober.ranks.refuse_after(error)

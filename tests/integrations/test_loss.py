@@ -12,7 +12,7 @@ from torch import Tensor
 from geomwatch.curvature.cutting import Cutter
 from geomwatch.errors import WithheldError
 from geomwatch.integrations._host.loss import HostLoss, Unknown, mean_of
-from geomwatch.isolation.snapshot import RandomState
+from geomwatch.isolation.random_state import RandomState
 
 
 class Loss(HostLoss):

@@ -12,7 +12,7 @@ from problems import cross_entropy, digits, mlp
 from geomwatch import Measurement, Monitor, UsageError
 from geomwatch.integrations._host.loss import HostLoss
 from geomwatch.integrations._host.options import MonitorOptions, Options
-from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.reach import captured_by
 
 
 class Loss(HostLoss):

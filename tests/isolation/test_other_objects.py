@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import geomwatch
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import Settings
-from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.reach import captured_by
 
 
 def teacher() -> nn.Module:

@@ -16,7 +16,7 @@ from geomwatch.integrations._accelerate.ties import Ties
 from geomwatch.integrations._host.loss import HostLoss, mean_of
 from geomwatch.integrations._host.options import MonitorOptions
 from geomwatch.integrations._host.watch import HostWatch
-from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.reach import captured_by
 from geomwatch.monitoring.face import is_disabled
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Record

@@ -18,6 +18,7 @@ from geomwatch.curvature import batches
 from geomwatch.curvature.checks import check_loss
 from geomwatch.integrations._host.loss import HostLoss, MicroBatch
 from geomwatch.isolation.isolation import isolated
+from geomwatch.isolation.reach import generators_in
 from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.sync_norm import is_synchronised
 from geomwatch.parallel.collectives import refuse_collectives
@@ -96,7 +97,7 @@ def _replay(
     itself has computed. The loss is this rank's own, the gradient the mean over ranks, as that in
     `p.grad` is.
     """
-    weights = [loss_fn.weight(micro) for micro in window]
+    weights, isolates = [loss_fn.weight(micro) for micro in window], loss_fn.isolates()
     loss = 0.0
     gradient = [torch.zeros_like(p) for p in params]
     sharded = is_sharded(params)
@@ -107,7 +108,7 @@ def _replay(
         isolated(
             model,
             params,
-            others=loss_fn.isolates(),
+            others=[*isolates, *generators_in(model, isolates, list(window))],
             mode="train",
             autocast=True,
             second_order=False,

@@ -13,7 +13,7 @@ from torch import nn
 
 from geomwatch.errors import UsageError
 from geomwatch.integrations._host.words import survived
-from geomwatch.isolation.snapshot import RandomState
+from geomwatch.isolation.random_state import RandomState
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Record
 from geomwatch.sinks import logger

@@ -10,7 +10,7 @@ from torch import Tensor
 from geomwatch.curvature import batches
 from geomwatch.integrations._host.tap import Method, Tap
 from geomwatch.isolation.isolation import is_probing
-from geomwatch.isolation.snapshot import RandomState
+from geomwatch.isolation.random_state import RandomState
 from geomwatch.sinks import logger
 
 

@@ -15,8 +15,8 @@ from geomwatch.curvature.objective import LossFn
 from geomwatch.integrations._host.loss import HostLoss, MicroBatch, Unknown
 from geomwatch.integrations._host.tap import replaced, silence
 from geomwatch.integrations._transformers.tap import LossCall, TrainingStep
-from geomwatch.isolation.isolation import captured_by
-from geomwatch.isolation.snapshot import RandomState
+from geomwatch.isolation.random_state import RandomState
+from geomwatch.isolation.reach import captured_by
 
 
 class Window:

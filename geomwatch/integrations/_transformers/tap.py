@@ -9,7 +9,7 @@ from torch import Tensor
 
 from geomwatch.curvature import batches
 from geomwatch.integrations._host.tap import Method, Tap, named
-from geomwatch.isolation.snapshot import RandomState
+from geomwatch.isolation.random_state import RandomState
 
 
 class LossCall:
