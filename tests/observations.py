@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from geomwatch.observation.findings import Findings, Present
+from geomwatch.observation.movement import Movement
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
@@ -124,7 +125,10 @@ def known_at_once(rng: random.Random, nan: float = 0.0) -> dict[str, Any]:
     loss = math.exp(rng.gauss(0, 0.3)) * rng.choice([1.0] * 9 + [4.0, 20.0, 400.0])
     norm = math.exp(rng.gauss(0, 0.3)) * rng.choice([1.0] * 12 + [40.0])
     present = Present(math.nan if rng.random() < nan else loss, norm)
-    return {"present": present, "inspect": lambda *, before=False: found}
+    still, relative = rng.random(), math.exp(rng.uniform(-17, -11))
+    moved = Movement(20, still, relative, "bfloat16", rng.choice([0.01, 0.01, 1.0]))
+    movement = moved if rng.random() < 0.5 else None
+    return {"present": present, "movement": movement, "inspect": lambda *, before=False: found}
 
 
 def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:

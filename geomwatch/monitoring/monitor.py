@@ -26,6 +26,7 @@ from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
 from geomwatch.monitoring.inspection import Inspector
 from geomwatch.monitoring.memory import Difficulty
+from geomwatch.monitoring.movement import MovementSampler
 from geomwatch.monitoring.probed import Probed
 from geomwatch.monitoring.prober import Prober
 from geomwatch.monitoring.progress import StepCounter, StepScalars, fixed_window, gradient_norm
@@ -130,7 +131,7 @@ class Monitor(Resumable):
         subject = Subject(unwrapped(model), loss_fn, layout, how, self._ranks)
         prober = Prober(subject, optimizer, plan, per_layer=how.per_layer, seed=how.seed)
         self._watch = Watch(prober, self._account, every, controlled=bool(controllers))
-        self._inspector = Inspector(subject, optimizer)
+        self._inspector, self._moved = Inspector(subject, optimizer), MovementSampler(layout.params)
         self._control = claim(
             optimizer, Conductor(() if self._disabled else controllers, optimizer)
         )
@@ -433,6 +434,7 @@ class Monitor(Resumable):
         self._counter.follow(unwrap(self._optimizer), self._layout.params)
         self._watch.restart(self._layout, self._optimizer, steps)
         self._inspector.follow(self._layout, self._optimizer)
+        self._moved = MovementSampler(self._layout.params)
         self._dispatch.forget()
         self._check_held()
         logger.info("step %d: %s. Measured anew from here on.", steps, "; ".join(changes))
@@ -456,7 +458,9 @@ class Monitor(Resumable):
         present = self._scalars.present()
         is_known = present is not None and present.loss is not None
         self._past = [] if is_known else list(window)
-        return Coming(self._counter.steps, self._lr, self._control.scale, settled, present, inspect)
+        steps, lr = self._counter.steps, self._lr
+        moved = self._moved(steps, lr)
+        return Coming(steps, lr, self._control.scale, settled, present, moved, inspect)
 
     def _wants_norm(self, loss: Tensor | float | None) -> bool:
         """Tell whether to compute the gradient's norm: now and then, and where there is reason.

@@ -14,6 +14,7 @@ from geomwatch.monitoring.safe_prober import SafeProber
 from geomwatch.monitoring.schedule import Cadence, Look, Schedule
 from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.observation.findings import Findings, Present, nothing_found
+from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
 from geomwatch.sinks import logger
@@ -36,6 +37,7 @@ class Coming:
     scale: float  # what a controller lets it take of them
     settled: Settled | None  # what became of the step before
     present: Present | None = None  # what the host knows of this one
+    movement: Movement | None = None  # what became of the weights
     inspect: Callable[..., Findings] = nothing_found  # looks for what is wrong with it
 
 
@@ -136,6 +138,7 @@ class Watch(Resumable):
                 index=step.index,
                 settled=step.settled,
                 present=step.present,
+                movement=step.movement,
                 inspect=step.inspect,
             )
         seen = self._observed(step, record, looked)
@@ -167,6 +170,7 @@ class Watch(Resumable):
             layers=last.layers if last is not None else (),
             settled=step.settled,
             present=step.present,
+            movement=step.movement,
             inspect=step.inspect,
         )
 

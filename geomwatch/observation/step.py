@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.margins import scaled, within
+from geomwatch.observation.movement import Movement
 from geomwatch.records import Estimate
 
 
@@ -54,6 +55,7 @@ class Observation:
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
     present: Present | None = None
+    movement: Movement | None = None  # of the weights over some steps, where it was looked at
     inspect: Callable[..., Findings] = field(default=nothing_found, compare=False, repr=False)
 
     cap: float = math.inf  # the largest rate that a controller lets the step take

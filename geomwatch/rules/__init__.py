@@ -19,6 +19,7 @@ from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
 from geomwatch.rules.gradient_margin import FirstValues, GradientMargin, LastValues
 from geomwatch.rules.loss_rise import LossRise, StartOfLosses
+from geomwatch.rules.no_progress import NoProgress
 from geomwatch.rules.non_finite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump, StochasticLevels
@@ -41,6 +42,7 @@ __all__ = [
     "LastValues",
     "LossAdvice",
     "LossRise",
+    "NoProgress",
     "NoiseLevels",
     "NonFinite",
     "Observation",

@@ -13,6 +13,7 @@ from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
 from geomwatch.rules.gradient_margin import GradientMargin
 from geomwatch.rules.loss_rise import LossRise
+from geomwatch.rules.no_progress import NoProgress
 from geomwatch.rules.non_finite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
@@ -23,6 +24,7 @@ from geomwatch.rules.untrusted_probe import UntrustedProbe
 DEFAULT = (
     NonFinite,
     BadBatch,
+    NoProgress,
     LossRise,
     StabilityMargin,
     GradientMargin,

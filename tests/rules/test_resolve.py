@@ -113,7 +113,7 @@ def test_a_rule_is_asked_about_what_it_reads(step, asked):
 def test_a_plain_step_asks_the_rules_that_read_losses_and_norms_alone():
     rules = [rule for rule in default_rules() if not getattr(rule, "waits", False)]
     asked = {rule.name for rule in rules if is_due(rule, trained(30, 1.0))}
-    assert asked == {"non_finite", "bad_batch", "loss_rise", "grad_norm_spike"}
+    assert asked == {"non_finite", "bad_batch", "no_progress", "loss_rise", "grad_norm_spike"}
 
 
 @pytest.mark.parametrize("build", [random_run, wild_run])

@@ -35,6 +35,7 @@ from geomwatch.rules import (
     GradNormSpike,
     LossRise,
     NonFinite,
+    NoProgress,
     Observation,
     PlannedRate,
     RateJump,
@@ -456,6 +457,7 @@ def test_every_monitor_gets_rules_of_its_own():
     assert {type(rule) for rule in one} == {
         NonFinite,
         BadBatch,
+        NoProgress,
         LossRise,
         StabilityMargin,
         GradientMargin,
