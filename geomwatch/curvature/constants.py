@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomwatch.curvature.held import Held
 from geomwatch.curvature.subject import Subject
-from geomwatch.isolation.isolation import captured_by
+from geomwatch.isolation.reach import captured_by
 from geomwatch.vectors.layout import generator
 
 FEW = 4  # items
