@@ -7,13 +7,13 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from geomwatch.monitoring.dispatch import is_due
 from geomwatch.observation.findings import Findings, Present
 from geomwatch.observation.movement import Movement
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, Rule
-from geomwatch.rules.rule import is_due
 
 
 def measured(

@@ -50,7 +50,9 @@ def index() -> str:
     for kind in DEFAULT:
         page = f"[{kind.name}](../geomwatch/rules/pages/{kind.name}.md)"
         says = ", ".join(kind.says)
-        rows.append(f"| {page} | {explained()[kind.name]} | {says} | {asked[kind.reads]} |")
+        read = kind.reads
+        when = asked[read] if isinstance(read, str) else f"a probe with {' and '.join(read)}"
+        rows.append(f"| {page} | {explained()[kind.name]} | {says} | {when} |")
     return "\n".join(rows)
 
 

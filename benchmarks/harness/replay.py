@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from geomwatch.monitoring.dispatch import is_due
 from geomwatch.observation.observer import Observer
 from geomwatch.rules import Observation, Rule, default_rules
-from geomwatch.rules.rule import is_due
 from harness.codec import decode
 from harness.run import Run
 from harness.store import Store

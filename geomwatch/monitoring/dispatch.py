@@ -14,7 +14,7 @@ from geomwatch.observation.step import Observation
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.default import resolve
-from geomwatch.rules.rule import Rule, is_due
+from geomwatch.rules.rule import Rule
 from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
 
 T = TypeVar("T")
@@ -121,3 +121,15 @@ class Dispatch(Resumable):
                     exc_info=error,
                 )
             return None
+
+
+def is_due(rule: Rule, step: Observation) -> bool:
+    """Tell whether a rule is to be asked about this step."""
+    reads = getattr(rule, "reads", "step")
+    if isinstance(reads, tuple):
+        return all(name in (step.estimates or ()) for name in reads)
+    if step.fresh or reads == "step":
+        return True
+    if reads != "probe" and (step.gradient_fresh or (reads == "rise" and step.jump > 1)):
+        return True
+    return bool(getattr(rule, "waits", False))

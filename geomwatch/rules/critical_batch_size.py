@@ -28,7 +28,7 @@ class CriticalBatchSize(LatchedRule):
     """
 
     name = "critical_batch_size"
-    reads = "probe"
+    reads = ("gradient_noise_scale",)
     says = ("info",)
 
     far: float = level(

@@ -27,7 +27,7 @@ class FlatButRough(LatchedRule):
     """
 
     name = "flat_but_rough"
-    reads = "probe"
+    reads = ("roughness_residual", "trace_per_param")
     says = ("warning",)
 
     rough: float = level(0.1, "share that a parabola leaves", source="six healthy nets: below 0.08")

@@ -65,7 +65,8 @@ class GradNormSpike(LatchedRule):
         if self._row == 0 or self._row > self.window:  # after so long it is the new usual
             self._logs.append(log)
         if z <= self.z:
-            self._latch.calm(settled.step) if z < self.calm * self.z else self._latch.between()
+            if self._latch.severity:
+                self._latch.calm(settled.step) if z < self.calm * self.z else self._latch.between()
             return None
         lasting = self._row >= self.in_a_row and not step.same_data
         severity: Severity = "warning" if lasting else "info"

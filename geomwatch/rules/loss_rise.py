@@ -100,8 +100,9 @@ class LossRise(LatchedRule):
         lowest = smooth if self._lowest is None else self._lowest
         limit = max(self.share * abs(first), self.noise * math.sqrt(self._noise()))
         if smooth - lowest <= limit:
-            is_calm = smooth - lowest < self.calm * limit
-            self._latch.calm(index) if is_calm else self._latch.between()
+            if self._latch.severity:
+                is_calm = smooth - lowest < self.calm * limit
+                self._latch.calm(index) if is_calm else self._latch.between()
             return None
         severity: Severity = "critical" if smooth > first + limit else "warning"
         recent = list(self._last)[-self.in_a_row :]

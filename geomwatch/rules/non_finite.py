@@ -133,7 +133,8 @@ class NonFinite(LatchedRule):
 
     def _end(self, step: int) -> None:
         self._skipped = 0
-        self._latch.calm(step)
+        if self._latch.severity:
+            self._latch.calm(step)
 
     def _is_news(self, severity: Severity) -> bool:
         """Tell whether an alert would be let out, before anything is spent on it."""

@@ -1,4 +1,4 @@
-"""What a rule is, and what rules have in common: when they are asked, and that they say it once."""
+"""What a rule is, and what rules have in common: that they say a thing once, and if it lasts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Rule(Protocol):
         reads = "look"   steps at which a sentinel or a probe has measured something
         reads = "rise"   these, and those whose rate is above that of the step before
         reads = "probe"  steps at which a probe has measured something
+        reads = ("trace", ...)  steps at which a probe has measured all of these quantities
 
     and while it `waits` for the next step, whatever that brings.
     """
@@ -30,16 +31,6 @@ class Rule(Protocol):
 
     def __call__(self, step: Observation) -> Alert | None:
         """Look at one step."""
-
-
-def is_due(rule: Rule, step: Observation) -> bool:
-    """Tell whether a rule is to be asked about this step."""
-    reads = getattr(rule, "reads", "step")
-    if step.fresh or reads == "step":
-        return True
-    if reads != "probe" and (step.gradient_fresh or (reads == "rise" and step.jump > 1)):
-        return True
-    return bool(getattr(rule, "waits", False))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -127,7 +118,7 @@ class LatchedRule(Documented, Resumable):
     """A rule whose levels are its fields, and whose alerts are let out once."""
 
     name = ""
-    reads = "step"
+    reads: ClassVar[str | tuple[str, ...]] = "step"
     says: ClassVar[tuple[Severity, ...]] = ()
 
     once: Once = group(Once, "when an alert is news again")

@@ -14,10 +14,10 @@ import pytest
 from observations import wild_run
 
 from geomwatch.errors import UsageError
+from geomwatch.monitoring.dispatch import is_due
 from geomwatch.observation.documented import fields_of, rows_of
 from geomwatch.observation.observer import Observer
 from geomwatch.rules import DEFAULT, GradientMargin, Observation, Once, StabilityMargin
-from geomwatch.rules.rule import is_due
 
 PARTS: list[Any] = [*DEFAULT, Observer]
 LEVELS = [(kind, name) for kind in PARTS for name, _, _ in rows_of(kind)]
