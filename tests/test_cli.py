@@ -38,7 +38,7 @@ def test_an_unknown_rule_is_an_error_with_a_hint(capsys):
     assert main(["explain", "stability-margn"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "rule must be one of batch_noise, " in printed.err
+    assert "rule must be one of bad_batch, " in printed.err
     assert "Did you mean 'stability_margin'?" in printed.err
 
 
