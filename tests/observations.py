@@ -93,6 +93,7 @@ def random_run(seed: int) -> list[Observation]:
         loss *= math.exp(rng.gauss(0, 0.2)) * rng.choice([1.0] * 30 + [8.0, 0.125])
         stepped = rng.random() > (0.1 if stepped else 0.7)  # left-out steps come in rows
         norm = math.exp(rng.gauss(0, 0.1)) * rng.choice([1.0] * 40 + [30.0])
+        norm = norm if i % 20 < 16 else 0.0
         settled = Settled(step, loss, norm if stepped else math.inf, stepped)
         step += rng.choice([1, 1, 2, 5, 70]) * stepped
         broken = rng.random() < 0.01
@@ -126,8 +127,8 @@ def known_at_once(rng: random.Random, nan: float = 0.0) -> dict[str, Any]:
     norm = math.exp(rng.gauss(0, 0.3)) * rng.choice([1.0] * 12 + [40.0])
     present = Present(math.nan if rng.random() < nan else loss, norm)
     still, relative = rng.random(), math.exp(rng.uniform(-17, -11))
-    moved = Movement(20, still, relative, "bfloat16", rng.choice([0.01, 0.01, 1.0]))
-    movement = moved if rng.random() < 0.5 else None
+    moved = Movement(20, still, relative, "bfloat16", rng.choice([0.01, 1.0, 1.0, 1.0]))
+    movement = moved if rng.random() < 0.8 else None
     return {"present": present, "movement": movement, "inspect": lambda *, before=False: found}
 
 
@@ -166,6 +167,7 @@ def wild_run(seed: int) -> list[Observation]:
         norm = math.exp(rng.gauss(0, 0.2)) * rng.choice(
             [1.0] * 30 + [8.0, 30.0] + [20.0] * (i > 90)
         )
+        norm = norm if i % 40 < 34 + seed % 6 else 0.0
         settled = Settled(step - taken, loss, norm if taken else math.inf, taken) if i else None
         fresh = rng.random() < (0.9 if step < 12 else 0.4)
         margin = level * math.exp(rng.gauss(0, 0.15))
