@@ -53,6 +53,6 @@ class Breaks(transformers.Trainer):
 def test_weights_that_are_lost_are_not_saved(tmp_path, caplog):
     trainer = make(tmp_path, loss_only(on_critical="save"), kind=Breaks)
     trainer.train()
-    assert "the loss of the batch of step 2 is nan" in caplog.text  # which the Trainer's own log hides
+    assert "the loss of the batch of step 2 is nan" in caplog.text  # the Trainer hides it
     assert "no checkpoint is saved, although on_critical asks for it" in caplog.text
     assert not list(tmp_path.glob("checkpoint-*"))
