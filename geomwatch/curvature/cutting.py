@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -51,8 +52,9 @@ class Cutter:
         return next((length(batch, cut) or 0 for cut in self.cuts(batch)), 1)
 
     def head(self, batch: Any, count: int) -> Any:
-        """Return the first `count` items."""
-        for cut in self.cuts(batch):
+        """Return the first `count` items, or all of a batch that can't be cut."""
+        cut = next(self.cuts(batch), {})
+        with contextlib.suppress(Exception):  # whatever a batch of one's own says
             return take(batch, cut, numbers(min(count, length(batch, cut) or 0)))
         return batch
 

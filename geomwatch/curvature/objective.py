@@ -366,6 +366,7 @@ class Objective:
         )
         found = check.pieces(split, least=least, tries=_WAYS if ranks.size == 1 else 1)
         self._pieces_are_exact = check.is_exact
+        self.items = sum(part.items for part in found)  # as it has turned out
         return found
 
     def check_mean(self, found: Pieces, whole: Tensor, slack: float) -> None:

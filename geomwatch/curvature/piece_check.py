@@ -89,7 +89,7 @@ class Check:
             rule, weights = self._judged(found, cut)
             if rule:
                 return self._confirmed(cut, rule, parts_of(found, weights, is_sum=rule == A_SUM))
-            tried = [*tried, (cut, found)][:_SOLVE] if found else tried
+            tried = [*tried, (cut, found)][:_SOLVE] if weights else tried
         for cut, found in tried:
             weights = self._solved(found)
             if weights:
@@ -123,7 +123,10 @@ class Check:
             return []
 
     def _judged(self, found: Sequence[Part], cut: Cut) -> tuple[str, list[float]]:
-        """Return the rule by which pieces make up the batch, "" for none, and their weights."""
+        """Return the rule by which pieces make up the batch, "" for none, and their weights.
+
+        No weights where pieces have no loss at all.
+        """
         if not found:
             return "", []
         try:
@@ -147,6 +150,7 @@ class Check:
         if all(x == whole for x in losses) and not is_of_all(self._batch, cut):
             self._why = self._why or "the loss does not depend on what was cut"
             return "", []
+        weights: list[float] = []
         mean = math.nan
         for rule, weights in rules(found, self._weigh):
             total = sum(weights)
@@ -158,7 +162,7 @@ class Check:
             "pieces of the batch are another loss than the batch: theirs is "
             f"{mean:.3g} in the mean, the batch's {whole:.3g}"
         )
-        return "", []
+        return "", weights
 
     @property
     def _is_random(self) -> bool:

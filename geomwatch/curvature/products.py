@@ -153,6 +153,7 @@ class Products:
     def _by_one(self, v: Tensor, like: str) -> Tensor:
         dtype = self._replay.leaves.dtype
         if self._one_sided is None:
+            self._refuse_narrow()
             self._one_sided = OneSided(self.loss_and_gradient()[1].to(dtype), self._bends)
         return self._one_sided(self.gradient_at, v.to(dtype), like).to(v)
 
@@ -179,9 +180,19 @@ class Products:
                 f'({reason}). Use operator="hessian".'
             )
         self.fallback = reason
+        self._refuse_narrow()
         norm = float(self.loss_and_gradient()[1].norm())
         self._difference = FiniteDifference(norm, self._replay.leaves.dtype)
         self._replay.kept = None
+
+    def _refuse_narrow(self) -> None:
+        """Give up where weights have so few digits that small steps leave them where they are."""
+        narrow = {p.dtype for p in self._replay.leaves.params if p.dtype.itemsize < 4}
+        if narrow:
+            self._give_up(
+                f"differences of gradients are all rounding in {narrow.pop()}; "
+                "precision='float32' or hvp='double_backward' do without"
+            )
 
     def _by_differences(self, v: Tensor) -> Tensor:
         assert self._difference is not None
@@ -203,6 +214,6 @@ class Products:
             self._replay.undo_recast()
             self._give_up(f"{self.fallback}; {kinks}; in float64: {error}", error)
 
-    def _give_up(self, obstacle: str, error: Exception) -> NoReturn:
+    def _give_up(self, obstacle: str, error: Exception | None = None) -> NoReturn:
         self.obstacle = obstacle
         raise NoCurvatureError(obstacle) from error

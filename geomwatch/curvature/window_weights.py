@@ -18,7 +18,7 @@ from geomwatch.curvature.weights import RULES, residual, sketch_of, solve
 from geomwatch.vectors.layout import generator
 
 _SAME, _SURE = 1e-6, 1e-3  # of weights, and of gradients, relative
-_ALIKE, _ITEMS = "each micro-batch alike", "items"
+_ALIKE, _ITEMS = "each micro-batch alike", "by items"
 _OWN = "weights of its own"
 
 
@@ -61,7 +61,7 @@ class Weighing:
         how = "as the step's gradient has them"
         if left[rule] > _SURE:
             how = f"closest to the step's gradient, which is {left[rule]:.0%} off"
-        self.facts = {"window_weights": f"by {self._rule}, {how}"}
+        self.facts = {"window_weights": f"{self._rule}, {how}"}
         return known[self._rule]
 
 
@@ -73,7 +73,7 @@ def _by_rules(subject: Subject, window: Sequence[Any]) -> dict[str, list[float]]
     for name, count in RULES.items():
         counts = _counted(count, window)
         if counts and sum(counts) > 0:
-            known[name] = counts
+            known[f"by {name}"] = counts
     return known
 
 
