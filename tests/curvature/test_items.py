@@ -141,7 +141,7 @@ def test_a_count_that_is_none_is_refused(count: Any) -> None:
 
 @pytest.mark.parametrize("items", [-1, 1.0, True, "rows", [0]])
 def test_items_that_are_neither_a_dimension_nor_a_function_are_refused(items: Any) -> None:
-    with pytest.raises(geomwatch.UsageError, match="items must be the dimension .*items=1"):
+    with pytest.raises(geomwatch.UsageError, match=r"items must be the dimension .*items=1"):
         geomwatch.Measurement(items=items)
 
 
