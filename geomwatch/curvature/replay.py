@@ -21,7 +21,7 @@ from geomwatch.isolation.precision import recast
 from geomwatch.isolation.reach import captured_by
 from geomwatch.isolation.signals import handle_signals, users
 from geomwatch.isolation.snapshot import Snapshot
-from geomwatch.isolation.sync_norm import is_synchronised, shared
+from geomwatch.isolation.sync_norm import alone, is_synchronised, shared
 from geomwatch.isolation.undo import later, swap, until_here
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.vectors.fsdp import is_sharded, reshard, unshard
@@ -82,6 +82,7 @@ class Replay:
             autocast=autocast,
             second_order=self.second_order,
         )
+        swap(nn.SyncBatchNorm, "forward", alone)  # unless all ranks evaluate: see `_shared`
         self._prepare(dtype)
         return self._snapshot
 

@@ -76,9 +76,9 @@ def test_ranks_measure_the_joined_batch_and_training_is_bit_identical(tmp_path: 
     assert ranks[0][1] == ranks[1][1]  # to the last bit
     for found, expected in zip(ranks[0][1], numbers(alone), strict=True):
         for name in NAMES:
-            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+            assert found[name] == pytest.approx(expected[name], rel=5e-3), name
     first, expected = ranks[0][1][0], numbers(alone)[0]
-    assert first["lambda_max"] == pytest.approx(expected["lambda_max"], rel=1e-5)
+    assert first["lambda_max"] == pytest.approx(expected["lambda_max"], rel=1e-4)
     assert [how["ranks"] for _, _, how in ranks] == [2, 2]
     assert [how["items"] for _, _, how in ranks] == [70, 26]
 
@@ -142,7 +142,8 @@ class Fails:
 
 def one_fails(rank: int, how: str) -> Any:
     model = DistributedDataParallel(net())
-    monitor, weights = train(model, shard(rank), Fails(how, rank))
+    options = {"hvp": "double_backward"} if how == "no HVP" else {}
+    monitor, weights = train(model, shard(rank), Fails(how, rank), **options)
     return [r.step for r in monitor.history], numbers(monitor), weights
 
 
