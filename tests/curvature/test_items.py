@@ -135,7 +135,7 @@ def test_a_function_of_the_users_counts() -> None:
 @pytest.mark.parametrize("count", [-1, 2.5, True, "many", torch.zeros(2)])
 def test_a_count_that_is_none_is_refused(count: Any) -> None:
     how = geomwatch.Measurement(items=lambda batch: count)
-    with pytest.raises(geomwatch.UsageError, match="items.* must return the number of items"):
+    with pytest.raises(geomwatch.UsageError, match=r"items.* must return the number of items"):
         geomwatch.measure(mlp(64, 10), cross_entropy, digits(16), how=how)
 
 
