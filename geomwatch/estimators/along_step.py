@@ -25,9 +25,9 @@ class Point:
 
     stability: Stability
     gradient: Tensor  # (D,) that the step will use
-    gain: float | None = 1.0  # of the step on the loss's gradient; None to find it from losses
     is_own: bool = False  # the gradient is that of the loss which a replay evaluates, to rounding
     loss: float | None = None  # L(w), where it is known
+    gain: float | None = 1.0  # of the step on the loss's gradient; None to find it from losses
 
 
 class Sentinel(Resumable):

@@ -268,7 +268,7 @@ class Prober(Resumable):
             is_own = gradient is None or (self._fidelity.has_gradient and gain == 1)
             if self._fidelity.agrees and not is_own and unclipped is None:
                 gain = None  # clipping may have set in or ended since the probe
-            point = Point(stability, used, gain, is_own, known)
+            point = Point(stability, used, is_own, known, gain)
             return self._sentinel.measure(objective.loss_at, point)
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
@@ -343,7 +343,7 @@ class Prober(Resumable):
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
         is_own = gradient is None or (self._fidelity.has_gradient and gain == 1)
-        point = Point(stability, used, gain, is_own, objective.loss())
+        point = Point(stability, used, is_own, objective.loss(), gain)
         return self._sentinel.measure(objective.loss_at, point)
 
     def _tell_gain(self, gain: float) -> None:

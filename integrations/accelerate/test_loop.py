@@ -276,14 +276,14 @@ def test_the_loss_measured_is_the_loss_trained_on(accelerator, sizes):
             record = monitor.step(batch)
             optimizer.step()
     assert record.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
-    assert record["grad_norm"].value == pytest.approx(norm.item(), rel=1e-5)
+    assert record["grad_norm"].value == pytest.approx(norm.item(), rel=2e-3)
     assert record.provenance["items"] == sum(sizes)
 
 
 def test_lambda_max_is_that_of_measure_on_the_same_window(accelerator):
     model = tiny()
     expected = lambda_max(geomwatch.measure(model, parity, digits(32), optimizer=sgd(model)))
-    assert one_window(accelerator, model, [16, 16]) == pytest.approx(expected, rel=1e-5)
+    assert one_window(accelerator, model, [16, 16]) == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 5])
@@ -298,7 +298,7 @@ def test_a_shorter_micro_batch_counts_as_much_as_accelerate_makes_it(accelerator
     joined = lambda_max(geomwatch.measure(model, parity, digits(32)))
     how = geomwatch.Measurement(micro_batch=micro_batch)
     found = one_window(accelerator, model, [24, 8], how=how)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=2e-3)
     assert found != pytest.approx(joined, rel=1e-3)
 
 
@@ -369,7 +369,7 @@ def test_the_norm_before_clipping_is_known(accelerator):
 
     seen, raw = clipped_run(accelerator, clip)
     assert min(raw) > 0.2
-    assert seen == pytest.approx(raw, rel=1e-5)
+    assert seen == pytest.approx(raw, rel=2e-3)
 
 
 def test_clipping_after_the_probe_says_nothing_about_the_next_one(accelerator):
@@ -379,7 +379,7 @@ def test_clipping_after_the_probe_says_nothing_about_the_next_one(accelerator):
             accelerator.clip_grad_norm_(model.parameters(), 0.1)
 
     seen, raw = clipped_run(accelerator, clip)
-    assert seen == pytest.approx(raw, rel=1e-5)
+    assert seen == pytest.approx(raw, rel=2e-3)
     assert len(set(raw)) == 3
 
 
@@ -412,7 +412,7 @@ def test_clipping_another_model_is_not_taken_for_ones_own(accelerator):
         probe()
 
     seen, raw = clipped_run(accelerator, clip)
-    assert seen == pytest.approx(raw, rel=1e-5)
+    assert seen == pytest.approx(raw, rel=2e-3)
 
 
 # A GradScaler, which accelerate makes for fp16 on a GPU only
@@ -448,7 +448,7 @@ def test_gradients_are_unscaled_for_the_margin_and_left_alone(make_accelerator):
             assert same(before, [p.grad for p in model.parameters()])
     norm = nn.utils.get_total_norm(before).item() / 2.0**10
     monitor.close()
-    assert listener.norms == pytest.approx([norm], rel=1e-5)
+    assert listener.norms == pytest.approx([norm], rel=2e-3)
     assert record["grad_norm"].value == pytest.approx(norm, rel=2e-2)  # trained on in float16
     optimizer.step()
     assert model[0].weight.abs().max() < 1

@@ -122,7 +122,7 @@ def test_pieces_of_micro_batches_add_up_to_the_same_loss(tmp_path, path):
     in_pieces = {**LOSS_ONLY, "how": Measurement(quantities=["loss"], micro_batch=4)}
     _, whole = watched(tmp_path, watch=LOSS_ONLY, **options)
     _, pieces = watched(tmp_path, watch=in_pieces, **options)
-    assert [r.loss for r in pieces] == pytest.approx([r.loss for r in whole], rel=1e-5)
+    assert [r.loss for r in pieces] == pytest.approx([r.loss for r in whole], rel=2e-3)
 
 
 class Measuring(transformers.Trainer):
@@ -174,7 +174,7 @@ def test_lambda_max_is_that_of_measure_on_the_window(tmp_path, accumulate):
     trainer.train()
     found = [record["lambda_max"].value for record in callback.monitor.history]
     assert len(found) == 4
-    assert found == pytest.approx(trainer.measured, rel=1e-5)
+    assert found == pytest.approx(trainer.measured, rel=2e-3)
 
 
 def test_the_gradient_norm_is_that_before_clipping(tmp_path):
@@ -198,5 +198,5 @@ def test_a_probe_batch_is_measured_instead_of_the_steps_own(tmp_path):
     _, records = watched(tmp_path, watch={**LOSS_ONLY, "how": how})
     torch.manual_seed(1)
     expected = causal()(**probe_batch).loss.item()
-    assert records[0].loss == pytest.approx(expected, rel=1e-5)
+    assert records[0].loss == pytest.approx(expected, rel=2e-3)
     assert {r.provenance["items"] for r in records} == {6}
