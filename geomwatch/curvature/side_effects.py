@@ -60,7 +60,9 @@ def side_effects(subject: Subject, batch: Any) -> SideEffects:
     draws.by_others.update(drawn_by_others() | draws.by_whom)
     draws.by_whom.clear()
     window = [] if batch is None else [batch]
-    with subject.set(micro_batch=None).on(window, products=False) as objective:
+    with subject.set(micro_batch=None, precision="training").on(
+        window, products=False
+    ) as objective:
         start = RandomState()
         first, stand = _evaluated(objective, subject), marks(subject.model, subject.loss_fn)
         drawn = set(start.changed())
