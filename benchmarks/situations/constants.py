@@ -193,3 +193,77 @@ def codes() -> Found:
 def penalty() -> Found:
     torch.manual_seed(0)
     return held(encoder(), penalised, torch.randn(N, 6))
+
+
+class Stop(torch.autograd.Function):
+    """A stop of gradients that somebody wrote himself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Pass."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> None:
+        """Stop."""
+        return
+
+
+def stopped(model: nn.Module, batch: Tensor) -> Tensor:
+    keys: Tensor = Stop.apply(model(batch))
+    return F.cross_entropy(model(batch) @ keys.T, torch.arange(len(batch)))
+
+
+@situation("a Function of the user's that stops gradients")
+def own_stop() -> Found:
+    torch.manual_seed(0)
+    return held(encoder(), stopped, torch.randn(N, 6))
+
+
+def read_anew(model: nn.Module, batch: Tensor) -> Tensor:
+    keys = batch.new_tensor(model(batch).tolist())
+    return F.cross_entropy(model(batch) @ keys.T, torch.arange(len(batch)))
+
+
+@situation("keys that went through a list of numbers")
+def through_numbers() -> Found:
+    torch.manual_seed(0)
+    return held(encoder(), read_anew, torch.randn(N, 6))
+
+
+def assigned(model: nn.Module, batch: Tensor) -> Tensor:
+    z = F.normalize(model(batch), dim=1)
+    with torch.no_grad():
+        codes = (z / 0.3).exp().T
+        for _ in range(3):
+            codes /= codes.sum(1, keepdim=True)
+            codes /= codes.sum(0, keepdim=True)
+    return -(codes.T * (z / 0.3).log_softmax(1)).sum(1).mean()
+
+
+@situation("SwAV: assignments by Sinkhorn steps in place, under no_grad")
+def assignments() -> Found:
+    torch.manual_seed(0)
+    return held(encoder(), assigned, torch.randn(N, 6))
+
+
+class Queue(nn.Module):
+    """Keys of past batches in a buffer, into which the loss puts the present ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = encoder()
+        self.register_buffer("queue", torch.randn(2 * N, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the loss."""
+        z = self.encode(x)
+        with torch.no_grad():
+            self.queue[: len(x)] = self.encode(x).to(self.queue)
+        return F.cross_entropy(z @ self.queue.clone().T, torch.arange(len(x)))
+
+
+@situation("a queue of keys that the loss itself fills")
+def queue() -> Found:
+    torch.manual_seed(0)
+    return held(Queue(), of_itself, torch.randn(N, 6))

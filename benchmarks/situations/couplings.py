@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from situations.items import classified, labels
-from situations.reference import noise, withheld
+from situations.reference import LR, double, gradient, measured, noise, reals, withheld
 from situations.table import Found, situation
 
 N = 32
@@ -254,8 +254,6 @@ def masked_by_mask(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def ratio(model: nn.Module, loss_fn: Any, batch: Any, items: list[Any], weights: Tensor) -> Found:
     """Hold the temperature against that of a mean whose items have weights."""
-    from situations.reference import LR, double, gradient, measured
-
     own = torch.stack([gradient(double(model), loss_fn, item) for item in items])
     share = weights.double() / weights.sum()
     off = own - share @ own
@@ -297,3 +295,80 @@ def by_mask() -> Found:
     batch = {"x": x, "y": x.roll(1, 1), "mask": mask}
     each = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(64)]
     return ratio(model, masked_by_mask, batch, each, mask.sum(1))
+
+
+def dice(model: nn.Module, batch: Any) -> Tensor:
+    p = model(batch[0]).softmax(1)[:, 1]
+    return 1 - 2 * (p * batch[1]).sum() / (p.sum() + batch[1].sum())
+
+
+@situation("a dice loss over the batch")
+def ratio_of_sums() -> Found:
+    torch.manual_seed(0)
+    return withheld(encoder(6, 2), dice, (torch.randn(N, 6), labels()), "a ratio of sums")
+
+
+def cox(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    risk = model(batch[0])[:, 0][batch[1].argsort(descending=True)]
+    return (risk.logcumsumexp(0) - risk).mean()
+
+
+@situation("Cox regression: each against all who are still at risk")
+def survival() -> Found:
+    torch.manual_seed(0)
+    return withheld(encoder(), cox, (torch.randn(N, 6), torch.rand(N)), "other risk sets")
+
+
+def concatenated(model: nn.Module, batch: Any) -> Tensor:
+    x, targets, steps, lengths = batch
+    return F.ctc_loss(model(x).log_softmax(-1).transpose(0, 1), targets, steps, lengths)
+
+
+@situation("CTC with the targets of all items in one row")
+def ctc() -> Found:
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 4, (N,))
+    targets = torch.randint(1, 5, (int(lengths.sum()),))
+    batch = torch.randn(N, 8, 6), targets, torch.full((N,), 8), lengths
+    return withheld(encoder(6, 5), concatenated, batch, "targets can't be cut")
+
+
+def per_positive(model: nn.Module, batch: Any) -> Tensor:
+    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return losses.sum() / batch[1].sum()
+
+
+@situation("detection heads: a sum over the number of positives")
+def positives() -> Found:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 6), labels(64)
+    model, own = double(encoder(6, 2)), []
+    for i in range(64):
+        loss = F.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1])
+        own.append(reals(torch.autograd.grad(loss, list(model.parameters()))))
+    # of a ratio of sums, each over its expectation (delta method)
+    count, g = float(y.sum()), torch.stack(own)
+    total = g.sum(0) / count
+    off = (g - total * y[:, None]) / count
+    exact = LR * float(off.square().sum()) / (2 * g.shape[1])
+    values = []
+    for seed in range(12):
+        record = measured(model.float(), per_positive, (x, y), ["temperature"], seed=seed)
+        values.append(record["temperature"].value or float("nan"))
+    mean = sum(values) / len(values)
+    return Found(f"temperature {mean:.3g}", f"{exact:.3g}", abs(mean / exact - 1) < 0.35)
+
+
+def penalised(model: nn.Module, x: Tensor) -> Tensor:
+    made = torch.randn_like(x)
+    share = torch.rand(len(x), 1)
+    between = (share * x + (1 - share) * made).requires_grad_()
+    (slope,) = torch.autograd.grad(model(between).sum(), between, create_graph=True)
+    return model(made).mean() - model(x).mean() + (slope.norm(dim=1) - 1).square().mean()
+
+
+@situation("WGAN-GP: generated rows and a gradient penalty between")
+def gradient_penalty() -> Found:
+    torch.manual_seed(0)
+    x = 3 * torch.randn(64, 6)
+    return noise(encoder(6, 1), penalised, x, [x[i : i + 1] for i in range(64)])

@@ -390,3 +390,112 @@ def sums() -> Found:
     x, y = torch.randn(64, 10), labels(64)
     each = [(x[i : i + 1], y[i : i + 1]) for i in range(64)]
     return noise(model, summed, (x, y), each, factor=64)
+
+
+def half_labelled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Labels of some rows, and predictions of the others that are not to depend on noise."""
+    free = model(batch["unlabelled"])
+    steady = F.mse_loss(model(batch["unlabelled"] + batch["shift"]), free.detach())
+    return F.cross_entropy(model(batch["x"]), batch["y"]) + 4 * steady
+
+
+@situation("32 labelled and 64 unlabelled rows in one loss")
+def semi_supervised() -> Found:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    batch = {
+        "shift": torch.randn(6),
+        "unlabelled": torch.randn(2 * N, 6),
+        "x": torch.randn(N, 6),
+        "y": labels(),
+    }
+
+    rows = [batch | {"x": batch["x"][[i]], "y": batch["y"][[i]]} for i in range(N)]
+    free = [batch | {"unlabelled": batch["unlabelled"][[i]]} for i in range(2 * N)]
+    return noise(model, half_labelled, batch, rows, free)
+
+
+def physics(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inside, boundary = batch
+    x = inside.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slope.sum(1) - x[:, 0].sin()).square().mean() + 3 * model(boundary).square().mean()
+
+
+@situation("physics-informed: 64 points inside, 24 on the boundary")
+def physics_informed() -> Found:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    inside, boundary = 2 * torch.randn(64, 2), 2 * torch.randn(24, 2)
+    within = [(inside[[i]], boundary) for i in range(64)]
+    edges = [(inside, boundary[[i]]) for i in range(24)]
+    return noise(model, physics, (inside, boundary), within, edges)
+
+
+@situation("physics-informed: 50 points inside, 21 on the boundary")
+def uneven() -> Found:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    inside, boundary = 2 * torch.randn(50, 2), 2 * torch.randn(21, 2)
+    within = [(inside[[i]], boundary) for i in range(50)]
+    edges = [(inside, boundary[[i]]) for i in range(21)]
+    return noise(model, physics, (inside, boundary), within, edges)
+
+
+class Translates(nn.Module):
+    """Reads one sequence and writes another, both along dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(7, 4), nn.Linear(6, 7)
+        self.reads, self.writes = nn.GRU(4, 6), nn.GRU(4, 6)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Predict what comes next in the target."""
+        state = self.reads(self.embed(source))[1]
+        return self.out(self.writes(self.embed(target), state)[0])
+
+
+def translated(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    found = model(batch[0], batch[1][:-1])
+    return F.cross_entropy(found.flatten(0, 1), batch[1][1:].flatten())
+
+
+@situation("time-major translation: (9, 32) and (6, 32) tokens")
+def translation() -> Found:
+    torch.manual_seed(0)
+    x, y = torch.randint(0, 7, (9, N)), torch.randint(0, 7, (6, N))
+    each = [(x[:, i : i + 1], y[:, i : i + 1]) for i in range(N)]
+    return noise(Translates(), translated, (x, y), each)
+
+
+class Encodes(nn.Module):
+    """A layer of torch's own encoder, with dropout, along dimension 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1)
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
+        """Classify by the mean."""
+        return self.out(self.layer(self.embed(x), mask, padding).mean(0))
+
+
+def encoded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"], batch["mask"], batch["padding"]), batch["y"])
+
+
+@situation("nn.TransformerEncoderLayer: (7, 32, 3), a mask (7, 7), padding (32, 7), dropout")
+def transformer() -> Found:
+    torch.manual_seed(0)
+    mask = torch.triu(torch.full((7, 7), -1e9), 1)
+    x, y = torch.randn(7, N, 3), labels()
+    padding = torch.zeros(N, 7, dtype=torch.bool)
+    batch = {"x": x, "mask": mask, "padding": padding, "y": y}
+    each = [
+        batch | {"x": x[:, i : i + 1], "padding": padding[i : i + 1], "y": y[i : i + 1]}
+        for i in range(N)
+    ]
+    return noise(Encodes(), encoded, batch, each)

@@ -103,15 +103,17 @@ def curvature(
 
 
 def noise(
-    model: nn.Module, loss_fn: Loss, batch: Any, items: Sequence[Any], *, factor: float = 1.0
+    model: nn.Module, loss_fn: Loss, batch: Any, *groups: Sequence[Any], factor: float = 1.0
 ) -> Found:
-    """Hold the temperature against the gradients of the single items, which are batches of one.
+    """Hold the temperature against the gradients of single items, which are batches of one.
 
-    `factor` is N for a sum over N items. The noise of the batch gradient is tr(Sigma) / N.
+    Each of the `groups` has the items of one length, with all that is of another. `factor` is N for
+    a sum over N items. The noise of the batch gradient is tr(Sigma) / N.
     """
-    wide = double(model)
-    own = torch.stack([gradient(wide, loss_fn, fresh_copy(item, torch.float64)) for item in items])
-    exact = LR * float(own.var(0).sum()) * factor**2 / len(own) / (2 * own.shape[1])
+    wide, items, exact = double(model), len(groups[0]), 0.0
+    for group in groups:
+        own = torch.stack([gradient(wide, loss_fn, fresh_copy(i, torch.float64)) for i in group])
+        exact += LR * float(own.var(0).sum()) * factor**2 / len(own) / (2 * own.shape[1])
     found = []
     for seed in range(_SEEDS):
         record = measured(model, loss_fn, batch, ["temperature"], seed=seed)
@@ -120,9 +122,9 @@ def noise(
     if not values:
         return Found(f"withheld: {found[0].reason[:70]}", f"temperature {exact:.3g}", right=False)
     mean = statistics.fmean(values)
-    right = abs(mean / exact - 1) < _NOISE and record.provenance["items"] == len(items)
+    right = abs(mean / exact - 1) < _NOISE and record.provenance["items"] == items
     said = f"temperature {mean:.3g}, {record.provenance['items']} items"
-    return Found(said, f"{exact:.3g}, {len(items)} items", right)
+    return Found(said, f"{exact:.3g}, {items} items", right)
 
 
 def withheld(model: nn.Module, loss_fn: Loss, batch: Any, why: str, **how: Any) -> Found:

@@ -24,6 +24,12 @@ _CLEAR = 1e-6  # an error at which no other step need be tried
 _TOLERANCE = 1e-4  # what zoo models with parts in float32 reach
 _LARGEST_TOLERANCE = 1e-2  # where differences can tell no better
 _ASYMMETRY = 1e-3  # the symmetric cases have 1e-10
+SLOPE = 2e-2  # of slopes, relative; what bends a gradient changes it by more
+_SLOPES = (1e-2, 1e-3, 1e-4)  # lengths of steps
+_BENT = (
+    "the gradient is not that of the loss: some backward in it passes gradients straight through, "
+    "turns them round or stops them; what is measured is the curvature by that backward"
+)
 _HELD = (
     "part of the loss is held constant for its gradient (detach(), no_grad(), a straight-through "
     "estimator, a weight that forward() changes); what is measured is the curvature with that part "
@@ -43,6 +49,9 @@ class Differentiable(Protocol):
 
     def gradient_at(self, displacement: Tensor) -> Tensor:
         """Return g at w + displacement."""
+
+    def loss_at(self, displacement: Tensor) -> float:
+        """Return L at w + displacement."""
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return H v."""
@@ -86,9 +95,27 @@ def validate(
             return found
         with held() as tested:
             error = comparison.against(tested)
+            bent = error is None and found.passed is False and slope_error(tested) > SLOPE
     except Exception as failure:  # whatever a loss raises at a precision or size it is not made for
         return Validation(None, reason=f"it could not be run: {type(failure).__name__}: {failure}")
+    if bent:
+        return Validation(None, found.error, _BENT, holds=True)
     return found if error is None else Validation(True, error, _HELD, holds=True)
+
+
+def slope_error(objective: Differentiable) -> float:
+    """Return how far a loss's slope along its gradient is from the gradient's length, relative.
+
+    0 but for rounding where the gradient is that of the loss. It is not where a backward of the
+    user's gives another one: straight through a rounding, reversed, or none at all. Six losses.
+    """
+    gradient = objective.gradient()
+    size = float(gradient.norm())
+    errors = [0.0] if not size > 0 else []
+    for step in _SLOPES if size > 0 else ():
+        ahead, behind = (objective.loss_at(h / size * gradient) for h in (step, -step))
+        errors.append(abs((ahead - behind) / (2 * step) - size) / size)
+    return min(errors)
 
 
 def _judged(found: _Comparison) -> Validation:

@@ -111,9 +111,21 @@ def rebuilt(batch: Any, visit: Callable[[Path, Any], Any], path: Path = ()) -> A
     names = _attributes(batch)
     if not names and isinstance(batch, Mapping):
         return {key: rebuilt(value, visit, (*path, key)) for key, value in batch.items()}
-    pairs = {name: rebuilt(getattr(batch, name), visit, (*path, name)) for name in names}
-    # past a frozen dataclass, and past a __setattr__ of its own
-    return filled(batch, pairs, object.__setattr__) if names else batch
+    own = getattr(batch, "__dict__", {})  # past properties of the same name
+    pairs = {
+        name: rebuilt(own[name] if name in own else getattr(batch, name), visit, (*path, name))
+        for name in names
+    }
+    return filled(batch, pairs, _set) if names else batch
+
+
+def _set(batch: Any, name: str, value: Any) -> None:
+    """Set an attribute past a frozen dataclass, a property, and a __setattr__ of its own."""
+    own = getattr(batch, "__dict__", {})
+    if name in own:
+        own[name] = value
+    else:
+        object.__setattr__(batch, name, value)
 
 
 def filled(batch: Any, pairs: Mapping[Any, Any], put: Callable[[Any, Any, Any], None]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from geomwatch.curvature.agreement import SLOPE, slope_error
 from geomwatch.curvature.held import Held
 from geomwatch.curvature.subject import Subject
 from geomwatch.isolation.reach import captured_by
@@ -50,7 +51,11 @@ def moves_constants(subject: Subject, batch: Any) -> bool:
         if layout.is_cut:
             moves = _asymmetry(subject, few, v)
         elif few and subject.how.operator == "hessian":
-            moves = _shift_of_constants(subject.alone(), few, v)
+            alone = subject.alone()
+            moves = _shift_of_constants(alone, few, v)
+            if moves <= _ASYMMETRY:
+                with holding(alone).on(few) as objective:
+                    return slope_error(objective) > SLOPE
         else:
             return False
     except Exception:  # which the probe will tell of

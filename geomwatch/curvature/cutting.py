@@ -36,6 +36,7 @@ class Known:
     cut: Cut
     rule: str = ""
     refused: str = ""
+    others: tuple[Cut, ...] | None = None  # of parts with items of their own, once asked for
 
 
 @dataclass(slots=True)
@@ -131,6 +132,14 @@ class Cutter:
 def pieces(batch: Any, cut: Cut, split: Sequence[Tensor]) -> list[Part]:
     """Return the pieces of a batch with these items, each counted by them."""
     return [Part(take(batch, cut, chosen), len(chosen), len(chosen)) for chosen in split]
+
+
+def along_with(found: Sequence[Part], cut: Cut, split: Sequence[Tensor]) -> list[Part]:
+    """Return pieces with as many of the items that another cut of the batch has, too."""
+    return [
+        replace(part, batch=take(part.batch, cut, chosen))
+        for part, chosen in zip(found, split, strict=True)
+    ]
 
 
 def parts_of(

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_DATA: Any = Tensor.data
-_MADE_CONSTANT = (
-    Tensor.detach,
-    Tensor.detach_,
-    _DATA.__get__,
+_NUMBERS = (  # functions that make other things than tensors of one
     Tensor.item,
     Tensor.tolist,
     Tensor.numpy,
+    Tensor.__array__,
     Tensor.__float__,
     Tensor.__int__,
     Tensor.__bool__,
@@ -69,11 +66,15 @@ class _Constants(TorchFunctionMode):
         # In the forward of a Function they are off too, but what comes of it has its backward.
         off = self._is_off or torch.is_inference_mode_enabled()
         is_in_function = not torch.is_grad_enabled() and not off
+        had_graph = torch.is_grad_enabled() and _has_graph(args)
         made = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             self._is_off = self._is_off if is_in_function else not args[0]
             return made
-        if is_in_function or not (off or func in _MADE_CONSTANT):
+        # detach(), .data, argmax, a tensor made of another
+        dropped = had_graph and isinstance(made, Tensor) and not made.requires_grad
+        lost = dropped or func in _NUMBERS
+        if is_in_function or not (off or lost):
             return made
         if self._again is None:
             self.made.append(_kept(made))
@@ -82,6 +83,11 @@ class _Constants(TorchFunctionMode):
             return _put(made, next(self._again), in_place=bool(args) and made is args[0])
         except StopIteration:
             raise RuntimeError("the loss makes other constants each time") from None
+
+
+def _has_graph(args: Any) -> bool:
+    given = (x for a in args for x in (a if isinstance(a, tuple | list) else (a,)))
+    return any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 def _kept(made: Any) -> Any:

@@ -23,7 +23,7 @@ ItemsOf: TypeAlias = int | Callable[[Any], int] | None  # what a user says of th
 _LABELS = frozenset(("labels", "label", "targets", "target", "y", "label_ids"))
 _MOST = 12  # guesses
 _LENGTHS = 4  # of these the most likely
-_FIELDS = 3  # a list of so many tensors that agree in shape holds fields, not items
+_FIELDS = 3  # a list of so many tensors of like lengths holds fields, not items
 
 
 def inside(batch: Any) -> Any:
@@ -201,11 +201,11 @@ class _Table:
             self._label[: len(path)] == path and place.dim == 0 for path, place in cut.items()
         )
         covered = sum(any(path[: len(above)] == above for above in cut) for path in self._tensors)
-        fields = sum(
-            is_list(part) and path in cut and len(part) <= _FIELDS for path, part, _ in self._parts
-        )
+        fields = sum(path in cut and _holds_fields(part) for path, part, _ in self._parts)
         dims = sum(place.dim for place in cut.values())
-        return labelled, covered / max(len(self._tensors), 1), -fields, -dims, -len(cut)
+        features = all(_is_of_features(part, cut[p]) for p, part, _ in self._parts if p in cut)
+        share = covered / max(len(self._tensors), 1)
+        return labelled, not features, -fields, share, -dims, -len(cut)
 
     def _find_label(self, batch: Any) -> Path | None:
         """Return the path of the labels: by name, or the last of a tuple, if of its own kind."""
@@ -228,6 +228,20 @@ def _parts(batch: Any) -> list[tuple[Path, Any]]:
 
 def _is_below(path: Path, above: Path) -> bool:
     return len(path) > len(above) and path[: len(above)] == above
+
+
+def _holds_fields(part: Any) -> bool:
+    """Tell whether a list is one of fields, not of items: few, of which some are as long."""
+    if not is_list(part) or len(part) > _FIELDS:
+        return False
+    lengths = [along[0] for along in map(sizes, part) if along]
+    return len(set(lengths)) < len(lengths)
+
+
+def _is_of_features(part: Any, place: Place) -> bool:
+    """Tell whether a dimension is that in which floating-point rows have their features."""
+    is_rows = isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 1
+    return bool(is_rows and place.dim == part.ndim - 1)
 
 
 def _index(along: tuple[int, ...], n: int) -> int | None:

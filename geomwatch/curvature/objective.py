@@ -348,9 +348,9 @@ class Objective:
         if len(window) > 1:  # in items, by which the spread counts
             scale = self.items / sum(part.weight for part in window)
             return [replace(part, weight=scale * part.weight) for part in window]
-        return self._cut_as(at_random(count, rng), least=_FEWEST_PIECES)
+        return self._cut_as(at_random(count, rng), least=_FEWEST_PIECES, wholly=True)
 
-    def _cut_as(self, split: Split, *, least: int) -> list[Part]:
+    def _cut_as(self, split: Split, *, least: int, wholly: bool = False) -> list[Part]:
         """Cut the batch by the way that its pieces' losses confirm."""
         if self._replay.normalizes_batches():
             raise WithheldError(
@@ -364,7 +364,8 @@ class Objective:
             lambda batch: self._on(batch, ranks, once=True),
             weigh=self._weigh,
         )
-        found = check.pieces(split, least=least, tries=_WAYS if ranks.size == 1 else 1)
+        cut = check.whole_pieces if wholly else check.pieces
+        found = cut(split, least=least, tries=_WAYS if ranks.size == 1 else 1)
         self._pieces_are_exact = check.is_exact
         self.items = sum(part.items for part in found)  # as it has turned out
         return found

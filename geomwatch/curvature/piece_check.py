@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +19,8 @@ from geomwatch.curvature.cutting import (
     Known,
     Split,
     Weigh,
+    along_with,
+    numbers,
     parts_of,
     pieces,
     rules,
@@ -28,6 +31,7 @@ from geomwatch.curvature.weights import sketch_of, solve
 from geomwatch.errors import WithheldError
 
 _AGREE = 1e-4  # of losses of a batch and of its pieces, relative
+_ALONG = 2e-2  # where parts of several lengths are cut, of which some share is not as the others
 _SOLVED = 1e-3  # of gradients
 _MEAN, _NARROW = 1e-2, 1e-1  # of gradients and products, relative; in 16 bits
 _SOLVE = 2  # ways whose gradients are asked
@@ -69,11 +73,13 @@ class Check:
         self._cutter, self._batch, self._on, self._weigh = cutter, batch, on, weigh
         self._whole = on(batch).value()
         self._quiet_whole: float | None = None
-        self._why = ""  # the first way has failed
+        self._why, self._few = "", ""  # the first way has failed
         self.is_exact = True  # losses agree as they are, not only with random numbers held
 
     def pieces(self, split: Split, *, least: int, tries: int) -> list[Part]:
         """Return the pieces that `split` names, by the first of `tries` ways that is right.
+
+        What has items of its own stays whole in each: unlabelled rows beside labelled ones.
 
         Raises:
             WithheldError: none is, or there are not `least` items.
@@ -94,35 +100,82 @@ class Check:
             weights = self._solved(found)
             if weights:
                 return self._confirmed(cut, _OWN, parts_of(found, weights))
+        if self._few:  # by the likeliest way: the next batch may have more
+            raise WithheldError(
+                f"{self._few} micro-batches; accumulate the gradient over micro-batches, or use a "
+                "larger batch"
+            )
         why = self._why or "the batch has no dimension that items could lie along"
         self._cutter.refuse(self._batch, f"{why}. {_REMEDY}")
         raise WithheldError(f"{why}. {_REMEDY}")
 
+    def whole_pieces(self, split: Split, *, least: int, tries: int) -> list[Part]:
+        """Return pieces in which also what has items of its own is cut, into as many parts.
+
+        Labelled and unlabelled rows, points inside and on the boundary: the noise of a batch is
+        that of all of them. Costs a forward pass for each such length, once.
+
+        Raises:
+            WithheldError: as `pieces` does, or the losses of such pieces don't make up the batch's.
+        """
+        found = self.pieces(split, least=least, tries=tries)
+        known = self._cutter.known(self._batch)
+        assert known is not None
+        if known.others is None:
+            known = replace(known, others=tuple(self._others(known.cut, len(found))))
+            self._cutter.learn(self._batch, known)
+        if not known.others or tries == 1:
+            return found
+        lengths = [length(self._batch, cut) or 0 for cut in known.others]
+        if min(lengths) < len(found):
+            raise WithheldError(
+                f"{min(lengths)} items can't be cut into {len(found)} micro-batches"
+            )
+        for cut, n in zip(known.others, lengths, strict=True):
+            found = along_with(found, cut, split(n))
+        even = all(n % len(found) == 0 for n in (*lengths, sum(p.items for p in found)))
+        rule, _ = self._judged(found, known.cut, tolerance=_AGREE if even else _ALONG)
+        if not rule:
+            raise WithheldError(f"{self._why}. {_REMEDY}")
+        self.is_exact = self.is_exact and even
+        return found
+
+    def _others(self, cut: Cut, count: int) -> Iterator[Cut]:
+        """Yield the cuts of further parts whose pieces average to the batch as well."""
+        for guess in _distinct(self._cutter.cuts(self._batch)):
+            inside = [p for p in guess if any(p[: len(above)] == above for above in cut)]
+            other = {p: place for p, place in guess.items() if p not in inside}
+            n = length(self._batch, other) if other else None
+            if n is None or n < 2 or len(other) < len(guess):
+                continue
+            with contextlib.suppress(Exception):  # of a batch that can't be cut there
+                found = pieces(self._batch, other, numbers(n).tensor_split(min(count, n)))
+                rule, _ = self._judged(found, other)
+                if rule and rule != A_SUM:
+                    yield other
+                    cut = {**cut, **other}
+
     def _confirmed(self, cut: Cut, rule: str, parts: list[Part]) -> list[Part]:
-        self._cutter.learn(self._batch, Known(cut, rule))
+        known = self._cutter.known(self._batch)
+        others = known.others if known is not None and known.cut == cut else None
+        self._cutter.learn(self._batch, Known(cut, rule, others=others))
         return parts
 
     def _cut(self, cut: Cut, split: Split, least: int) -> list[Part]:
-        """Return pieces, none where they can't be had.
-
-        Raises:
-            WithheldError: by the likeliest way there are too few items.
-        """
+        """Return pieces, none where they can't be had."""
         n = length(self._batch, cut) or 0
         if n < least:
-            if self._why:
-                return []
-            raise WithheldError(
-                f"{n} items can't be cut into {least} micro-batches; accumulate the gradient "
-                "over micro-batches, or use a larger batch"
-            )
+            self._few = self._few if self._why else f"{n} items can't be cut into {least}"
+            return []
         try:
             return pieces(self._batch, cut, split(n))
         except Exception as error:  # of whatever type of batch
             self._why = self._why or f"the batch can't be cut ({type(error).__name__}: {error})"
             return []
 
-    def _judged(self, found: Sequence[Part], cut: Cut) -> tuple[str, list[float]]:
+    def _judged(
+        self, found: Sequence[Part], cut: Cut, tolerance: float = _AGREE
+    ) -> tuple[str, list[float]]:
         """Return the rule by which pieces make up the batch, "" for none, and their weights.
 
         No weights where pieces have no loss at all.
@@ -130,11 +183,11 @@ class Check:
         if not found:
             return "", []
         try:
-            rule, weights = self._by_losses(found, self._whole, cut)
+            rule, weights = self._by_losses(found, self._whole, cut, tolerance)
             if rule or not self._is_random:
                 return rule, weights
             with quiet():
-                rule, weights = self._by_losses(found, self._target, cut)
+                rule, weights = self._by_losses(found, self._target, cut, tolerance)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a loss says of what is no batch for it
@@ -144,7 +197,9 @@ class Check:
         self.is_exact = self.is_exact and not rule
         return rule, weights
 
-    def _by_losses(self, found: Sequence[Part], whole: float, cut: Cut) -> tuple[str, list[float]]:
+    def _by_losses(
+        self, found: Sequence[Part], whole: float, cut: Cut, tolerance: float
+    ) -> tuple[str, list[float]]:
         losses = [self._on(part.batch).value() for part in found]
         scale = max([abs(whole), *map(abs, losses)])
         if all(x == whole for x in losses) and not is_of_all(self._batch, cut):
@@ -156,7 +211,7 @@ class Check:
             total = sum(weights)
             mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / total if total else 0
             made = sum(losses) if rule == A_SUM else mean
-            if abs(made - whole) <= _AGREE * scale:
+            if abs(made - whole) <= tolerance * scale:
                 return rule, weights
         self._why = self._why or (
             "pieces of the batch are another loss than the batch: theirs is "
