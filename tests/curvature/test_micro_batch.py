@@ -37,12 +37,12 @@ def test_a_piece_is_never_larger_than_asked_for():
     sizes = []
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        sizes.append(len(batch[0]))
+        if torch.is_grad_enabled():
+            sizes.append(len(batch[0]))
         return cross_entropy(model, batch)
 
     geomwatch.measure(mlp(64, 10), loss_fn, digits(64), how=geomwatch.Measurement(micro_batch=16))
-    assert sorted(set(sizes)) == [4, 16, 64]  # the check of the whole loss, without a graph, is 64
-    assert sizes.count(64) == 1
+    assert sorted(set(sizes)) == [4, 16]  # whole losses are compared without a graph
 
 
 def test_dropout_is_no_obstacle():
