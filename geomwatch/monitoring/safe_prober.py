@@ -229,7 +229,8 @@ class SafeProber(Resumable):
 
     def _tell_of_no_products(self, record: Record) -> None:
         """Say that of what needs products with the Hessian nothing could be had, and why."""
-        needy = [e for n, e in record.estimates.items() if QUANTITIES[n].needs_products]
+        of_all = {n: e for n, e in record.estimates.items() if n in QUANTITIES}  # not of modules
+        needy = [e for n, e in of_all.items() if QUANTITIES[n].needs_products]
         if not needy or any(e.status != "failed" for e in needy):
             return
         known = any(message.startswith("curvature can't be measured") for message in self._told)

@@ -61,8 +61,6 @@ def test_a_resumed_run_agrees_with_the_uninterrupted_one(make_accelerator, tmp_p
         assert torch.equal(p, q)
     late = [record for record in monitor.history if record.step >= 7]
     assert [record.step for record in resumed.history] == [r.step for r in late] == [8, 10, 12, 14]
-    # Cold: it spends what a first probe may, and starts from nothing that it knows.
-    assert resumed.history[0].hvps > late[0].hvps
     for record, expected in zip(resumed.history, late, strict=True):
         assert record.loss == expected.loss
         for name in ("lambda_max", "stability_margin"):

@@ -109,9 +109,8 @@ def test_the_joined_batch_is_measured_as_one_process_would(tmp_path):
         fit(tmp_path, callback, per_device_train_batch_size=8, **options_of(kind))
         for found, expected in zip(first[1][kind], numbers(callback), strict=True):
             for name in CURVATURE:
-                # later weights drift apart; a Lanczos run that stops early multiplies rounding
-                early = 1e-4 if name == "stability_margin" else 1e-5
-                rel = early if found is first[1][kind][0] else 1e-2
+                # differences of gradients round, each in its own order; later weights drift apart
+                rel = 1e-4 if found is first[1][kind][0] else 1e-2
                 assert found[name] == pytest.approx(expected[name], rel=rel), (kind, name)
 
 

@@ -31,7 +31,7 @@ def train(
 def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restore):
     names = ["loss", "lambda_max", "stability_margin", "batch_sharpness", "trace", "difficulty"]
     whole = GeomwatchCallback(how=geomwatch.Measurement(quantities=names), **WATCH)
-    slow = {"optim": "sgd", "learning_rate": 1e-2}  # so that a warm start is worth something
+    slow = {"optim": "sgd", "learning_rate": 1e-2}
     expected = traces(train(tmp_path, whole, **slow))
     resumed = GeomwatchCallback(how=geomwatch.Measurement(quantities=names), **WATCH)
     trainer = train(
@@ -47,8 +47,8 @@ def test_a_resumed_run_measures_what_the_uninterrupted_one_does(tmp_path, restor
         errors = (was.error or 0.0) + (now.error or 0.0)
         errors *= 3 if now.error_kind == "stderr" else 1  # a residual is a bound
         assert now.value == pytest.approx(was.value, rel=1e-3, abs=errors), name
-    # cold: more HVPs than a probe that has the last one's vectors to start from
-    assert after["stability_margin"].hvps > before["stability_margin"].hvps == 5
+    # a probe starts from the gradient, which the resumed run has as well
+    assert after["stability_margin"].hvps == before["stability_margin"].hvps
     # rules, difficulty and probe count go on
     assert after["difficulty"].value == pytest.approx(before["difficulty"].value, rel=1e-3)
     saved = json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())

@@ -35,10 +35,9 @@ def test_train_fine_tunes_minilm_and_prints_what_it_measures(needs_data, tmp_pat
     assert run_line["parameters"] > 15e6
     assert [first["step"], second["step"]] == [0, 2]
     for record in (first, second):
-        assert (
-            record["provenance"]["backend"] == "double_backward"
-        )  # through default SDPA attention
-        assert record["provenance"]["validated"] is True
+        # through default SDPA attention; GELU has no kinks
+        assert record["provenance"]["backend"] == "one_sided"
+        assert record["provenance"]["validation"] == "differences of two steps agree"
         assert record["estimates"]["lambda_max"]["value"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
 
