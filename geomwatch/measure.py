@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -35,6 +37,7 @@ def measure(
     *,
     optimizer: Any = None,
     how: Measurement | None = None,
+    quantities: str | Sequence[str] | None = None,
     samples: int = 8,
     max_hvps: int = 20,
     **gone: Any,
@@ -43,7 +46,8 @@ def measure(
 
     `loss_fn(model, batch)` gives the scalar loss. With an `optimizer` the stability margin of its
     next step is measured too. The model, its gradients and the global random generators (torch's,
-    NumPy's, Python's) are left as they were. `how` says what is measured and how: a Measurement.
+    NumPy's, Python's) are left as they were. `how` says what is measured and how: a Measurement;
+    `quantities` is short for those of one, and stands in place of them.
 
     Costs at most `max_hvps` HVPs for each operator, `samples` for the trace, one or two for the
     sharpness along the gradient, a check of double backward on four items, and two forward passes
@@ -55,16 +59,17 @@ def measure(
 
     Example:
         >>> import torch
-        >>> from geomwatch import Measurement, measure
+        >>> from geomwatch import measure
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> def loss_fn(model, batch):
         ...     return 3 * model(batch).pow(2).mean()
-        >>> how = Measurement(quantities="lambda_max")
-        >>> round(measure(model, loss_fn, torch.ones(4, 1), how=how)["lambda_max"].value, 3)
+        >>> record = measure(model, loss_fn, torch.ones(4, 1), quantities="lambda_max")
+        >>> round(record["lambda_max"].value, 3)
         6.0
     """
     refuse_options("measure(model, loss_fn, batch", gone)
     how = check_how(how)
+    how = how if quantities is None else replace(how, quantities=quantities)
     check_count("samples", samples, 1)
     check_count("max_hvps", max_hvps, 1)
     if optimizer is not None:

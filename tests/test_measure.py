@@ -356,7 +356,26 @@ def test_what_needs_an_optimizer_is_left_out_without_one():
     assert not names & {"stability_margin", "stochastic_margin", "difficulty"}
 
 
+def test_quantities_are_asked_for_by_name_in_place_of_those_of_how():
+    how = geomwatch.Measurement(quantities="trace", seed=3)
+    record = geomwatch.measure(
+        diagonal(4.0, 1.0), quadratic_loss, ONE, how=how, quantities=["lambda_max"]
+    )
+    assert list(record) == ["lambda_max"]
+    with pytest.raises(geomwatch.UsageError, match="lambda_mx"):
+        geomwatch.measure(diagonal(4.0), quadratic_loss, ONE, quantities="lambda_mx")
+
+
 # --- wrong use -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", [geomwatch.measure, geomwatch.doctor])
+def test_the_line_to_write_for_an_old_option_can_be_written(entry):
+    message = r"Write:\n    \w+\(model, loss_fn, batch, how=Measurement\(micro_batch=2\)\)"
+    with pytest.raises(geomwatch.UsageError, match=message) as caught:
+        entry(mlp(5, 3), cross_entropy, toy_batch(), micro_batch=2)
+    scope = {"model": mlp(5, 3), "loss_fn": cross_entropy, "batch": toy_batch()}
+    exec(str(caught.value).partition("Write:\n")[2].strip(), vars(geomwatch) | scope)
 
 
 def measure(model: Any = None, loss_fn: Any = cross_entropy, batch: Any = None, **options: Any):

@@ -104,12 +104,12 @@ def _refuse(call: str, name: str, value: Any) -> NoReturn:
     shown = _shown(value)
     lines = {
         "max_overhead": f"budget={shown}",
-        "probe_batch": "Measurement(batch=...)",
+        "probe_batch": "how=Measurement(batch=...)",
         "schedule": "every=100" if value == "fixed" else "budget=0.02",
         "dry_run": "controllers=LearningRateCap(dry_run=True)",
     }
     if name in OPTIONS:
-        lines[name] = f"Measurement({name}={shown})"
+        lines[name] = f"how=Measurement({name}={shown})"
     name_of = call.partition("(")[0]
     joint = "" if call.endswith("(") else ", "
     if name not in lines:
