@@ -10,7 +10,8 @@ from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Adjustment, Alert, Estimate, Record
-from geomwatch.sinks import JsonLines
+from geomwatch.sinks.json_lines import JsonLines
+from geomwatch.sinks.reading import Run, read
 
 __all__ = [
     "Adjustment",
@@ -22,11 +23,13 @@ __all__ = [
     "Measurement",
     "Monitor",
     "Record",
+    "Run",
     "UsageError",
     "doctor",
     "is_probing",
     "measure",
     "model_loss",
+    "read",
     "supervised",
 ]
 __version__ = records.VERSION

@@ -11,7 +11,7 @@ Severity = Literal["info", "warning", "critical"]
 Effect = Literal["applied", "dry run", "advice"]
 ErrorKind = Literal["residual", "stderr", "none"]
 
-SCHEMA = 1
+SCHEMA = 2  # 1, of 0.1: no `end` line, and a record's provenance was called `how`
 VERSION = "0.1.0"  # of geomwatch, read from here when a package is built
 
 

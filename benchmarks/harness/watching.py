@@ -15,7 +15,7 @@ import geomwatch
 from geomwatch.controllers import Controller
 from geomwatch.records import Alert
 from geomwatch.rules import Observation, default_rules
-from geomwatch.sinks import record_line
+from geomwatch.sinks.lines import record_line
 from harness.advice import Obedience
 from harness.codec import encode
 from harness.policy import StartAgain

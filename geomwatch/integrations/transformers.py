@@ -42,7 +42,7 @@ from geomwatch.monitoring.face import is_disabled
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 try:
     from transformers import Trainer, TrainerCallback

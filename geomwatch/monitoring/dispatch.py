@@ -15,7 +15,8 @@ from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule
-from geomwatch.sinks import Line, Log, Sink, adjustment_line, alert_line, logger, record_line
+from geomwatch.sinks.lines import Line, Sink, adjustment_line, alert_line, record_line
+from geomwatch.sinks.log import Log, logger
 
 T = TypeVar("T")
 _OF_THE_LOSS = ("loss_rise", "non_finite")  # what rules remember of any parameters

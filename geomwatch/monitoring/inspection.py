@@ -18,7 +18,7 @@ from geomwatch.curvature.subject import Subject
 from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.findings import Findings
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import unwrap
 from geomwatch.vectors.layout import Layout
 

@@ -39,7 +39,9 @@ from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.rule import Rule
-from geomwatch.sinks import Sink, as_sinks, logger, run_line
+from geomwatch.sinks.given import as_sinks
+from geomwatch.sinks.lines import Sink, run_line
+from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout
 

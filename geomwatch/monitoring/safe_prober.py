@@ -20,7 +20,7 @@ from geomwatch.parallel.ranks import RankError
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import QUANTITIES
 from geomwatch.records import Estimate, Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 from geomwatch.vectors.layout import Layout
 
 

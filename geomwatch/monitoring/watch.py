@@ -17,7 +17,7 @@ from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 from geomwatch.stability.optimizers import is_adaptive, optimizer_name
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
 from geomwatch.vectors.layout import Layout

@@ -9,7 +9,7 @@ from torch import nn
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.integrations._accelerate.ties import Ties
 from geomwatch.integrations._host.parallelism import check_parallelism
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import unwrap
 
 PLACE = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.integrations._host.tap import Method, Tap, named
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 FILE = "geomwatch.pt"
 _ATTRIBUTE = "_geomwatch"

@@ -23,7 +23,7 @@ from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.sync_norm import is_synchronised
 from geomwatch.parallel.collectives import refuse_collectives
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 from geomwatch.vectors.fsdp import is_sharded, reshard
 from geomwatch.vectors.layout import whole
 

@@ -20,7 +20,8 @@ from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.records import Alert
 from geomwatch.rules.rule import Rule
-from geomwatch.sinks import Sink, logger
+from geomwatch.sinks.lines import Sink
+from geomwatch.sinks.log import logger
 
 
 class Options(TypedDict, total=False):

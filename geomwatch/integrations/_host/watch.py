@@ -12,7 +12,7 @@ from geomwatch.integrations._host.loss import HostLoss, MicroBatch, Unknown
 from geomwatch.monitoring.monitor import STATE, Monitor
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 L = TypeVar("L", bound=HostLoss)
 

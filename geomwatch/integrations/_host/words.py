@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 
 def missing(host: str, extra: str) -> ImportError:

@@ -16,7 +16,7 @@ from geomwatch.integrations._host.words import survived
 from geomwatch.isolation.random_state import RandomState
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 
 def steps_taken(trainer: Any) -> int:

@@ -23,7 +23,7 @@ from geomwatch.integrations._lightning.tap import StepCall
 from geomwatch.isolation.reach import captured_by
 from geomwatch.monitoring.progress import fixed_window
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 _REMEDY = (
     "Pass GeomwatchCallback(loss_fn=...), a function (module, batch) -> the loss alone, or give "

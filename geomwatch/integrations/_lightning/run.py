@@ -29,7 +29,7 @@ from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.records import Alert, Record
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 
 class OptimizerWatch(HostWatch[StepLoss]):

@@ -11,7 +11,7 @@ from geomwatch.curvature import batches
 from geomwatch.integrations._host.tap import Method, Tap
 from geomwatch.isolation.isolation import is_probing
 from geomwatch.isolation.random_state import RandomState
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 
 class StepCall:

@@ -14,7 +14,7 @@ from torch import Tensor
 from geomwatch.errors import UsageError
 from geomwatch.integrations._host.options import HostCallback
 from geomwatch.integrations._transformers.trainer import callbacks_of
-from geomwatch.sinks import logger
+from geomwatch.sinks.log import logger
 
 _TENSOR = "tensor"
 _USERS_OWN = "_geomwatch_callback"  # where a Trainer keeps the callback that the user has made

@@ -2,81 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from faces import faced
-from problems import cross_entropy, digits, mlp
+from run_lines import alert, lines_of, record, watched_run
 
-from geomwatch import Adjustment, Alert, Estimate, JsonLines, Monitor, Record
-from geomwatch.records import SCHEMA
+from geomwatch import Adjustment, Alert, Estimate, JsonLines
+from geomwatch.records import SCHEMA, format_estimate
 from geomwatch.sinks import (
-    Line,
     Log,
     adjustment_line,
     alert_line,
-    format_estimate,
     record_line,
     run_line,
 )
-
-
-def record(**changes: Any) -> Record:
-    facts: dict[str, Any] = {
-        "step": 40,
-        "loss": 0.5,
-        "lr": (0.1, 0.02),
-        "seconds": 0.01,
-        "estimates": {
-            "lambda_max": Estimate(12.34, 0.41, "residual", hvps=5),
-            "stability_margin": Estimate(0.325, 0.011, "residual", hvps=5),
-            "trace": Estimate(68.0, 21.0, "stderr", status="held", age=15),
-            "grad_norm": Estimate(None, status="failed", reason="not finite"),
-        },
-    }
-    return Record(**facts | changes)
-
-
-def alert(severity: str = "warning", **changes: Any) -> Alert:
-    facts: dict[str, Any] = {
-        "rule": "stability_margin",
-        "severity": severity,
-        "message": "the margin is 0.7",
-        "value": 0.7,
-        "limit": 0.5,
-        "step": 41,
-        "layers": ("head (80%)",),
-    }
-    return Alert(**facts | changes)
-
-
-def watched_run(path: Path, *, lr: float = 0.05, steps: int = 4, **options: Any) -> Monitor:
-    model, batch = mlp(64, 16, 10), digits(64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    with Monitor(
-        model, cross_entropy, optimizer, sinks=[JsonLines(path)], **faced(options)
-    ) as monitor:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            cross_entropy(model, batch).backward()
-            monitor.step(batch)
-            optimizer.step()
-    return monitor
-
-
-def lines_of(path: Path) -> list[Line]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    text = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in text]
-
 
 # JSON Lines
 
