@@ -1,4 +1,4 @@
-"""Functions whose second derivative autograd gets wrong without a word, or is told not to take."""
+"""Functions whose second derivative autograd gets wrong without a word, or does not take."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ class OnceDifferentiable(RawContext):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * (1 - ctx.y**2)
+
+
+class IntoBuffer(RawContext):
+    """The same, computed into a buffer: torch refuses to follow, in words of its own."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.mul(gradient, 1 - ctx.y.detach() ** 2, out=torch.empty_like(gradient))

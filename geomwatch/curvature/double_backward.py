@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,34 @@ from torch.autograd.function import once_differentiable
 from geomwatch.errors import UsageError
 from geomwatch.vectors.layout import Layout
 
-# What torch says, in its many places, of an operation that has no second derivative.
-_NO_SECOND = re.compile(
-    r"not implemented|double backward|second derivative|once_differentiable|create_graph"
-    r"|does not require grad|differentiate twice|trying to differentiate",
-    re.IGNORECASE,
-)
 _ONCE_DIFFERENTIABLE: Any = once_differentiable(print)  # what the decorator makes of a backward
 _OTHERS_ERROR = "torch::autograd::Error"  # the node that C++ functions of that kind leave
 
 
-class NoSecondDerivativeError(RuntimeError):
+class DoubleBackwardError(RuntimeError):
+    """A backward with a graph, or through one, has ended with an error, whatever it says."""
+
+
+class NoSecondDerivativeError(DoubleBackwardError):
     """Some operation in the loss can be differentiated once only."""
+
+
+@contextlib.contextmanager
+def differentiating_twice() -> Iterator[None]:
+    """Have errors of the backward passes inside told from those of all else.
+
+    Only what happens without a graph tells whether a second derivative is what is missing: torch,
+    Triton, Apex and authors of Functions have no words for it in common.
+
+    Raises:
+        DoubleBackwardError: with the words of the error, which is its cause.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, UsageError, DoubleBackwardError):
+        raise
+    except Exception as error:
+        raise DoubleBackwardError(str(error) or type(error).__name__) from error
 
 
 def gradients(loss: Tensor, leaves: Layout, *, create_graph: bool) -> list[Tensor]:
@@ -34,9 +50,11 @@ def gradients(loss: Tensor, leaves: Layout, *, create_graph: bool) -> list[Tenso
         UsageError: it depends on none of them.
         NoSecondDerivativeError: with `create_graph`, a function is marked once_differentiable,
             which autograd would take for a constant without a word.
+        DoubleBackwardError: with `create_graph`, it failed.
     """
     params = leaves.params
-    found = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
+    with differentiating_twice() if create_graph else contextlib.nullcontext():
+        found = torch.autograd.grad(loss, params, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in found):
         raise UsageError(
             "loss_fn must return a loss that depends on the model's parameters, got one that "
@@ -52,8 +70,13 @@ def gradients(loss: Tensor, leaves: Layout, *, create_graph: bool) -> list[Tenso
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 
 
+@differentiating_twice()
 def product(graph: Sequence[Tensor], leaves: Layout, v: Tensor) -> Tensor:
-    """Return H v = grad(<grad L, v>) from the gradients with their graph (Pearlmutter 1994)."""
+    """Return H v = grad(<grad L, v>) from the gradients with their graph (Pearlmutter 1994).
+
+    Raises:
+        DoubleBackwardError: the backward through it failed.
+    """
     # A gradient without grad_fn is constant in the parameters: its rows of H are zero.
     pairs = zip(graph, leaves.unflatten(v), strict=True)
     rows = [(g, piece) for g, piece in pairs if g.requires_grad]
@@ -65,11 +88,6 @@ def product(graph: Sequence[Tensor], leaves: Layout, v: Tensor) -> Tensor:
             outputs, leaves.params, pieces, retain_graph=True, materialize_grads=True
         )
     )
-
-
-def lacks_second_derivative(error: RuntimeError) -> bool:
-    """Tell whether an error is about a missing second derivative, not about memory, say."""
-    return isinstance(error, NoSecondDerivativeError) or bool(_NO_SECOND.search(str(error)))
 
 
 def find_once_differentiable(loss: Tensor, gradients: Iterable[Tensor | None]) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
+from geomwatch.curvature.double_backward import differentiating_twice
 from geomwatch.errors import UsageError
 from geomwatch.isolation.undo import attach, until_here
 from geomwatch.vectors.layout import Layout
@@ -40,8 +41,10 @@ class GaussNewton:
     Raises:
         UsageError: no output was noted, or the loss depends on the parameters past them (weight
             decay in the loss, an auxiliary loss of an inner layer).
+        DoubleBackwardError: a backward failed.
     """
 
+    @differentiating_twice()
     def __init__(self, loss: Tensor, outputs: Sequence[Tensor], leaves: Layout) -> None:
         self._leaves = leaves
         self._outputs = [z for z in outputs if z.requires_grad and z is not loss]
@@ -60,6 +63,7 @@ class GaussNewton:
         self.gradient = _grad([loss], leaves.params, None)  # of the loss
         self._check()
 
+    @differentiating_twice()
     def __call__(self, v: Tensor) -> Tensor:
         """Return G v."""  # (D,) -> (D,)
         pieces = self._leaves.unflatten(v)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from geomwatch.curvature.double_backward import gradients, lacks_second_derivative, product
+from geomwatch.curvature.double_backward import DoubleBackwardError, gradients, product
 from geomwatch.curvature.finite_difference import FiniteDifference, NotSmoothError, OneSided
 from geomwatch.curvature.gauss_newton import GaussNewton, outputs_noted
 from geomwatch.curvature.replay import Replay
@@ -23,7 +23,8 @@ class Products:
 
     "one_sided": by one difference a product from the gradient at w. Else double backward; where an
     operation has no second derivative, central differences of gradients at the precision of the
-    leaves, and where those find kinks in float64.
+    leaves, and where those find kinks in float64. That is told by what happens, not by what is
+    said: whatever error double backward ends with, a plain backward does without.
     """
 
     def __init__(
@@ -84,10 +85,9 @@ class Products:
             try:
                 self._replay.kept, loss, gradient = self._build(batch)
                 return loss, gradient
-            except RuntimeError as error:
-                if not lacks_second_derivative(error):
-                    raise
+            except DoubleBackwardError:  # it may do without a graph
                 self._graphless = True
+                self._replay.start()
         loss = self._replay.evaluate(batch)
         return loss, self._replay.gradient(loss)
 
@@ -111,13 +111,18 @@ class Products:
         if self._difference is None:
             try:
                 return self._double_backward(v)
-            except RuntimeError as error:
-                if not lacks_second_derivative(error):
+            except Exception as error:  # of which all ranks have to make the same
+                if not self._lacks_second_derivative(error):
                     raise
                 if self._hvp != "auto":
                     self._give_up(f"no double backward: {error}", error)
                 self._use_differences(f"no double backward: {error}")
         return self._by_differences(v)
+
+    def _lacks_second_derivative(self, error: Exception) -> bool:
+        """Tell, by trying, whether a backward fails for its graph alone. One gradient."""
+        is_twice = isinstance(error, DoubleBackwardError)
+        return self._replay.ranks.all(is_twice and self._replay.differentiates_once())
 
     @property
     def _keeps_graph(self) -> bool:

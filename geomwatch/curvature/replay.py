@@ -187,7 +187,7 @@ class Replay:
         """
 
         def own() -> tuple[Tensor, ...]:
-            self._start()
+            self.start()
             for part in self.window:
                 share = part.weight / self.total
                 if share > 0:  # a rank may be without items
@@ -221,7 +221,8 @@ class Replay:
                 swap(nn.SyncBatchNorm, "forward", shared(share))
             yield
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Go back to the state that every evaluation of the window starts from."""
         if self._snapshot is None:
             raise RuntimeError("an Objective is used inside its `with` block only")
         handle_signals()
@@ -245,6 +246,17 @@ class Replay:
     def gradient(self, loss: Tensor) -> Tensor:
         """Return the gradient of a loss that `evaluate` has returned."""  # (D,)
         return self.leaves.flatten(gradients(loss, self.leaves, create_graph=False))
+
+    def differentiates_once(self) -> bool:
+        """Tell whether a plain backward works, on this rank. One gradient of its first batch."""
+        try:
+            self.start()
+            part = next(part for part in self.window if part.weight > 0)
+            with self._shared(1.0):
+                self.gradient(self.evaluate(part))
+        except Exception:  # for whoever has met one before to report
+            return False
+        return True
 
     @contextlib.contextmanager
     def displaced(self, displacement: Tensor) -> Iterator[None]:

@@ -88,7 +88,7 @@ class ShardReplay(Replay):
         Gradients come weighted and summed over the ranks from their backward pass.
         """
         with self.ranks.together():
-            self._start()
+            self.start()
             for part, share in self._rounds:
                 self._share = share
                 for total, x in zip(totals, of(part), strict=True):
@@ -110,9 +110,10 @@ class ShardReplay(Replay):
         shards = self._sharded.gradient(self._share * loss, self.layout.params)
         return self.leaves.flatten(shards)
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Go back to the state that every evaluation of the window starts from."""
         self._sharded.settle()
-        super()._start()
+        super().start()
 
     def _agree(self) -> None:
         """Go into a forward pass only if every rank does."""

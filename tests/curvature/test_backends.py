@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import cross_entropy, dense_hessian, digits, mlp
-from silent import OnceDifferentiable, RawContext
+from silent import IntoBuffer, OnceDifferentiable, RawContext
 from torch import Tensor, nn
 
 import geomwatch
@@ -37,7 +37,7 @@ class Custom(nn.Module):
 
 
 @pytest.mark.parametrize("kinks", [False, True])
-@pytest.mark.parametrize("function", [RawContext, OnceDifferentiable])
+@pytest.mark.parametrize("function", [RawContext, OnceDifferentiable, IntoBuffer])
 def test_a_backward_that_is_not_differentiable_is_found_and_replaced(function, kinks):
     batch = digits(64)
     exact = torch.linalg.eigvalsh(dense_hessian(Custom(torch.tanh, kinks).double(), batch))
@@ -45,9 +45,25 @@ def test_a_backward_that_is_not_differentiable_is_found_and_replaced(function, k
     assert record.provenance["backend"] == "finite_difference"
     assert record["lambda_max"].value == pytest.approx(float(exact[-1]), rel=2e-3)
     assert record.provenance["validated"] is False
-    silent = function is RawContext
-    expected = "double backward is off by" if silent else "no second derivative"
+    expected = {
+        RawContext: "double backward is off by",
+        OnceDifferentiable: "no second derivative",
+        IntoBuffer: "arguments don't support automatic differentiation",
+    }[function]
     assert expected in str(record.provenance["validation"])
+
+
+def test_an_error_that_a_plain_backward_has_too_is_passed_on():
+    class Broken(RawContext):
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            raise ValueError("lost the weights")
+
+    with (
+        Objective(Custom(Broken.apply, False), cross_entropy, [digits(8)]) as objective,
+        pytest.raises(Exception, match="lost the weights"),
+    ):
+        objective.hvp(objective.layout.zeros() + 1)
 
 
 def test_where_differences_in_float32_cross_kinks_float64_takes_over():
