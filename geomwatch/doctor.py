@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from geomwatch.curvature import batches
-from geomwatch.curvature.checks import check_loss, check_optimizer
+from geomwatch.curvature.checks import check_loss, check_loss_and_batch, check_optimizer
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.settings import LossFn
@@ -84,6 +84,7 @@ def doctor(
     refuse_options("doctor(model, loss_fn, batch", gone)
     how = check_how(how)
     check_pace(None, budget)
+    check_loss_and_batch(loss_fn, batch, "doctor")
     if optimizer is not None:
         check_optimizer(optimizer)
     subject = Subject(model, loss_fn, Layout.of(model, how.params), how, Ranks())

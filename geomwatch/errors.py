@@ -11,11 +11,28 @@ class UsageError(ValueError):
 
     Raised at construction or at the first probe, before training has cost anything. Errors of a
     later probe never stop a run.
+
+    Args:
+        message: what must be, what was passed, what to do.
+        write: the repaired code, which becomes the last line of the message.
     """
+
+    def __init__(self, message: str, write: str = "") -> None:
+        super().__init__(f"{message} Write:\n    {write}" if write else message)
 
 
 class UsageTypeError(UsageError, TypeError):
     """A UsageError about the type of a thing."""
+
+
+class UsageKeyError(UsageError, KeyError):
+    """A UsageError about a name that is not there."""
+
+    __str__ = ValueError.__str__  # that of a KeyError has quotes around it
+
+
+class MisplacedError(UsageError, AttributeError):
+    """A UsageError where a host looks for what is not there; `hasattr` takes it for a no."""
 
 
 class WithheldError(RuntimeError):
@@ -26,8 +43,14 @@ class NoCurvatureError(RuntimeError):
     """No backend can differentiate the gradient of this loss."""
 
 
-def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the known name nearest to what was given; "" if none is."""
+def nearest(given: object, known: Iterable[str]) -> str:
+    """Return the known name nearest to what was given; "" if none is near."""
     plain = str(given).lower().replace("-", "_").replace(" ", "_")
     close = difflib.get_close_matches(plain, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return close[0] if close else ""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name nearest to what was given; "" if none is."""
+    near = nearest(given, known)
+    return f" Did you mean {near!r}?" if near else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from geomwatch.curvature.checks import check_count, check_optimizer
+from geomwatch.curvature.checks import check_count, check_loss_and_batch, check_optimizer
 from geomwatch.curvature.objective import Objective
 from geomwatch.curvature.placement import choose_shards
 from geomwatch.curvature.settings import LossFn
@@ -74,6 +74,7 @@ def measure(
     check_count("max_hvps", max_hvps, 1)
     if optimizer is not None:
         check_optimizer(optimizer)
+    check_loss_and_batch(loss_fn, batch, "measure")
     names = how.names(has_optimizer=optimizer is not None)
     ranks, model = Ranks.of(model), unwrapped(model)
     start = time.perf_counter()

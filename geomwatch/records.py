@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from geomwatch.errors import UsageKeyError, nearest
+
 Severity = Literal["info", "warning", "critical"]
 Effect = Literal["applied", "dry run", "advice"]
 ErrorKind = Literal["residual", "stderr", "none"]
@@ -80,7 +82,11 @@ class Record:
 
     def __getitem__(self, name: str) -> Estimate:
         if name not in self.estimates:
-            raise KeyError(f"{name!r} was not measured. This record has: {', '.join(self)}")
+            near = nearest(name, self)
+            raise UsageKeyError(
+                f"a record must hold what is looked up, got {name!r}. It holds {', '.join(self)}.",
+                write=f'record["{near}"]' if near else f'Measurement(quantities=["{name}"])',
+            )
         return self.estimates[name]
 
     def __iter__(self) -> Iterator[str]:

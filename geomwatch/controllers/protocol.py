@@ -86,8 +86,8 @@ def check_controllers(given: Sequence[Controller] | Controller) -> tuple[Control
         ):
             repaired = ", ".join(map(_repaired, controllers))
             raise UsageTypeError(
-                f"controllers must hold controllers such as LearningRateCap(), got {controller!r}. "
-                f"Write\n    controllers={repaired if len(controllers) == 1 else f'[{repaired}]'}"
+                f"controllers must hold controllers such as LearningRateCap(), got {controller!r}.",
+                write=f"controllers={repaired if len(controllers) == 1 else f'[{repaired}]'}",
             )
         if controller.knob not in KNOBS:
             raise UsageError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from geomwatch.curvature import batches
 from geomwatch.errors import UsageError, UsageTypeError
@@ -15,20 +16,91 @@ from geomwatch.errors import UsageError, UsageTypeError
 _WRONG_DEVICE = "same device|expected device|expected on|weight type|storage has not been allocated"
 
 
+_CRITERIA = ("torch.nn.modules.loss", "torch.nn.functional")  # functions of outputs and targets
+
+
 def check_loss_fn(loss_fn: object) -> None:
-    """Refuse what can't be a loss_fn."""
+    """Refuse what can't be a loss_fn: what is no function, and what is one of outputs."""
+    must = "loss_fn must be a function of model and batch, got"
+    if hasattr(loss_fn, "param_groups"):
+        raise UsageTypeError(
+            f"{must} the optimizer {type(loss_fn).__name__}: it stands third.",
+            write="Monitor(model, geomwatch.supervised(criterion), optimizer)",
+        )
     if not callable(loss_fn):
         raise UsageTypeError(
-            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}."
+            f"loss_fn must be callable as loss_fn(model, batch), got {type(loss_fn).__name__}.",
+            write="loss_fn = geomwatch.supervised(torch.nn.CrossEntropyLoss())",
         )
+    made_in = type(loss_fn).__module__
+    is_function = getattr(loss_fn, "__module__", "") == "torch.nn.functional"
+    if made_in in _CRITERIA or is_function or isinstance(loss_fn, type):
+        raise UsageTypeError(f"{must} {loss_fn!r:.60}.", write=f"loss_fn = {_wrapped(loss_fn)}")
+
+
+def took_the_model_for_outputs(error: BaseException, loss_fn: object) -> UsageError:
+    """Return the refusal of a loss_fn that wanted outputs where it was given the model."""
+    return UsageTypeError(
+        f"loss_fn must be a function of model and batch, got {loss_fn!r:.60}, which takes the "
+        f"model for outputs ({type(error).__name__}: {error}).",
+        write=f"loss_fn = {_wrapped(loss_fn)}",
+    )
+
+
+def takes_the_model_for_outputs(error: BaseException, model: object) -> bool:
+    """Tell whether an error says that the model itself is no tensor."""
+    name, text = type(model).__name__, str(error)
+    if isinstance(error, AttributeError):
+        missing = re.search(rf"'{name}' object has no attribute '(\w+)'", text)
+        return missing is not None and hasattr(Tensor, missing[1])
+    pattern = rf"must be \w+, not {name}\b|operand type.*'{name}'|'{name}' object (is|does) not"
+    return isinstance(error, TypeError) and re.search(pattern, text) is not None
+
+
+def _wrapped(criterion: Any) -> str:
+    """Return the code that makes a loss_fn of a criterion."""
+    if isinstance(criterion, type):
+        made = f"torch.nn.{criterion.__name__}()"
+        is_criterion = criterion.__module__ in _CRITERIA
+        return f"geomwatch.supervised({made})" if is_criterion else f"{criterion.__name__}()"
+    if type(criterion).__module__ in _CRITERIA:
+        return f"geomwatch.supervised(torch.nn.{type(criterion).__name__}())"
+    if getattr(criterion, "__module__", "") == "torch.nn.functional":
+        return f"geomwatch.supervised(torch.nn.functional.{criterion.__name__})"
+    return f"geomwatch.supervised({getattr(criterion, '__name__', 'criterion')})"
 
 
 def check_optimizer(optimizer: object) -> None:
     """Refuse what can't be an optimizer."""
-    if not hasattr(optimizer, "param_groups"):
+    if hasattr(optimizer, "param_groups"):
+        return
+    inside = hasattr(getattr(optimizer, "optimizer", None), "param_groups")
+    given = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    raise UsageTypeError(
+        f"optimizer must be the torch optimizer in use (anything with param_groups), got {given}.",
+        write=f"Monitor(model, loss_fn, {'scheduler.optimizer' if inside else 'optimizer'})",
+    )
+
+
+def check_loss_and_batch(loss_fn: object, batch: object, call: str) -> None:
+    """Refuse what can't be a loss_fn, or a batch of it; `call` is what is called with both.
+
+    Raises:
+        UsageTypeError: one of them can't be.
+    """
+    check_loss_fn(loss_fn)
+    check_batch(batch, f"{call}(model, loss_fn, next(iter(loader)))")
+
+
+def check_batch(batch: object, call: str) -> None:
+    """Refuse what gives batches for a batch; `call` is how one of them is passed.
+
+    Raises:
+        UsageTypeError: it is a DataLoader, or an iterator of one.
+    """
+    if isinstance(batch, DataLoader) or hasattr(batch, "__next__"):
         raise UsageTypeError(
-            "optimizer must be the torch optimizer in use (anything with param_groups), got "
-            f"{type(optimizer).__name__}."
+            f"batch must be one batch, got {type(batch).__name__}, which gives many.", write=call
         )
 
 

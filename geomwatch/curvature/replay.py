@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.batches import Part
-from geomwatch.curvature.checks import check_loss, explain_device
+from geomwatch.curvature.checks import (
+    check_loss,
+    explain_device,
+    takes_the_model_for_outputs,
+    took_the_model_for_outputs,
+)
 from geomwatch.curvature.double_backward import gradients
 from geomwatch.curvature.settings import LossFn
 from geomwatch.errors import UsageError, WithheldError
@@ -239,6 +244,10 @@ class Replay:
             loss = users(self._loss_fn, self._model, batches.fresh_copy(part.batch, self._cast))
         except RuntimeError as error:
             explain_device(error, part.batch, self.layout.device)
+            raise
+        except (TypeError, AttributeError) as error:
+            if takes_the_model_for_outputs(error, self._model):
+                raise took_the_model_for_outputs(error, self._loss_fn) from error
             raise
         loss = check_loss(loss)
         return loss if part.factor == 1 else part.factor * loss

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 from torch import Tensor
 
 from geomwatch.curvature.checks import check_count
-from geomwatch.errors import UsageError, did_you_mean
+from geomwatch.errors import UsageError, nearest
 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 Operator: TypeAlias = Literal["hessian", "ggn"]
@@ -79,4 +79,7 @@ def _check_dimension(items: object) -> None:
 def _check_choice(name: str, given: object, known: tuple[str, ...]) -> None:
     if given not in known:
         choices = " or ".join(f'"{choice}"' for choice in known)
-        raise UsageError(f"{name} must be {choices}, got {given!r}.{did_you_mean(given, known)}")
+        raise UsageError(
+            f"{name} must be {choices}, got {given!r}.",
+            write=f'Measurement({name}="{nearest(given, known) or known[0]}")',
+        )

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from typing_extensions import Self, Unpack
 
 from geomwatch.curvature.objective import LossFn
+from geomwatch.integrations._host.elsewhere import NotOfTransformers, StateKey
 from geomwatch.integrations._host.options import HostCallback, Options
 from geomwatch.integrations._host.words import tell_of_joining
 from geomwatch.integrations._lightning.host import (
@@ -42,7 +43,7 @@ from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
 
 
-class GeomwatchCallback(HostCallback):
+class GeomwatchCallback(NotOfTransformers, HostCallback):
     """Watches the geometry of the loss that a Trainer trains on, and warns before it goes wrong.
 
     Nothing else needs to be done: no change to the LightningModule, of `lightning` or of
@@ -64,6 +65,8 @@ class GeomwatchCallback(HostCallback):
         UsageError: (a ValueError) an option can't work; at construction, when fit() begins, or at
             its first step.
     """
+
+    state_key = StateKey()
 
     # Never name an attribute `log` or `log_dict`: Lightning overwrites them.
 

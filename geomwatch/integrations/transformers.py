@@ -24,6 +24,7 @@ from typing_extensions import Unpack
 
 from geomwatch.curvature.objective import LossFn
 from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.integrations._host.elsewhere import NotOfLightning
 from geomwatch.integrations._host.options import Options
 from geomwatch.integrations._host.words import (
     missing,
@@ -51,7 +52,7 @@ except ImportError as error:
     raise missing("transformers", "transformers") from error
 
 
-class GeomwatchCallback(CheckpointedCallback, TrainerCallback, ExportableState):
+class GeomwatchCallback(CheckpointedCallback, NotOfLightning, TrainerCallback, ExportableState):
     """Watches the geometry of the loss that a Trainer trains on, and warns before it goes wrong.
 
     Nothing else needs to be done. A probe is logged like the Trainer's own losses, to all its

@@ -95,18 +95,29 @@ def check_pace(every: object, budget: object) -> None:
     if every is not None and (not is_number or every < 1):  # type: ignore[operator]
         raise UsageError(
             f"every must be an integer >= 1, got {every!r}. It is the number of optimizer steps "
-            "between two probes; leave it out to probe as often as the budget allows."
+            "between two probes; leave it out to probe as often as the budget allows.",
+            write="every=100",
         )
     if budget is None:
         return
     known = isinstance(budget, int | float) and not isinstance(budget, bool)
     if not known or not 0 < budget <= 1:  # type: ignore[operator]
-        percent = known and 1 < budget <= 100  # type: ignore[operator]
-        hint = f" Did you mean {budget / 100:g}?" if percent else ""  # type: ignore[operator]
         raise UsageError(
             f"budget must be a share of training time above 0 and up to 1, such as 0.05 for 5 %, "
-            f"got {budget!r}.{hint} None sets no limit."
+            f"got {budget!r}. None sets no limit.",
+            write=f"budget={_share(budget):g}",
         )
+
+
+def _share(given: object) -> float:
+    """Return the share that was probably meant: by 5 and "5%" 0.05, else the default."""
+    text = str(given).strip()
+    try:
+        number = float(text.rstrip("%"))
+    except ValueError:
+        return DEFAULT_BUDGET
+    share = number / 100 if text.endswith("%") or number > 1 else number
+    return share if 0 < share <= 1 else DEFAULT_BUDGET
 
 
 def budget_of(every: int | None, budget: float | None) -> float | None:

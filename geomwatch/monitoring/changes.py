@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from geomwatch.errors import UsageError
 from geomwatch.monitoring.search import OptimizerSearch
 from geomwatch.parallel.ranks import unwrapped
 from geomwatch.stability.optimizers import optimizer_name
@@ -130,6 +131,27 @@ class Changes:
         """
         before, self._known = self._known, Trained.now(self._model, self.patterns, optimizer)
         return self._known.changes_since(before)
+
+    def refuse_another_model(self) -> None:
+        """Refuse an optimizer of another model: one that is no master copy, nor cut or joined.
+
+        Raises:
+            UsageError: it holds none of what is measured, but parameters that are the like.
+        """
+        layout, optimizer = self._known.layout, unwrap(self._known.optimizer)
+        groups = getattr(optimizer, "param_groups", ())
+        held = [p for group in groups for p in group["params"] if isinstance(p, torch.Tensor)]
+        kinds = {(p.dtype, p.device) for p in layout.params}
+        is_flat = all(p.ndim == 1 for p in held)
+        if len(self.strangers) < len(layout.names) or is_flat or is_sharded(held):
+            return
+        if kinds & {(p.dtype, p.device) for p in held} and all(p.grad is None for p in held):
+            name = type(optimizer).__name__
+            raise UsageError(
+                f"optimizer must step the model that is watched, got {name} of {len(held)} "
+                f"parameters, none of them among the {len(layout.names)} of this model.",
+                write=f"optimizer = torch.optim.{name}(model.parameters(), lr=...)",
+            )
 
     @property
     def layout(self) -> Layout:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from geomwatch.controllers.conductor import Conductor
+from geomwatch.errors import UsageTypeError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation
@@ -38,6 +39,7 @@ class Dispatch(Resumable):
         on_alert: Callable[[Alert], None] | None,
         control: Conductor,
     ) -> None:
+        check_on_alert(on_alert)
         self._judges = resolve(rules)
         self._rules = [rule for rule in self._judges if hasattr(rule, "state_dict")]
         of_curvature = (r for r in self._rules if r.name not in _OF_THE_LOSS)
@@ -122,6 +124,20 @@ class Dispatch(Resumable):
                     exc_info=error,
                 )
             return None
+
+
+def check_on_alert(on_alert: object) -> None:
+    """Refuse what can't be called with an alert.
+
+    Raises:
+        UsageTypeError: it can't.
+    """
+    if on_alert is None or (callable(on_alert) and not isinstance(on_alert, type)):
+        return
+    name = on_alert if isinstance(on_alert, str) and on_alert.isidentifier() else "print"
+    raise UsageTypeError(
+        f"on_alert must be a function of an Alert, got {on_alert!r:.60}.", write=f"on_alert={name}"
+    )
 
 
 def is_due(rule: Rule, step: Observation) -> bool:

@@ -15,7 +15,7 @@ from geomwatch.controllers.actuators import CLIP, Actuator
 from geomwatch.controllers.claim import claim
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.controllers.protocol import Controller, check_controllers
-from geomwatch.curvature.checks import check_loss_fn, check_optimizer
+from geomwatch.curvature.checks import check_batch, check_loss_fn, check_optimizer
 from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.errors import UsageError
@@ -52,6 +52,9 @@ _PLACE = (
     "Call monitor.step(batch) once per optimizer step, after loss.backward() and before "
     "optimizer.step()."
 )
+
+
+_ORDER = "loss.backward(); monitor.step(batch, loss=loss.detach()); optimizer.step()"
 
 
 class Monitor(Resumable):
@@ -99,7 +102,7 @@ class Monitor(Resumable):
         self,
         model: nn.Module,
         loss_fn: LossFn,
-        optimizer: Any,
+        optimizer: Any = None,
         how: Measurement | None = None,
         *,
         every: int | None = None,
@@ -238,11 +241,14 @@ class Monitor(Resumable):
             UsageError: there is none; the message ends with `remedy`.
         """
         if not self._counter.has_gradient():
-            raise UsageError(f"monitor.step() must find gradients, got none. {remedy}")
+            raise UsageError(
+                f"monitor.step() must find gradients, got none. {remedy}", write=_ORDER
+            )
         if self._counter.gradient_is_used_up():
             raise UsageError(
                 "monitor.step() must come before optimizer.step(), got a gradient that it has "
-                f"stepped with already. {remedy}"
+                f"stepped with already. {remedy}",
+                write=_ORDER,
             )
 
     def observe(self, batch: Any) -> None:
@@ -377,8 +383,12 @@ class Monitor(Resumable):
         if alone and not (window or self._fixed_window or self._watch.prober.paused):
             raise UsageError(
                 "monitor.step() must know the batch, got none. Pass it as step(batch), call "
-                "observe(batch) for each micro-batch, or give it Measurement(batch=...)."
+                "observe(batch) for each micro-batch, or give it Measurement(batch=...).",
+                write="monitor.step(batch, loss=loss.detach())",
             )
+        for batch in window:
+            check_batch(batch, "for batch in loader: ... monitor.step(batch)")
+        self._changes.refuse_another_model()
         self._called = True
         self._check_held()
         self._dispatch.emit(run_line(self._facts))

@@ -84,8 +84,19 @@ def check_how(how: object) -> Measurement:
         return Measurement()
     if isinstance(how, Measurement):
         return how
-    made = "geomwatch.Measurement()" if how is Measurement else "geomwatch.Measurement(...)"
-    raise UsageTypeError(f"how must be a geomwatch.Measurement, got {how!r:.80}. Write how={made}.")
+    raise UsageTypeError(
+        f"how must be a geomwatch.Measurement, got {how!r:.80}.", write=_meant_by(how)
+    )
+
+
+def _meant_by(how: object) -> str:
+    """Return the option that was probably meant by what stands where `how` does."""
+    if isinstance(how, int | float) and not isinstance(how, bool):
+        return f"every={how}" if isinstance(how, int) else f"budget={how}"
+    if isinstance(how, Mapping):
+        fields = ", ".join(f"{name}={_shown(value)}" for name, value in how.items())
+        return f"how=geomwatch.Measurement({fields})"
+    return "how=geomwatch.Measurement()"
 
 
 def refuse_options(call: str, given: Mapping[str, Any]) -> None:
@@ -118,8 +129,8 @@ def _refuse(call: str, name: str, value: Any) -> NoReturn:
             f"takes {', '.join(ARGUMENTS)}; how to measure is said by Measurement(...)."
         )
     raise UsageError(
-        f"{name_of} must be given its options in the new way, got {name}={shown}. "
-        f"Write:\n    {call}{joint}{lines[name]})"
+        f"{name_of} must be given its options in the new way, got {name}={shown}.",
+        write=f"{call}{joint}{lines[name]})",
     )
 
 

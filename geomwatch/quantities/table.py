@@ -15,7 +15,7 @@ from geomwatch.errors import (
     UsageError,
     UsageTypeError,
     WithheldError,
-    did_you_mean,
+    nearest,
 )
 from geomwatch.estimators.critical_lr import critical_lr
 from geomwatch.estimators.effective_rank import effective_rank
@@ -65,7 +65,8 @@ def check_names(quantities: object) -> None:
         if name not in QUANTITIES:
             raise UsageError(
                 f'quantities must be "default", "all" or a list of known names, got {name!r}.'
-                f"{did_you_mean(name, QUANTITIES)} Known: {', '.join(QUANTITIES)}."
+                f" Known: {', '.join(QUANTITIES)}.",
+                write=f'Measurement(quantities=["{nearest(name, QUANTITIES) or "lambda_max"}"])',
             )
 
 

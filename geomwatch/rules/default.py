@@ -58,8 +58,8 @@ def resolve(rules: Rule | Iterable[Rule] | None) -> list[Rule]:
     for rule in given:
         if isinstance(rule, type) or not callable(rule):
             raise UsageTypeError(
-                f"rules must hold rules, got {rule!r}. Write rules=[{_repaired(rule)}], or "
-                f"rules=[*default_rules(), {_repaired(rule)}] to change one of the default ones."
+                f"rules must hold rules, got {rule!r}.",
+                write=f"rules=[*default_rules(), {_repaired(rule)}]",
             )
         if not isinstance(getattr(rule, "name", None), str):
             raise UsageError(f'a rule must have a name, got none: {rule!r}. Give it name = "...".')

@@ -19,9 +19,10 @@ def as_sinks(given: Sequence[Sink | str | Path] | Sink | str | Path) -> tuple[Si
     several = given if isinstance(given, list | tuple) else (given,)
     for sink in several:
         if isinstance(sink, type) or not (callable(sink) or isinstance(sink, str | Path)):
-            shown = f"{sink.__name__}()" if isinstance(sink, type) else '"run.jsonl"'
+            ours = sink is JsonLines or not isinstance(sink, type)
+            shown = '"run.jsonl"' if ours else f"{sink.__name__}()"
             raise UsageTypeError(
-                f"sinks must be callables that take a line, or paths of files, got {sink!r}. "
-                f"Write sinks={shown}."
+                f"sinks must be callables that take a line, or paths of files, got {sink!r}.",
+                write=f"sinks={shown}",
             )
     return tuple(JsonLines(s) if isinstance(s, str | Path) else s for s in several)

@@ -62,7 +62,8 @@ class Layout:
                 raise UsageError(
                     f"params must match at least one trainable parameter, got {patterns!r}. "
                     f"The names are: {', '.join(n for n, _ in trainable[:8])}"
-                    f"{', ...' if len(trainable) > 8 else ''}."
+                    f"{', ...' if len(trainable) > 8 else ''}.",
+                    write=f'Measurement(params="{trainable[0][0] if trainable else "*"}")',
                 )
             trainable = kept
         return cls(tuple(n for n, _ in trainable), tuple(p for _, p in trainable))

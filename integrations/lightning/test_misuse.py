@@ -116,3 +116,20 @@ def test_processes_that_do_not_average_their_gradients_are_refused(
     monkeypatch.setattr(type(trainer), "world_size", 2)
     with pytest.raises(UsageError, match="averaged over all processes, got SingleDeviceStrategy"):
         callback.on_fit_start(trainer, Net())
+
+
+def test_the_class_instead_of_a_callback_is_refused_with_the_line_to_write(make_trainer):
+    with pytest.raises(UsageError) as refused:
+        make_trainer(callbacks=[GeomwatchCallback])
+    assert str(refused.value).endswith("\n    Trainer(callbacks=[GeomwatchCallback()])")
+
+
+def test_the_callback_of_the_other_host_is_refused_with_the_line_to_write(Net, make_trainer, load):
+    transformers = pytest.importorskip("geomwatch.integrations.transformers")
+    trainer = make_trainer(callbacks=[transformers.GeomwatchCallback()], limit_val_batches=0)
+    with pytest.raises(UsageError) as refused:
+        trainer.fit(Net(), load(), load())
+    line = "from geomwatch.integrations.lightning import GeomwatchCallback"
+    assert str(refused.value).splitlines()[-1].strip() == line
+    with pytest.raises(UsageError, match=r"integrations\.transformers import GeomwatchCallback"):
+        GeomwatchCallback().on_init_end(None, None, None)

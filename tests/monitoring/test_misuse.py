@@ -47,7 +47,7 @@ def test_a_call_without_a_batch_is_refused():
         ({"schedule": "fixed"}, r"Write:\n    Monitor\(model, loss_fn, optimizer, every=100\)"),
         ({"budget": 0}, r"budget must be a share .* got 0"),
         ({"budget": "5%"}, r"budget must be a share .* got '5%'"),
-        ({"budget": 5}, r"budget must be a share .* got 5\. Did you mean 0\.05\?"),
+        ({"budget": 5}, r"budget must be a share .* got 5\. .*\n    budget=0\.05"),
         ({"quantities": ["sharpness"]}, r"list of known names, got 'sharpness'"),
     ],
 )

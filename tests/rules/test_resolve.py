@@ -49,12 +49,20 @@ class Nameless:
 @pytest.mark.parametrize(
     ("rules", "error", "message"),
     [
-        (StabilityMargin, UsageTypeError, r"got <class .*Write rules=\[StabilityMargin\(\)\]"),
+        (
+            StabilityMargin,
+            UsageTypeError,
+            r"got <class .*\n.*default_rules\(\), StabilityMargin\(\)",
+        ),
         ([NonFinite(), StabilityMargin], UsageTypeError, r"\*default_rules\(\), StabilityMargin"),
-        ("loss_rise", UsageTypeError, r"got 'loss_rise'\. Write rules=\[LossRise\(\)\]"),
-        (["los-rize"], UsageTypeError, r"got 'los-rize'\. Write rules=\[LossRise\(\)\]"),
-        (["GradientMargin"], UsageTypeError, r"Write rules=\[GradientMargin\(\)\]"),
-        ([3], UsageTypeError, r"rules must hold rules, got 3\. Write rules=\[StabilityMargin"),
+        ("loss_rise", UsageTypeError, r"got 'loss_rise'\. .*\n.*, LossRise\(\)\]"),
+        (["los-rize"], UsageTypeError, r"got 'los-rize'\. .*\n.*, LossRise\(\)\]"),
+        (["GradientMargin"], UsageTypeError, r"rules=\[.*, GradientMargin\(\)\]"),
+        (
+            [3],
+            UsageTypeError,
+            r"rules must hold rules, got 3\. Write:\n    rules=.*StabilityMargin",
+        ),
         (3, UsageTypeError, r"rules must hold rules, got 3\. Write"),
         ([Nameless()], UsageError, r"must have a name, got none: .*Give it name = "),
     ],
