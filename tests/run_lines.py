@@ -11,7 +11,7 @@ from faces import faced
 from problems import cross_entropy, digits, mlp
 
 from geomwatch import Alert, Estimate, JsonLines, Monitor, Record
-from geomwatch.sinks import Line
+from geomwatch.sinks import Line, Sink
 
 
 def record(**changes: Any) -> Record:
@@ -43,11 +43,17 @@ def alert(severity: str = "warning", **changes: Any) -> Alert:
     return Alert(**facts | changes)
 
 
-def watched_run(path: Path, *, lr: float = 0.05, steps: int = 4, **options: Any) -> Monitor:
+def watched_run(
+    path: Path, *, lr: float = 0.05, steps: int = 4, also_to: Sink | None = None, **options: Any
+) -> Monitor:
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     with Monitor(
-        model, cross_entropy, optimizer, sinks=[JsonLines(path)], **faced(options)
+        model,
+        cross_entropy,
+        optimizer,
+        sinks=[JsonLines(path), *([also_to] if also_to else [])],
+        **faced(options),
     ) as monitor:
         for _ in range(steps):
             optimizer.zero_grad()

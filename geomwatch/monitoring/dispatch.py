@@ -18,6 +18,7 @@ from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.lines import Line, Sink, adjustment_line, alert_line, record_line
 from geomwatch.sinks.log import Log, logger
+from geomwatch.sinks.outlet import Outlet
 
 T = TypeVar("T")
 _OF_THE_LOSS = ("loss_rise", "non_finite")  # what rules remember of any parameters
@@ -45,7 +46,8 @@ class Dispatch(Resumable):
         of_curvature = (r for r in self._rules if r.name not in _OF_THE_LOSS)
         self._at_first = [(r, r.state_dict()) for r in of_curvature if isinstance(r, Resumable)]
         self._observer = Observer()
-        self._sinks: list[Sink] = [Log(), *sinks]
+        self._outlets = [Outlet(Log()), *map(Outlet, sinks)]
+        self._is_open = False  # its first line was sent, its last not yet
         self._on_alert = on_alert
         self._control = control
         self._broken: set[int] = set()  # ids of what has raised and was reported
@@ -88,20 +90,26 @@ class Dispatch(Resumable):
         for rule, state in self._at_first:
             rule.load_state_dict(state)
 
+    def begin(self, first: Line) -> None:
+        """Send the first line of a run."""
+        self._is_open = True
+        self.emit(first)
+
     def emit(self, line: Line) -> None:
         """Send a line to the log and the sinks."""
         if self.name:
             line = {**line, "monitor": self.name}
         if is_first_rank():
-            for sink in self._sinks:
-                self._safely(sink, line)
+            for outlet in self._outlets:
+                outlet(line)
 
-    def close(self) -> None:
-        """Close the sinks that can be closed."""
-        for sink in self._sinks:
-            closer = getattr(sink, "close", None)
-            if closer is not None:
-                self._safely(closer)
+    def end(self, last: Line) -> None:
+        """Send the last line of a run that has begun, and close the sinks."""
+        if self._is_open:
+            self.emit(last)
+        self._is_open = False
+        for outlet in self._outlets:
+            outlet.close()
 
     @property
     def rule_names(self) -> list[str]:

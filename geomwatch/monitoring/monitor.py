@@ -40,7 +40,7 @@ from geomwatch.quantities.table import paces_of
 from geomwatch.records import Adjustment, Alert, Record
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.given import as_sinks
-from geomwatch.sinks.lines import Sink, run_line
+from geomwatch.sinks.lines import Sink, end_line, run_line
 from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout
@@ -342,7 +342,7 @@ class Monitor(Resumable):
         self._changes.search.reset()
         self._counter.close()
         self._control.close()
-        self._dispatch.close()
+        self._dispatch.end(end_line(self._counter.steps, self.seconds, self.overhead))
 
     def __enter__(self) -> Monitor:
         return self
@@ -391,7 +391,7 @@ class Monitor(Resumable):
         self._changes.refuse_another_model()
         self._called = True
         self._check_held()
-        self._dispatch.emit(run_line(self._facts))
+        self._dispatch.begin(run_line(self._facts))
 
     def _exchange(
         self, loss: Tensor | float | None, grad_norm: Tensor | float | None, grad_scale: float

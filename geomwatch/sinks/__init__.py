@@ -6,7 +6,15 @@ elsewhere, or to say another fact: `lines` makes them, `reading` reads them back
 
 from geomwatch.sinks.given import as_sinks
 from geomwatch.sinks.json_lines import JsonLines
-from geomwatch.sinks.lines import Line, Sink, adjustment_line, alert_line, record_line, run_line
+from geomwatch.sinks.lines import (
+    Line,
+    Sink,
+    adjustment_line,
+    alert_line,
+    end_line,
+    record_line,
+    run_line,
+)
 from geomwatch.sinks.log import Log, logger
 from geomwatch.sinks.reading import Lost, Run, read
 
@@ -20,6 +28,7 @@ __all__ = [
     "adjustment_line",
     "alert_line",
     "as_sinks",
+    "end_line",
     "logger",
     "read",
     "record_line",

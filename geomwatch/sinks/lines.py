@@ -1,7 +1,7 @@
 """The lines of a run: what sinks are called with.
 
-A line's `kind` is "run" (provenance, once), "record", "alert" or "adjustment"; `schema` is the
-version of the format.
+A line's `kind` is "run" (provenance, the first), "record", "alert", "adjustment" or "end" (the
+last, of a run that was closed); `schema` is the version of the format.
 """
 
 from __future__ import annotations
@@ -44,3 +44,15 @@ def alert_line(alert: Alert) -> Line:
 def adjustment_line(adjustment: Adjustment) -> Line:
     """Return the line of an adjustment."""
     return {"kind": "adjustment", "schema": SCHEMA, **asdict(adjustment)}
+
+
+def end_line(step: int, seconds: float, overhead: float | None) -> Line:
+    """Return the line that ends a run: the steps counted, what watching took, lines lost."""
+    return {
+        "kind": "end",
+        "schema": SCHEMA,
+        "step": step,
+        "seconds": seconds,
+        "overhead": overhead,
+        "lost": 0,
+    }

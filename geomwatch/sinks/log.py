@@ -6,10 +6,23 @@ import logging
 
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Estimate, format_estimate
+from geomwatch.sinks.escapes import one_entry
 from geomwatch.sinks.lines import Line
 
 logger = logging.getLogger("geomwatch")
-logger.addFilter(lambda said: is_first_rank() or getattr(said, "each_rank", False))
+
+
+def _admitted(said: logging.LogRecord) -> bool:
+    """Tell whether this rank says it, and make it one entry, whatever is quoted in it."""
+    if not (is_first_rank() or getattr(said, "each_rank", False)):
+        return False
+    message = said.getMessage()
+    if (entry := one_entry(message)) != message:
+        said.msg, said.args = entry, ()
+    return True
+
+
+logger.addFilter(_admitted)
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
 _IN_THE_LOG = (
@@ -35,6 +48,8 @@ class Log:
         elif line["kind"] == "adjustment":
             level = logging.WARNING if line["effect"] == "advice" else logging.INFO
             logger.log(level, "%sstep %d: %s", name, line["step"], _turn(line))
+        elif line["kind"] == "end":
+            logger.info("%sstep %d: %s", name, line["step"], _closing(line))
 
 
 def _sentence(line: Line) -> str:
@@ -47,6 +62,12 @@ def _sentence(line: Line) -> str:
             age = f" (at step {line['step'] - found['age']})" if found["age"] else ""
             parts.append(f"{label} {format_estimate(Estimate(**found))}{age}")
     return "  ".join(parts)
+
+
+def _closing(line: Line) -> str:
+    part = line["overhead"]
+    share = "" if part is None else f", {100 * part:.2g} % of the time of training"
+    return f"closed; watching took {line['seconds']:.3g} s{share}"
 
 
 def _turn(line: Line) -> str:

@@ -143,4 +143,4 @@ def test_a_sink_that_cannot_be_closed_does_not_stop_the_program(caplog):
     model, optimizer = small()
     with Monitor(model, cross_entropy, optimizer, sinks=[Stuck()]) as monitor:
         train(model, optimizer, monitor, 2)
-    assert "failed with OSError: stale file handle" in caplog.text
+    assert "could not be closed: OSError: stale file handle" in caplog.text

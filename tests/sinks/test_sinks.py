@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import json
 import logging
 import math
+import os
+import pickle
 import re
+from io import FileIO
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run_lines import alert, lines_of, record, watched_run
@@ -13,9 +22,12 @@ from run_lines import alert, lines_of, record, watched_run
 from geomwatch import Adjustment, Alert, Estimate, JsonLines
 from geomwatch.records import SCHEMA, format_estimate
 from geomwatch.sinks import (
+    Line,
     Log,
     adjustment_line,
     alert_line,
+    logger,
+    read,
     record_line,
     run_line,
 )
@@ -29,7 +41,8 @@ def test_a_run_is_a_line_of_provenance_then_records_and_alerts(tmp_path):
     lines = lines_of(path)
     assert [line["kind"] for line in lines].count("run") == 1
     assert lines[0]["kind"] == "run"
-    assert {line["kind"] for line in lines} == {"run", "record", "alert"}
+    assert lines[-1]["kind"] == "end"
+    assert {line["kind"] for line in lines} == {"run", "record", "alert", "end"}
     assert {line["schema"] for line in lines} == {SCHEMA}
     records = [line for line in lines if line["kind"] == "record"]
     assert [line["step"] for line in records] == [r.step for r in monitor.history]
@@ -202,7 +215,8 @@ def test_a_monitor_logs_its_records_without_being_asked(caplog, tmp_path):
     caplog.set_level(logging.INFO, "geomwatch")
     watched_run(tmp_path / "run.jsonl")
     texts = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert [text.split("  ")[0] for text in texts] == ["step 0", "step 1", "step 2", "step 3"]
+    assert [text.split("  ")[0] for text in texts[:4]] == ["step 0", "step 1", "step 2", "step 3"]
+    assert texts[4].startswith("step 4: closed; watching took ")
     assert re.fullmatch(
         r"step 0  loss \d\.\d+  lr 0\.05  λ_max \S+ ± \S+  margin \S+ ± \S+.*", texts[0]
     )
@@ -264,6 +278,134 @@ def test_value_and_error_never_differ_in_notation():
                 assert abs(shown - value) <= max(0.501 * share, 0.0006) * value, text
                 if plain[2]:
                     assert wide == pytest.approx(share * value, rel=0.5), text
+
+
+# Faults
+
+
+class FullDisk(FileIO):
+    """Writes what there is room for, then raises as a full disk does."""
+
+    room = 10**9
+
+    def write(self, data: Any) -> int:
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = super().write(bytes(data)[: self.room])
+        FullDisk.room -= written
+        return written
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    monkeypatch.setattr("geomwatch.sinks.json_lines.FileIO", FullDisk)
+    monkeypatch.setattr(FullDisk, "room", 10**9)
+    return FullDisk
+
+
+def test_after_a_torn_line_the_next_starts_on_its_own(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"kind": "record", "step": 100, "lo')
+    sink = JsonLines(path)
+    sink(run_line({"seed": 1}))
+    with path.open("a") as file:
+        file.write('{"kind": "rec')  # by another process, say, that was killed
+    sink(run_line({"seed": 2}))
+    assert [json.loads(path.read_text().splitlines()[i])["seed"] for i in (1, 3)] == [1, 2]
+
+
+def test_after_a_full_disk_the_next_line_starts_on_its_own(tmp_path, full_disk):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    full_disk.room = 50
+    sink(run_line({}))
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            sink(run_line({"seed": 1}))
+    full_disk.room = 10**9
+    sink(run_line({"seed": 2}))
+    found = read(sink.path)
+    assert [run.get("seed") for run in found.runs] == [None, 2]
+    assert [lost.line for lost in found.lost] == [2]
+
+
+def test_lines_that_a_sink_loses_are_counted_and_told(tmp_path, caplog):
+    told: list[Line] = []
+
+    def failing(line: Line) -> None:
+        told.append(line)
+        if 2 <= len(told) <= 4:
+            raise OSError("no answer")
+
+    monitor = watched_run(tmp_path / "run.jsonl", quantities="loss", also_to=failing)
+    assert len(told) > len(monitor.history) == 4
+    assert (told[-1]["kind"], told[-1]["lost"]) == ("end", 3)
+    assert lines_of(tmp_path / "run.jsonl")[-1]["lost"] == 0
+    first, last = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert "failed with OSError: no answer" in first
+    assert last.endswith("has lost 3 lines of this run.")
+
+
+def test_the_time_of_a_slow_sink_is_in_the_account(tmp_path, monkeypatch):
+    now = 0.0
+
+    def slow(line: Line) -> None:
+        nonlocal now
+        now += 10.0
+
+    monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: now)
+    monitor = watched_run(tmp_path / "run.jsonl", quantities="loss", also_to=slow)
+    assert monitor.seconds == 10.0 * (1 + len(monitor.history))
+
+
+def test_a_file_that_is_moved_away_is_made_anew(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(run_line({"seed": 1}))
+    sink.path.rename(tmp_path / "run.1.jsonl")
+    sink(run_line({"seed": 2}))
+    sink.path.unlink()
+    sink(run_line({"seed": 3}))
+    assert [line["seed"] for line in lines_of(sink.path)] == [3]
+    assert [line["seed"] for line in lines_of(tmp_path / "run.1.jsonl")] == [1]
+
+
+def test_one_handle_is_open_and_a_copy_has_its_own(tmp_path, monkeypatch):
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        "geomwatch.sinks.json_lines.FileIO", lambda *a: opened.append(a[0]) or FileIO(*a)
+    )
+    sink = JsonLines(tmp_path / "run.jsonl")
+    for seed in range(5):
+        sink(run_line({"seed": seed}))
+    assert len(opened) == 1
+    for copied in (copy.deepcopy(sink), pickle.loads(pickle.dumps(sink))):
+        copied(run_line({"seed": 5}))
+    sink.close()
+    sink(run_line({"seed": 6}))
+    assert [line["seed"] for line in lines_of(sink.path)] == [0, 1, 2, 3, 4, 5, 5, 6]
+
+
+@pytest.mark.parametrize("unsafe", ["\x00", "\x1b[2J", "\r", "\x85", "\u2028", "\u202e", "\ud800"])
+def test_no_name_breaks_a_line_of_file_or_log(unsafe, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "geomwatch")
+    name = f"layer{unsafe}CRITICAL geomwatch: all is lost"
+    line = alert_line(alert(message=name, layers=(name,)))
+    JsonLines(tmp_path / "run.jsonl")(line)
+    assert lines_of(tmp_path / "run.jsonl") == [{**line, "layers": [name]}]
+    Log()(line)
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert unsafe not in said
+    assert len(said.splitlines()) == 1
+
+
+def test_further_lines_of_a_message_cannot_pass_for_entries_of_the_log(caplog):
+    logger.warning("module %r and %s", "a\nb", "net\nCRITICAL geomwatch: all is lost")
+    assert caplog.messages == ["module 'a\\nb' and net\n    CRITICAL geomwatch: all is lost"]
+
+
+def test_numbers_of_other_libraries_are_written_as_numbers(tmp_path):
+    sink = JsonLines(tmp_path / "run.jsonl")
+    sink(run_line({"a": np.float32(0.5), "b": np.int64(7), "c": torch.tensor(2.0), "d": True}))
+    assert lines_of(sink.path) == [run_line({"a": 0.5, "b": 7, "c": 2.0, "d": True})]
 
 
 # One process of many
