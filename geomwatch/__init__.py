@@ -12,6 +12,7 @@ from geomwatch.quantities.measurement import Measurement
 from geomwatch.records import Adjustment, Alert, Estimate, Record
 from geomwatch.sinks.json_lines import JsonLines
 from geomwatch.sinks.reading import Run, read
+from geomwatch.stability.registry import register_optimizer
 
 __all__ = [
     "Adjustment",
@@ -30,6 +31,7 @@ __all__ = [
     "measure",
     "model_loss",
     "read",
+    "register_optimizer",
     "supervised",
 ]
 __version__ = records.VERSION

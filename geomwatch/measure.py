@@ -24,8 +24,9 @@ from geomwatch.quantities.probe import Probe
 from geomwatch.quantities.table import evaluate, evaluate_layers, ritz_indices
 from geomwatch.records import Record
 from geomwatch.sinks.log import logger
-from geomwatch.stability.problem import Stability, learning_rates, stability_of
+from geomwatch.stability.problem import learning_rates, stability_of
 from geomwatch.stability.scale_invariance import ScaleInvariance
+from geomwatch.stability.scaled import Stability
 from geomwatch.vectors.layout import Layout, generator
 
 

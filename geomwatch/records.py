@@ -17,6 +17,10 @@ SCHEMA = 2  # 1, of 0.1: no `end` line, and a record's provenance was called `ho
 VERSION = "0.1.0"  # of geomwatch, read from here when a package is built
 
 
+WITHOUT_LIMIT = ("unknown", "directional")  # statuses of margins that have no limit of 1
+_UNLIMITED = {"stability_margin": "lr_lambda_max"}  # what they are called
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """One measured number with its error, or the reason why there is none.
@@ -24,7 +28,8 @@ class Estimate:
     `error` is in the units of `value`. "residual": some eigenvalue lies within `error` of `value`
     (it bounds neither from above nor below which one). "stderr": one standard error of a mean.
     `status` is "ok", "held" (from an earlier probe, `age` steps ago), "unknown" (no formula for
-    this optimizer), "withheld" (it could be computed but would mislead) or "failed".
+    this optimizer), "directional" (its steps have a constant size), "withheld" (it could be
+    computed but would mislead) or "failed".
     """
 
     value: float | None
@@ -103,7 +108,8 @@ class Record:
     def scalars(self, prefix: str = "geom/") -> dict[str, float]:
         """Return a flat dict for a tracker: every finite value, its error under `<name>_error`.
 
-        Without values held from an earlier probe: a tracker would take them for measured now.
+        Without values held from an earlier probe: a tracker would take them for measured now. The
+        margin of an optimizer without a formula, lr x λ_max, has no limit of 1 and is called so.
 
         What is a module's own, "trace/<module>", becomes "trace.<module>": MLflow keeps a metric as
         a file, and refuses one that lies inside another.
@@ -114,7 +120,10 @@ class Record:
                 continue
             if estimate.status == "held":
                 continue
-            key = prefix + name.replace("/", ".")
+            if estimate.status in WITHOUT_LIMIT and name not in _UNLIMITED:
+                continue
+            called = _UNLIMITED[name] if estimate.status in WITHOUT_LIMIT else name
+            key = prefix + called.replace("/", ".")
             flat[key] = estimate.value
             if estimate.error is not None and math.isfinite(estimate.error):
                 flat[f"{key}_error"] = estimate.error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.observation.margins import within
-from geomwatch.stability.problem import learning_rates
+from geomwatch.stability.registry import learning_rates
 
 LR, BATCH, CLIP = "lr_scale", "batch_scale", "clip_norm"
 KNOBS = (LR, BATCH, CLIP)  # in the order in which controllers get their turn

@@ -8,7 +8,7 @@ from typing import Any
 
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageError
-from geomwatch.stability.problem import unwrap
+from geomwatch.stability.registry import unwrap
 
 _OWNERS: weakref.WeakKeyDictionary[Any, weakref.ref[Conductor]] = weakref.WeakKeyDictionary()
 

@@ -23,7 +23,7 @@ from geomwatch.observation.margins import within
 from geomwatch.observation.step import Observation
 from geomwatch.records import Adjustment, Alert, Effect
 from geomwatch.sinks.log import logger
-from geomwatch.stability.problem import unwrap
+from geomwatch.stability.registry import unwrap
 
 _SAME = 1e-6  # relative: a knob that moves by less has not moved
 

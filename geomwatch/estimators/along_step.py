@@ -10,7 +10,7 @@ from torch import Tensor
 from geomwatch.estimators.noise_floor import LossAt
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.records import Estimate
-from geomwatch.stability.problem import Stability
+from geomwatch.stability.scaled import Stability
 
 _BEND = 1e-3  # of the loss: what the step is chosen to change by curvature
 _DROP = 0.1  # of the loss: the most it may change by the slope

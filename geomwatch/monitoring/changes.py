@@ -12,8 +12,8 @@ from torch import nn
 from geomwatch.errors import UsageError
 from geomwatch.monitoring.search import OptimizerSearch
 from geomwatch.parallel.ranks import unwrapped
-from geomwatch.stability.optimizers import optimizer_name
 from geomwatch.stability.problem import unwrap
+from geomwatch.stability.registry import optimizer_name
 from geomwatch.vectors.fsdp import is_sharded
 from geomwatch.vectors.layout import Layout
 

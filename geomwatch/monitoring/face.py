@@ -10,7 +10,7 @@ import torch
 
 from geomwatch.errors import UsageError
 from geomwatch.quantities.measurement import Measurement
-from geomwatch.stability.optimizers import optimizer_name
+from geomwatch.stability.registry import optimizer_name
 
 
 def is_disabled() -> bool:

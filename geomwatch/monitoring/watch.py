@@ -18,8 +18,8 @@ from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Record
 from geomwatch.sinks.log import logger
-from geomwatch.stability.optimizers import is_adaptive, optimizer_name
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
+from geomwatch.stability.registry import is_adaptive, optimizer_name
 from geomwatch.vectors.layout import Layout
 
 _NO_BATCH = (

@@ -22,7 +22,7 @@ from geomwatch.estimators.sharpness import directional_sharpness
 from geomwatch.quantities.plan import Budget
 from geomwatch.quantities.running_trace import RunningTrace
 from geomwatch.records import Estimate
-from geomwatch.stability.problem import Stability
+from geomwatch.stability.scaled import Stability
 from geomwatch.vectors.layout import generator
 
 _PIECES = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from geomwatch.parallel.ranks import is_first_rank
-from geomwatch.records import Estimate, format_estimate
+from geomwatch.records import WITHOUT_LIMIT, Estimate, format_estimate
 from geomwatch.sinks.escapes import one_entry
 from geomwatch.sinks.lines import Line
 
@@ -59,6 +59,8 @@ def _sentence(line: Line) -> str:
     for name, label in _IN_THE_LOG:
         found = line["estimates"].get(name)
         if found is not None and found["value"] is not None:
+            if name == "stability_margin" and found["status"] in WITHOUT_LIMIT:
+                label = "lr x λ_max"
             age = f" (at step {line['step'] - found['age']})" if found["age"] else ""
             parts.append(f"{label} {format_estimate(Estimate(**found))}{age}")
     return "  ".join(parts)

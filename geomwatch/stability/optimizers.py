@@ -20,219 +20,199 @@ P^-1 (H + wd I), eta = lr, mu = momentum, d = dampening, b1, b2 = betas; stable:
 | RMSprop          | sqrt(v) + eps; centered: sqrt(v - avg(g)^2) + eps   | 2(1+mu)                 |
 | Adagrad          | sqrt(sum) + eps; eta = lr/(1+(t-1) lr_decay)        | 2                       |
 | Adadelta         | sqrt(v + eps)/sqrt(acc_delta + eps)                 | 2                       |
+| SparseAdam       | (sqrt(v) + eps)/sqrt(1-b2^t)                        | as Adam                 |
+| Adafactor        | sqrt(row mean x column mean / mean); eta = lr rms(w), shortened | 2           |
+
+The first steps of some are longer than later ones, since averages start at zero. Unless
+`cold_start` is set a formula leaves that out: Adam's correction of the first moment, NAdam's small
+mu_t, RMSprop's v as if it were corrected, Adagrad's sum as if it had 100 steps in it.
 
 Weight decay is coupled (wd I beside H) unless the optimizer decouples it, as AdamW does.
 Sources: SGD: Cohen, Kaur, Li, Kolter, Talwalkar 2021, "Gradient descent on neural networks
 typically occurs at the edge of stability"; Adam: Cohen et al. 2022, "Adaptive gradient methods at
-the edge of stability" (arXiv 2207.14484); the rest: `Recursion`. All are bisected against
+the edge of stability" (arXiv 2207.14484); Adafactor: Shazeer, Stern
+2018 (arXiv 1804.04235); the rest: `Recursion`. All are bisected against
 torch.optim itself in tests/stability/test_stability.py.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from geomwatch.stability.recursion import Recursion
-from geomwatch.vectors.layout import entries
+from geomwatch.stability.step import (
+    Coming,
+    Step,
+    averaging,
+    first_correction,
+    second_moment,
+)
+
+_FORGOTTEN = 60  # steps after which the product of NAdam's momenta is none
+ADAGRAD_START = 100  # steps that its sum counts as at least: RMSprop's own memory, 1/(1 - 0.99)
 
 
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """What a formula may look at: one parameter just before its step."""
-
-    group: Mapping[str, Any]
-    state: Mapping[str, Any]
-    lr: float
-    gradient: Tensor  # (n,), as the optimizer will use it: sign flipped, coupled decay added
-    count: float  # t, this step's number, from 1
-    sign: float  # -1 if it maximizes
-    decay: float  # coupled weight decay
-    keep: float  # what decoupled weight decay leaves of the weights, 1 - lr wd
-    cold_start: bool  # keep the bias correction of the first moment
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One parameter's coming step: the recursion that each eigenvalue of P^-1 H goes through."""
-
-    recursion: Recursion
-    preconditioner: Tensor | None = None  # (n,) P; None for 1
-    moment: Tensor | None = None  # (n,) what P is made of: > 0 where a gradient was seen
-    decay: float = 0.0  # coupled weight decay
-
-
-def unwrap(optimizer: object) -> object:
-    """Return the optimizer inside wrappers that hold it as `.optimizer` (accelerate, Lightning).
-
-    A wrapper with a state of its own (Lookahead) is another algorithm and stays as it is.
-    """
-    inner = getattr(optimizer, "optimizer", None)
-    if inner is None or inner is optimizer or not hasattr(inner, "param_groups"):
-        return optimizer
-    state = getattr(inner, "state", None)
-    return unwrap(inner) if getattr(optimizer, "state", state) is state else optimizer
-
-
-def algorithm(optimizer: object) -> str:
-    """Return the torch.optim class whose step() runs, "" if it is somebody else's.
-
-    The class's own name would not do: a subclass that overrides step() is another algorithm. Under
-    the wrappers of torch and of schedulers step() keeps the name of the class that defines it.
-    """
-    step: Any = inspect.unwrap(getattr(type(optimizer), "step", algorithm))
-    module = getattr(step, "__module__", None) or ""
-    return str(step.__qualname__).removesuffix(".step") if module.startswith("torch.optim.") else ""
-
-
-def is_adaptive(optimizer: object) -> bool:
-    """Tell whether an optimizer preconditions its steps by the gradients it has seen."""
-    return algorithm(optimizer) not in ("SGD", "ASGD")
-
-
-def _sgd(c: Coming) -> Step:
-    mu, dampening = float(c.group["momentum"]), float(c.group["dampening"])
+def sgd(c: Coming) -> Step:
+    """SGD, heavy ball or Nesterov's."""
+    mu, dampening = c.option("momentum"), c.option("dampening")
     if mu == 0:
-        return Step(Recursion(c.lr))
-    direct, through = (1.0, mu) if c.group["nesterov"] else (0.0, 1.0)
-    return Step(Recursion(c.lr, memory=mu, intake=1 - dampening, direct=direct, through=through))
+        return Step(Recursion(c.lr, keep=c.keep))
+    direct, through = (1.0, mu) if c.group.get("nesterov") else (0.0, 1.0)
+    recursion = Recursion(c.lr, mu, 1 - dampening, direct, through, c.keep)
+    # the first gradient is taken in as a whole
+    first = dampening / mu * c.gradient
+    return Step(recursion, buffer=c.read("momentum_buffer") if c.has("momentum_buffer") else first)
 
 
-def _asgd(c: Coming) -> Step:
+def asgd(c: Coming) -> Step:
+    """Averaged SGD."""
     # The rate was put into the state by the step before: a new lr takes effect one step late.
     eta = float(c.state.get("eta", c.lr))
     return Step(Recursion(eta, keep=1 - float(c.group["lambd"]) * eta))
 
 
-def _adam(c: Coming) -> Step:
-    v, p = _second_moment(c)
-    return _averaging(c, p, v, through=_first_correction(c))
+def adam(c: Coming) -> Step:
+    """Adam and AdamW, with AMSGrad."""
+    v, p = second_moment(c)
+    return averaging(c, p, v, through=first_correction(c))
 
 
-def _adamax(c: Coming) -> Step:
+def adamax(c: Coming) -> Step:
+    """Adamax."""
     b2, eps = float(c.group["betas"][1]), float(c.group["eps"])
-    u = torch.maximum(b2 * _read(c, "exp_inf"), c.gradient.abs() + eps)
+    u = torch.maximum(b2 * c.read("exp_inf"), c.gradient.abs() + eps)
     # Where no gradient was ever seen u is eps, up to the rounding of a narrow state.
-    return _averaging(c, u, u - 1.01 * eps, through=_first_correction(c))
+    return averaging(c, u, u - 1.01 * eps, through=first_correction(c))
 
 
-def _nadam(c: Coming) -> Step:
+def nadam(c: Coming) -> Step:
+    """NAdam, whose momentum mu_t grows to b1 in some thousand steps."""
     b1, decay = float(c.group["betas"][0]), float(c.group["momentum_decay"])
     mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (t * decay)) for t in (c.count, c.count + 1))
-    product = float(c.state.get("mu_product", 1.0)) * mu if c.cold_start else 0.0
-    v, p = _second_moment(c)
+    product = float(c.state.get("mu_product", 1.0)) * mu
+    if not c.cold_start:
+        mu, mu_next, product = b1, b1, 0.0
+    v, p = second_moment(c)
     direct, through = (1 - mu) / (1 - product), mu_next / (1 - product * mu_next)
-    return _averaging(c, p, v, direct=direct, through=through)
+    return averaging(c, p, v, direct=direct, through=through)
 
 
-def _radam(c: Coming) -> Step:
-    b2, t, correction = float(c.group["betas"][1]), c.count, _first_correction(c)
+def radam(c: Coming) -> Step:
+    """RAdam."""
+    b2, t, correction = float(c.group["betas"][1]), c.count, first_correction(c)
     corrected = 1 - b2**t
     longest = 2 / (1 - b2) - 1
     length = longest - 2 * t * b2**t / corrected
     if length <= 5:  # too few gradients to trust v: the plain average of them
-        return _averaging(c, torch.ones_like(c.gradient), None, through=correction)
-    v = _average_of_squares(c, "exp_avg_sq", b2)
+        return averaging(c, torch.ones_like(c.gradient), None, through=correction)
+    v = c.average_of_squares("exp_avg_sq", b2)
     p = (v.sqrt() + float(c.group["eps"])) / math.sqrt(corrected)
     rectified = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    step = _averaging(c, p, v, through=correction)
+    step = averaging(c, p, v, through=correction)
     return replace(step, recursion=replace(step.recursion, rate=c.lr * math.sqrt(rectified)))
 
 
-def _rmsprop(c: Coming) -> Step:
+def rmsprop(c: Coming) -> Step:
+    """RMSprop, whose average of squares starts at zero and is not corrected for it."""
     alpha, mu = float(c.group["alpha"]), float(c.group["momentum"])
-    v = _average_of_squares(c, "square_avg", alpha)
+    v = c.average_of_squares("square_avg", alpha)
     if c.group["centered"]:
-        average = torch.lerp(_read(c, "grad_avg"), c.gradient, 1 - alpha)
+        average = torch.lerp(c.read("grad_avg"), c.gradient, 1 - alpha)
         v = (v - average.square()).clamp_min(0)
+    p = (v if c.cold_start else v / c.start(alpha)).sqrt() + float(c.group["eps"])
     recursion = Recursion(c.lr, memory=mu, intake=1, direct=0, through=1)
-    return Step(recursion, preconditioner=v.sqrt() + float(c.group["eps"]), moment=v)
+    # its buffer sums up what is divided by P already
+    return Step(recursion, p, v, buffer=p * c.read("momentum_buffer"))
 
 
-def _adagrad(c: Coming) -> Step:
-    total = _read(c, "sum") + c.gradient.square()
+def adagrad(c: Coming) -> Step:
+    """Adagrad, whose sum of squares starts at zero."""
+    total = c.read("sum") + c.gradient.square()
     recursion = Recursion(c.lr / (1 + (c.count - 1) * float(c.group["lr_decay"])))
-    return Step(recursion, preconditioner=total.sqrt() + float(c.group["eps"]), moment=total)
+    grown = total if c.cold_start else total * max(1.0, ADAGRAD_START / c.count)
+    return Step(recursion, grown.sqrt() + float(c.group["eps"]), total)
 
 
-def _adadelta(c: Coming) -> Step:
+def adadelta(c: Coming) -> Step:
+    """Adadelta."""
     eps = float(c.group["eps"])
-    v = _average_of_squares(c, "square_avg", float(c.group["rho"]))
+    v = c.average_of_squares("square_avg", float(c.group["rho"]))
     # The step divides by the average of squared updates as it was before this update.
-    p = (v + eps).sqrt() / (_read(c, "acc_delta") + eps).sqrt()
+    p = (v + eps).sqrt() / (c.read("acc_delta") + eps).sqrt()
     return Step(Recursion(c.lr), preconditioner=p, moment=v)
 
 
-def plain_step(c: Coming) -> Step:
-    """Return the step of an optimizer without a formula: M = lr lambda_max(H)."""
-    return unscaled_step(c.lr)
-
-
-def unscaled_step(lr: float) -> Step:
-    """Return a step whose margin is lr times the curvature, deterministic or stochastic."""
-    return Step(Recursion(2 * lr))
-
-
-FORMULAS: dict[str, Callable[[Coming], Step]] = {
-    "SGD": _sgd,
-    "ASGD": _asgd,
-    "Adam": _adam,
-    "AdamW": _adam,  # inherits Adam's step() now, has its own in older torch
-    "Adamax": _adamax,
-    "NAdam": _nadam,
-    "RAdam": _radam,
-    "RMSprop": _rmsprop,
-    "Adagrad": _adagrad,
-    "Adadelta": _adadelta,
-}
-
-
-def _averaging(
-    c: Coming, p: Tensor, moment: Tensor | None, *, direct: float = 0.0, through: float
-) -> Step:
-    """Step along the gradient and its running average m = b1 m + (1-b1) g.
-
-    P takes up what makes them sum to another weight than 1: Adam's (1-b1^t) at a cold start.
-    """
-    b1, total = float(c.group["betas"][0]), direct + through
-    direct, through = direct / total, through / total
-    recursion = Recursion(c.lr, b1, 1 - b1, direct, through, c.keep)
-    return Step(recursion, preconditioner=p if total == 1 else p / total, moment=moment)
-
-
-def _first_correction(c: Coming) -> float:
-    return 1 / (1 - float(c.group["betas"][0]) ** c.count) if c.cold_start else 1.0
-
-
-def _second_moment(c: Coming) -> tuple[Tensor, Tensor]:
-    """Adam's v and sqrt(v/(1-b2^t)) + eps."""
+def sparse_adam(c: Coming) -> Step:
+    """SparseAdam: Adam on the rows that have a gradient, with eps inside the correction."""
     b2 = float(c.group["betas"][1])
-    v = _average_of_squares(c, "exp_avg_sq", b2)
-    if c.group.get("amsgrad", False):
-        v = torch.maximum(v, _read(c, "max_exp_avg_sq"))
-    root = v.sqrt().div_(math.sqrt(1 - b2**c.count)).add_(float(c.group["eps"]))
-    return v, root
+    v = c.average_of_squares("exp_avg_sq", b2)
+    p = (v.sqrt() + float(c.group["eps"])) / math.sqrt(c.start(b2))
+    return averaging(c, p, v, through=first_correction(c))
 
 
-def _average_of_squares(c: Coming, key: str, decay: float) -> Tensor:
-    return (decay * _read(c, key)).addcmul_(c.gradient, c.gradient, value=1 - decay)
+def adafactor(c: Coming) -> Step:
+    """Adafactor of torch: P from the means of squares of rows and columns.
+
+    Its rate is lr by the root mean square of the weights, and what would be a longer step than
+    `d` times that is shortened.
+    """
+    t, eps1, eps2 = c.count, c.group["eps"][0], float(c.group["eps"][1])
+    eps1 = torch.finfo(c.gradient.dtype).eps if eps1 is None else float(eps1)
+    share = t ** float(c.group["beta2_decay"])
+    rate = max(eps2, float(c.weights.square().mean().sqrt())) * min(c.lr, 1 / math.sqrt(t))
+    if len(c.shape) > 1:
+        g = c.gradient.view(c.shape)
+        rows = _mixed(c, "row_var", g.square().mean(-1, keepdim=True), share)
+        columns = _mixed(c, "col_var", g.square().mean(-2, keepdim=True), share)
+        v = (rows @ columns).div_(rows.mean(-2, keepdim=True).clamp_min(eps1)).reshape(-1)
+    else:
+        v = _mixed(c, "variance", c.gradient.square(), share)
+    p = v.clamp_min(eps1**2).sqrt()
+    length = float((c.gradient / p).square().mean().sqrt())
+    shortened = max(1.0, length / float(c.group["d"]))
+    return Step(Recursion(rate / shortened, keep=c.keep), p, v)
 
 
-def _read(c: Coming, key: str) -> Tensor:
-    """A state tensor as a vector in the gradient's dtype; zeros before the first step."""
-    value = c.state.get(key)
-    return torch.zeros_like(c.gradient) if value is None else entries(c.gradient, value)
+def _mixed(c: Coming, key: str, now: Tensor, share: float) -> Tensor:
+    return torch.lerp(c.read(key).view_as(now), now, share) if c.has(key) else share * now
 
 
-def optimizer_name(optimizer: Any) -> str:
-    """Return the optimizer as messages call it: its class, momentum and weight decay."""
-    inner: Any = unwrap(optimizer)
-    group = inner.param_groups[0] if getattr(inner, "param_groups", None) else {}
-    options = [f"{k} {group[k]:g}" for k in ("momentum", "weight_decay") if group.get(k)]
-    return " ".join([type(inner).__name__, *options])
+def sgd_start(_: Mapping[str, Any], __: float) -> float:
+    """Nothing is longer at first."""
+    return 1.0
+
+
+def first_moment_start(group: Mapping[str, Any], t: float) -> float:
+    """Adam's correction of its first moment, 1 / (1 - b1^t)."""
+    return float(1 / (1 - float(group["betas"][0]) ** t))
+
+
+def nadam_start(group: Mapping[str, Any], t: float) -> float:
+    """What the present weights of the gradient and of its average do beside the settled ones."""
+    b1, decay = float(group["betas"][0]), float(group["momentum_decay"])
+
+    def mu(step: float) -> float:
+        return float(b1 * (1 - 0.5 * 0.96 ** (step * decay)))
+
+    product = math.prod(mu(step) for step in range(1, min(int(t), _FORGOTTEN) + 1))
+    direct = (1 - mu(t)) / (1 - product)
+    through = mu(t + 1) / (1 - product * mu(t + 1))
+    push = direct * (1 + b1) + through * (1 - b1)
+    return push / ((1 - b1) * (1 + b1) + b1 * (1 - b1))
+
+
+def rmsprop_start(group: Mapping[str, Any], t: float) -> float:
+    """The root of what its average of squares lacks, 1 / sqrt(1 - alpha^t)."""
+    alpha = float(group["alpha"])
+    return 1 / math.sqrt(1 - alpha**t) if alpha < 1 else 1.0
+
+
+def adagrad_start(_: Mapping[str, Any], t: float) -> float:
+    """The same of its sum, held against that of the first 100 steps."""
+    return math.sqrt(max(1.0, ADAGRAD_START / t))

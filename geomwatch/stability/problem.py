@@ -14,68 +14,22 @@ an approximation otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from geomwatch.stability.optimizers import (
-    FORMULAS,
-    Coming,
-    Step,
-    algorithm,
-    plain_step,
-    unscaled_step,
-)
-from geomwatch.stability.optimizers import unwrap as unwrap
 from geomwatch.stability.recursion import Recursion
+from geomwatch.stability.registry import Known, known_of
+from geomwatch.stability.registry import learning_rates as learning_rates
+from geomwatch.stability.registry import unwrap as unwrap
+from geomwatch.stability.scaled import Stability
+from geomwatch.stability.step import Coming, Step
 from geomwatch.vectors.layout import Layout, entries
 
 _SAMPLE = 1 << 15  # entries of a group that its median is taken from
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Stability:
-    """The stability problem of one coming step, per coordinate. The margin M has no unit.
-
-    The small-batch margin looks along d = S^2 g, the preconditioned gradient, and costs one HVP:
-    limit_ratio * d'(sign H + W)d / g'S^2 g. That is eta BS / 2 for SGD, eta BS / (2(1-mu)) with
-    momentum, eta BS_P / 2 for Adam, BS_P = g'P^-1 H P^-1 g / g'P^-1 g (Andreyev et al. 2026).
-    """
-
-    scale: Tensor  # (D,) S; 0 on coordinates that are excluded or that the step leaves alone
-    inverse_preconditioner: Tensor  # (D,) P^-1, 1 for SGD; 0 where excluded or left alone
-    decay: Tensor | None  # (D,) W, coupled weight decay; None when all zero
-    uniform: float | None  # c if S = c I, so that lambda_max(sign H + W) = M / c^2; else None
-    recursions: tuple[Recursion, ...]  # of the groups, in the coordinates that S scales
-    sign: float = 1.0  # -1.0 when the optimizer maximizes
-    status: str = "ok"  # "ok" | "unknown" | "directional"
-    reason: str = ""  # why it is not "ok"
-
-    @property
-    def limit_ratio(self) -> float:
-        """Deterministic over small-batch threshold, the largest of the groups."""
-        return max((r.limit_ratio for r in self.recursions), default=1.0)
-
-    def step_along(self, gradient: Tensor) -> Tensor:
-        """Return d = S^2 g: the coming step but for its length and its past. One pass over D."""
-        if self.uniform is not None:
-            return self.uniform**2 * gradient
-        return (self.scale * gradient).mul_(self.scale)
-
-    def apply(self, hvp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return y -> S (sign H + W) S y, (D,) -> (D,), for hvp(v) = H v. One HVP a call."""
-
-        def scaled(y: Tensor) -> Tensor:
-            v = self.scale * y
-            image = hvp(v) if self.sign > 0 else -hvp(v)
-            if self.decay is not None:
-                image = image + self.decay * v
-            return self.scale * image
-
-        return scaled
 
 
 def stability_of(
@@ -103,9 +57,9 @@ def stability_of(
             parameter without one is not stepped.
         exclude: names of parameters to leave out of the eigenproblem (scale-invariant ones).
         damping: "median" raises P to its median over a group, "none" leaves it as the step has it.
-        cold_start: keep Adam's first-moment bias correction in P, as the step does. It makes the
-            first step 1/(1-b1) times larger, but fades within as many steps, before an instability
-            can grow. Warnings leave it out, controllers keep it.
+        cold_start: keep in P what makes first steps longer than later ones, as averages that start
+            at zero do: Adam's first is 1/(1-b1) times longer. It fades, or is damped by the average
+            itself, before an instability can grow. Warnings leave it out, controllers keep it.
         rates: learning rates to assume, one a group, for the margin at a planned rate.
 
     Raises:
@@ -115,15 +69,19 @@ def stability_of(
     inner = unwrap(optimizer)
     lrs = learning_rates(inner) if rates is None else tuple(float(rate) for rate in rates)
     with torch.no_grad():
-        coming = _coming(inner, layout, _gradients(layout, gradient), lrs, cold_start)
-        formula = FORMULAS.get(algorithm(inner), plain_step)
-        steps = [replace(formula(c), decay=c.decay) if c else None for c in coming]
-        status, reason = _status(inner, coming, steps)
+        known = known_of(inner)
+        coming = coming_steps(
+            inner, known, layout, _gradients(layout, gradient), lrs, cold_start=cold_start
+        )
+        status, reason = _has_none(known, layout)
+        steps = [] if status != "ok" else [_linear(known, c) for c in coming]
+        if status == "ok":
+            status, reason = _has_no_limit(inner, coming, steps)
         if status != "ok":
             reason += "; the margin is lr * lambda_max(H), to be compared with this run's own past"
-            steps = [plain_step(c) if c else None for c in coming]
+            steps = [_unscaled(c.lr) if c else None for c in coming]
             if not any(coming):
-                steps = [unscaled_step(lrs[0] if lrs else 1.0)] * len(coming)
+                steps = [_unscaled(lrs[0] if lrs else 1.0)] * len(coming)
         if damping == "median":
             steps = _damped(steps, coming)
         kept = [None if n in exclude else s for n, s in zip(layout.names, steps, strict=True)]
@@ -131,23 +89,19 @@ def stability_of(
         return replace(_assembled(layout, kept), sign=sign, status=status, reason=reason)
 
 
-def learning_rates(optimizer: object) -> tuple[float, ...]:
-    """Return eta of each parameter group; 1.0 where a group defines none."""
-    rates = [group.get("lr") for group in getattr(unwrap(optimizer), "param_groups", ())]
-    return tuple(1.0 if rate is None else float(rate) for rate in rates)
-
-
 def cold_start(optimizer: object, taken: int) -> float:
-    """Return the factor by which the first moment's bias correction enlarges the coming step.
+    """Return the factor by which the coming step is longer than later ones at the same rate.
 
-    The largest of the groups, 1 / (1 - b1^t) at step t = `taken` + 1 for Adam and its kin, else 1.
-    It is what `stability_of(cold_start=True)` adds.
+    The largest of the groups at step t = `taken` + 1: 1 / (1 - b1^t) for Adam and its kin, of whose
+    averages starting at zero formulas leave that out (see `optimizers`). It is what
+    `stability_of(cold_start=True)` adds.
     """
     inner = unwrap(optimizer)
-    if algorithm(inner) not in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam"):
+    known = known_of(inner)
+    if known.algorithm is None:
         return 1.0
-    groups = getattr(inner, "param_groups", ())
-    return max((1 / (1 - float(g["betas"][0]) ** (taken + 1)) for g in groups), default=1.0)
+    groups = [known.group_of(g) for g in getattr(inner, "param_groups", ())]
+    return max((known.algorithm.start(g, float(taken + 1)) for g in groups), default=1.0)
 
 
 def planned_rates(optimizer: object, present: Sequence[float]) -> tuple[float, ...]:
@@ -164,38 +118,65 @@ def planned_rates(optimizer: object, present: Sequence[float]) -> tuple[float, .
     )
 
 
-def _coming(
+def coming_steps(
     optimizer: Any,
+    known: Known,
     layout: Layout,
     gradients: Sequence[Tensor | None],
     lrs: Sequence[float],
+    *,
     cold_start: bool,
 ) -> list[Coming | None]:
-    """What each parameter's step will work on; None where the optimizer will not step it."""
-    groups = getattr(optimizer, "param_groups", ())
+    """Return what each parameter's step works on; None where the optimizer will not step it."""
+    groups = [known.group_of(g) for g in getattr(optimizer, "param_groups", ())]
     if len(lrs) != len(groups):
         raise ValueError(
             f"rates must have one entry for each of {len(groups)} parameter groups, got {lrs!r}. "
             "learning_rates(optimizer) gives the present ones."
         )
     held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-    name = algorithm(optimizer)
-    known = name in FORMULAS
+    has_state = known.has_formula and hasattr(optimizer, "state")
     # .get, because optimizer.state makes an entry for whatever is looked up by [].
-    states = [optimizer.state.get(p, {}) if known else {} for p in layout.params]
+    states = [optimizer.state.get(p, {}) if has_state else {} for p in layout.params]
+    states = [known.state_of(state) for state in states]
+    of = [groups[held[id(p)]] if id(p) in held else {} for p in layout.params]
     coming: list[Coming | None] = []
-    for p, g, state, done in zip(layout.params, gradients, states, _counts(states), strict=True):
+    counts = _counts(states, of)
+    for p, g, state, group, done in zip(layout.params, gradients, states, of, counts, strict=True):
         if g is None or id(p) not in held:
             coming.append(None)
             continue
-        group, lr = groups[held[id(p)]], lrs[held[id(p)]]
-        sign = -1.0 if group.get("maximize", False) else 1.0
-        decay, keep = float(group.get("weight_decay", 0.0)) if known else 0.0, 1.0
-        if group.get("decoupled_weight_decay", name == "AdamW"):
-            decay, keep = 0.0, 1 - lr * decay
-        g = sign * g if decay == 0 else sign * g + decay * entries(g, p)
-        coming.append(Coming(group, state, lr, g, done + 1, sign, decay, keep, cold_start))
+        lr, sign = lrs[held[id(p)]], -1.0 if group.get("maximize", False) else 1.0
+        w = entries(g, p.detach())
+        decay, keep = _decay(known, group, lr)
+        g = sign * g if decay == 0 else sign * g + decay * w
+        coming.append(
+            Coming(group, state, lr, g, done + 1, sign, decay, keep, cold_start, w, p.shape)
+        )
     return coming
+
+
+def _decay(known: Known, group: Mapping[str, Any], lr: float) -> tuple[float, float]:
+    """Coupled weight decay, and what decoupled decay leaves of the weights."""
+    if known.algorithm is None or not known.has_formula:
+        return 0.0, 1.0
+    decay, way = float(group.get("weight_decay") or 0.0), known.algorithm.couples(group)
+    if way == "coupled":
+        return decay, 1.0
+    return 0.0, 1 - lr * decay if way == "decoupled" else 1.0
+
+
+def _linear(known: Known, c: Coming | None) -> Step | None:
+    if c is None:
+        return None
+    assert known.algorithm is not None
+    assert known.algorithm.step is not None
+    return replace(known.algorithm.step(c), decay=c.decay)
+
+
+def _unscaled(lr: float) -> Step:
+    """A step whose margin is lr times the curvature, deterministic or stochastic."""
+    return Step(Recursion(2 * lr))
 
 
 def _gradients(layout: Layout, gradient: Tensor | None) -> Sequence[Tensor | None]:
@@ -214,28 +195,46 @@ def _gradients(layout: Layout, gradient: Tensor | None) -> Sequence[Tensor | Non
     return [None if p.grad is None else layout.flatten([p.grad]) for p in layout.params]
 
 
-def _counts(states: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Steps each parameter has taken; one transfer, as fused optimizers count on the device."""
-    counts = [torch.as_tensor(state.get("step", 0.0)).reshape(()) for state in states]
+def _counts(
+    states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """Steps each parameter has taken; one transfer, as fused optimizers count on the device.
+
+    Some libraries count in the group, as "step" or "k".
+    """
+    pairs = zip(states, groups, strict=True)
+    found = [s.get("step", g.get("step", g.get("k", 0.0))) for s, g in pairs]
+    counts = [torch.as_tensor(count).reshape(()) for count in found]
     numbers: list[float] = torch.stack([c.to(counts[0]) for c in counts]).tolist()
     return numbers
 
 
-def _status(
-    optimizer: object, coming: Sequence[Coming | None], steps: Sequence[Step | None]
+def _has_none(known: Known, layout: Layout) -> tuple[str, str]:
+    algorithm = known.algorithm
+    if algorithm is None or algorithm.step is None:
+        is_directional = algorithm is not None and algorithm.directional
+        return "directional" if is_directional else "unknown", known.reason
+    if algorithm.whole and layout.is_cut:
+        return "unknown", f"{known.name} needs whole tensors, and these are shards"
+    return "ok", ""
+
+
+def _has_no_limit(
+    optimizer: Any, coming: Sequence[Coming | None], steps: Sequence[Step | None]
 ) -> tuple[str, str]:
-    kind, name = type(optimizer).__name__, algorithm(optimizer)
-    if name == "Muon":
-        return "directional", "the steps of Muon have a constant size, whatever the curvature"
-    if name not in FORMULAS:
-        return "unknown", f"there is no stability formula for {kind}.step"
+    kind = type(optimizer).__name__
     if not any(coming):
         return "unknown", f"this {kind} steps none of the measured parameters that have a gradient"
     if len({c.sign for c in coming if c}) > 1:
         return "unknown", "groups that minimize beside groups that maximize have no symmetric form"
-    if any(step and step.recursion.threshold <= 0 for step in steps):
+    if any(step and _limit(step) <= 0 for step in steps):
         return "unknown", "at this momentum and weight decay no step is stable"
     return "ok", ""
+
+
+def _limit(step: Step) -> float:
+    """The rate * h of P^-1 H up to which a step is stable."""
+    return step.recursion.threshold - step.recursion.rate * step.decay_after
 
 
 def _damped(steps: Sequence[Step | None], coming: Sequence[Coming | None]) -> list[Step | None]:
@@ -272,7 +271,7 @@ def _sampled(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _assembled(layout: Layout, steps: Sequence[Step | None]) -> Stability:
-    factors = [s.recursion.rate / s.recursion.threshold if s else 0.0 for s in steps]
+    factors = [s.recursion.rate / _limit(s) if s else 0.0 for s in steps]
     decays = [s.decay if s else 0.0 for s in steps]
     inverse = layout.spread([1.0 if s else 0.0 for s in steps])
     scale = layout.spread([math.sqrt(factor) for factor in factors])

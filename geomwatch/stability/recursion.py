@@ -14,7 +14,8 @@ class Recursion:
 
     Heavy ball: memory mu, intake 1 (1 - dampening), direct 0, through 1. Nesterov: direct 1,
     through mu. Adam with P frozen: memory b1, intake 1 - b1, direct 0, through 1; AdamW with keep
-    1 - lr wd. Plain SGD: the defaults.
+    1 - lr wd. Plain SGD: the defaults. AdEMAMix steps along a second, slow average of the gradient
+    as well: `slow` times m_slow' = slow_memory m_slow + (1 - slow_memory) h w.
     """
 
     rate: float
@@ -23,6 +24,8 @@ class Recursion:
     direct: float = 1.0
     through: float = 0.0
     keep: float = 1.0
+    slow: float = 0.0
+    slow_memory: float = 0.0
 
     @property
     def threshold(self) -> float:
@@ -31,7 +34,8 @@ class Recursion:
         The characteristic polynomial is z^2 - T z + det with
         T = keep + memory - rate h (direct + through intake) and det = memory (keep - rate h
         direct). Jury's test fails first at z = -1, where 1 + T + det = 0 gives
-        rate h = (1 + keep)(1 + memory) / (direct (1 + memory) + through intake).
+        rate h = (1 + keep)(1 + memory) / (direct (1 + memory) + through intake). A slow average
+        adds slow (1 - slow_memory) / (1 + slow_memory) to what z = -1 sees of the gradient.
         """
         push = self._push
         if self.memory >= 1 or self.keep <= -1 or push < 0:
@@ -49,9 +53,10 @@ class Recursion:
         """
         if not 0 < self.threshold < math.inf:
             return 1.0
-        total = self.direct + self.through * self.intake / (1 - self.memory)
+        total = self.direct + self.through * self.intake / (1 - self.memory) + self.slow
         return self.threshold * total / 2
 
     @property
     def _push(self) -> float:
-        return self.direct * (1 + self.memory) + self.through * self.intake
+        slow = self.slow * (1 - self.slow_memory) / (1 + self.slow_memory)
+        return (self.direct + slow) * (1 + self.memory) + self.through * self.intake
