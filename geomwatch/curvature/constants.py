@@ -49,7 +49,8 @@ def moves_constants(subject: Subject, batch: Any) -> bool:
     v = v / v.norm()
     try:
         if layout.is_cut:
-            moves = _asymmetry(subject, few, v)
+            with subject.ranks.together():
+                moves = _asymmetry(subject, few, v)
         elif few and subject.how.operator == "hessian":
             alone = subject.alone()
             moves = _shift_of_constants(alone, few, v)

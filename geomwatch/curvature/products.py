@@ -213,8 +213,8 @@ class Products:
         try:
             with self._replay.ranks.together():
                 self._replay.recast(torch.float64)
-            self._use_differences(self.fallback)
-            return self._difference(self.gradient_at, v.to(torch.float64)).to(v)
+                self._use_differences(self.fallback)
+                return self._difference(self.gradient_at, v.to(torch.float64)).to(v)
         except Exception as error:  # whatever a model says that is made for one precision
             self._replay.undo_recast()
             self._give_up(f"{self.fallback}; {kinks}; in float64: {error}", error)

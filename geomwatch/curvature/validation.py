@@ -52,15 +52,15 @@ def _tried(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subje
         check_micro_batches(tried, batch)
     kink, error = "", None
     try:
-        with tried.on([batch], bends=bends) as objective:
+        with ranks.together(), tried.on([batch], bends=bends) as objective:
             kink = objective.kink()
             # along the gradient steps are so short that they cross few kinks
             along = objective.layout.rademacher(generator(0))
             if not ranks.any(bool(kink)) and objective.is_finite():
                 error = objective.smoothness(along)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # which double backward will tell of, or not meet
+    except Exception as failure:  # which double backward will tell of, or not meet
+        if ranks.any(isinstance(failure, torch.OutOfMemoryError)):
+            raise
         error = None
     if error is not None and error <= _SMOOTH and not ranks.any(moves_constants(subject, batch)):
         facts: Facts = {"validated": False, "smoothness_error": error}
@@ -101,6 +101,8 @@ def choose_backend(subject: Subject, batch: Any) -> tuple[Subject, Facts]:
     if found.passed is None:
         facts |= _what_else_is_wrong(subject, batch, found)
     facts |= _facts(found)
+    if ranks.any("obstacle" in facts):
+        facts.setdefault("obstacle", "another rank has found that there are no products")
     wrong = ranks.any(found.passed is False) and hvp == "auto"
     if wrong:
         facts["fallback"] = found.reason or "another rank has found double backward wrong"

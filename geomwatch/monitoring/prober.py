@@ -233,7 +233,8 @@ class Prober(Resumable):
         if not probe.objective.is_finite():
             return False
         try:
-            return probe.margin_spectrum.asymmetry > _SYMMETRIC
+            with self.ranks.together():
+                return probe.margin_spectrum.asymmetry > _SYMMETRIC
         except Exception:  # for the estimate to report
             return False
 

@@ -192,9 +192,11 @@ class SafeProber(Resumable):
         try:
             with ranks.together():
                 probed = self._prober.probe(window, step, **known)
-        except UsageError as refused:  # this loss is no mean over items
+        except Exception as error:
+            if not ranks.any(isinstance(error, UsageError)):  # this loss is no mean over items
+                raise
             self._prober.uncut_batches()
-            raise shortage from refused
+            raise shortage from error
         self.tell(
             f"a probe ran out of memory and was repeated {smaller} items at a time, as further "
             f"ones will be; micro_batch={smaller} does so from the start. ({shortage})"

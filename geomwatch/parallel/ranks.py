@@ -191,7 +191,7 @@ class Ranks:
         try:
             yield
         except Exception as error:  # passed on once all ranks know
-            if error is not self._known:
+            if not self._is_known(error):
                 self._known = error
                 self._reduce(torch.tensor([math.nan], dtype=torch.float64, device=self._device))
             raise
@@ -224,6 +224,12 @@ class Ranks:
         refused = failure if isinstance(failure, UsageError) else None
         if self.any(refused is not None):
             raise refused or UsageError(_REFUSED)
+
+    def _is_known(self, error: BaseException | None) -> bool:
+        """Tell whether all ranks have been told of an error, or of what it was made of."""
+        while error is not None and error is not self._known:
+            error = error.__cause__
+        return error is not None
 
     def _reduce(self, part: Tensor) -> bool:
         """Sum a tensor over the ranks in place; tell whether they could be reached."""

@@ -229,9 +229,13 @@ class Probe:
             return None, 0
         noise = self.objective.layout.normal(self.rng)
         top = len(_COARSE_WEIGHTS)
+        ranks = self.objective.ranks
         try:
-            found = lanczos(operator_of(part), noise, max_hvps=spent * share, top=top)
-        except Exception:  # a loss that insists on its whole batch
+            with ranks.together():
+                found = lanczos(operator_of(part), noise, max_hvps=spent * share, top=top)
+        except Exception as error:  # a loss that insists on its whole batch
+            if ranks.any(isinstance(error, torch.OutOfMemoryError)):
+                raise
             return None, 0
         self.objective.hvps += spent
         return found.vectors, spent

@@ -30,6 +30,7 @@ from geomwatch.estimators.roughness import roughness, roughness_residual
 from geomwatch.estimators.sharpness import sharpness_by_losses
 from geomwatch.estimators.stochastic_margin import stochastic_margin
 from geomwatch.isolation.signals import traceless
+from geomwatch.parallel.ranks import Ranks
 from geomwatch.quantities.probe import Probe
 from geomwatch.records import Estimate
 
@@ -103,7 +104,8 @@ def evaluate(probe: Probe, names: Collection[str]) -> dict[str, Estimate]:
     if not probe.objective.is_finite():
         reason = "the loss or its gradient is not finite at this point"
         return {name: Estimate(None, status="failed", reason=reason) for name in names}
-    found = {n: attempt(partial(q.of, probe)) for n, q in QUANTITIES.items() if n in names}
+    ranks = probe.objective.ranks
+    found = {n: attempt(partial(q.of, probe), ranks) for n, q in QUANTITIES.items() if n in names}
     return {name: found[name] for name in names}
 
 
@@ -124,22 +126,35 @@ def evaluate_layers(probe: Probe) -> dict[str, Estimate]:
 
 
 @traceless
-def attempt(quantity: Callable[[], Estimate]) -> Estimate:
-    """Return an estimate, or one without a value that says why it could not be had."""
+def attempt(quantity: Callable[[], Estimate], ranks: Ranks | None = None) -> Estimate:
+    """Return an estimate, or one without a value that says why it could not be had.
+
+    Where it fails on one rank it does on all. They leave it together: one sum of a number.
+
+    Raises:
+        OutOfMemoryError: memory ran out on this rank; the other quantities would fail as well.
+        RankError: it did on another.
+    """
+    ranks = ranks or Ranks()
     try:
-        estimate = quantity()
-    except torch.OutOfMemoryError:
-        raise  # the other quantities would fail as well
-    except WithheldError as why:
-        return Estimate(None, status="withheld", reason=str(why))
-    except NoCurvatureError as obstacle:
-        return Estimate(None, status="failed", reason=f"no curvature here: {obstacle}")
+        with ranks.together():
+            estimate = quantity()
     except Exception as error:  # whatever the loss raises, it is for the user to read
-        return Estimate(None, status="failed", reason=f"{type(error).__name__}: {error}")
+        if ranks.any(isinstance(error, torch.OutOfMemoryError)):
+            raise
+        return _missing(error)
     if estimate.value is not None and not math.isfinite(estimate.value):
         reason = f"it came out as {estimate.value}"
         return replace(estimate, value=None, error=None, status="failed", reason=reason)
     return estimate
+
+
+def _missing(error: Exception) -> Estimate:
+    if isinstance(error, WithheldError):
+        return Estimate(None, status="withheld", reason=str(error))
+    if isinstance(error, NoCurvatureError):
+        return Estimate(None, status="failed", reason=f"no curvature here: {error}")
+    return Estimate(None, status="failed", reason=f"{type(error).__name__}: {error}")
 
 
 def _loss(probe: Probe) -> Estimate:
