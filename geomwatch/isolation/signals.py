@@ -12,6 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from geomwatch.isolation.undo import later, until_here
 
+_NUMBERS = sorted(map(int, signal.valid_signals()))
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -73,7 +75,7 @@ class HeldSignals:
 
     def hold(self) -> None:
         """Take the place of the handlers that are functions."""
-        for number in signal.valid_signals():
+        for number in _NUMBERS:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler

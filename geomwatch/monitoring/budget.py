@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,16 +51,16 @@ class Account(Resumable):
         self._began: float | None = None
         self._entered = 0.0
 
-    @contextmanager
-    def open(self, steps: int) -> Iterator[None]:
-        """Count what happens inside, at a call of the monitor after so many optimizer steps."""
+    def enter(self, steps: int) -> None:
+        """Count from here to `leave`, at a call of the monitor after so many optimizer steps."""
         self._entered = clock()
-        self._began = self._entered if self._began is None else self._began
+        if self._began is None:
+            self._began = self._entered
         self.steps = steps
-        try:
-            yield
-        finally:
-            self.seconds += clock() - self._entered
+
+    def leave(self) -> None:
+        """Note what the call has taken."""
+        self.seconds += clock() - self._entered
 
     @property
     def training_seconds(self) -> float:

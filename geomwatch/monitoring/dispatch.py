@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageTypeError
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.observation.findings import Present
 from geomwatch.observation.observer import Observer
-from geomwatch.observation.step import Observation
+from geomwatch.observation.step import Observation, Settled
 from geomwatch.parallel.ranks import is_first_rank
 from geomwatch.records import Adjustment, Alert, Record
+from geomwatch.rules.calm import Calm, all_calm
 from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.lines import Line, Sink, adjustment_line, alert_line, record_line
@@ -22,6 +24,7 @@ from geomwatch.sinks.outlet import Outlet
 
 T = TypeVar("T")
 _OF_THE_LOSS = ("loss_rise", "non_finite")  # what rules remember of any parameters
+_OFTEN = ("step", "norm")  # what rules read that there is without a look
 
 
 class Dispatch(Resumable):
@@ -42,6 +45,9 @@ class Dispatch(Resumable):
     ) -> None:
         check_on_alert(on_alert)
         self._judges = resolve(rules)
+        self._often: list[Any] = [
+            rule for rule in self._judges if _reads(rule) in _OFTEN or hasattr(rule, "waits")
+        ]
         self._rules = [rule for rule in self._judges if hasattr(rule, "state_dict")]
         of_curvature = (r for r in self._rules if r.name not in _OF_THE_LOSS)
         self._at_first = [(r, r.state_dict()) for r in of_curvature if isinstance(r, Resumable)]
@@ -73,16 +79,45 @@ class Dispatch(Resumable):
             )
             self.history.append(record)
             self.emit(record_line(record))
-        for alert in alerts:
-            self.alerts.append(alert)
-            self.emit(alert_line(alert))
-            if self._on_alert is not None and is_first_rank():
-                self._safely(self._on_alert, alert)
+        self._tell(alerts)
         for adjustment in adjustments:
             self.adjustments.append(adjustment)
             self.emit(adjustment_line(adjustment))
         self._control.apply(step.lr)
         return record
+
+    def calm(self) -> Calm | None:
+        """Return of which losses and norms no rule has anything to say at once; None for none."""
+        lets: list[Calm] = []
+        if self._control.knobs:  # a controller goes by what changes with the step itself
+            return None
+        for rule in self._often:
+            if getattr(rule, "waits", False):
+                return None
+            if _reads(rule) in _OFTEN:
+                calm = self._safely(rule.lets_wait) if _is_patient(rule) else None
+                if calm is None:
+                    return None
+                lets.append(calm)
+        return all_calm(lets)
+
+    @property
+    def known_until(self) -> float:
+        """The step at which something that is known from before may be no longer."""
+        return self._observer.known_until
+
+    def waited(self, steps: Sequence[tuple[Settled, Present]]) -> None:
+        """Show rules some steps in a row that were calm."""
+        for rule in self._often:
+            if _reads(rule) in _OFTEN:
+                self._safely(rule.waited, steps)
+
+    def _tell(self, alerts: Sequence[Alert]) -> None:
+        for alert in alerts:
+            self.alerts.append(alert)
+            self.emit(alert_line(alert))
+            if self._on_alert is not None and is_first_rank():
+                self._safely(self._on_alert, alert)
 
     def forget(self) -> None:
         """Forget what was measured of other parameters, or of another optimizer."""
@@ -150,11 +185,27 @@ def check_on_alert(on_alert: object) -> None:
 
 def is_due(rule: Rule, step: Observation) -> bool:
     """Tell whether a rule is to be asked about this step."""
-    reads = getattr(rule, "reads", "step")
+    reads = _reads(rule)
+    if reads == "step" or getattr(rule, "waits", False):
+        return True
     if isinstance(reads, tuple):
         return all(name in (step.estimates or ()) for name in reads)
-    if step.fresh or reads == "step":
+    if step.fresh or (step.gradient_fresh and reads != "probe"):
         return True
-    if reads != "probe" and (step.gradient_fresh or (reads == "rise" and step.jump > 1)):
-        return True
-    return bool(getattr(rule, "waits", False))
+    if reads == "norm":
+        return step.tells_norm
+    return reads == "rise" and step.jump > 1
+
+
+def _is_patient(rule: Rule) -> bool:
+    """Tell whether a rule says what may wait; what judges otherwise than its parent does not."""
+    for kind in type(rule).__mro__:
+        if "lets_wait" in vars(kind):
+            return True
+        if "__call__" in vars(kind):
+            return False
+    return False
+
+
+def _reads(rule: Rule) -> str | tuple[str, ...]:
+    return getattr(rule, "reads", "step")

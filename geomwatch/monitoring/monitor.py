@@ -20,6 +20,7 @@ from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
 from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.backlog import Backlog
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
 from geomwatch.monitoring.changes import Changes, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
@@ -29,15 +30,24 @@ from geomwatch.monitoring.memory import Difficulty
 from geomwatch.monitoring.movement import MovementSampler
 from geomwatch.monitoring.probed import Probed
 from geomwatch.monitoring.prober import Prober
-from geomwatch.monitoring.progress import StepCounter, StepScalars, fixed_window, gradient_norm
+from geomwatch.monitoring.progress import (
+    Late,
+    StepCounter,
+    StepScalars,
+    fixed_window,
+    gradient_norm,
+)
 from geomwatch.monitoring.schedule import Cadence
 from geomwatch.monitoring.watch import Coming, Watch
+from geomwatch.observation.findings import Findings, Present
+from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Settled
 from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
 from geomwatch.records import Adjustment, Alert, Record
+from geomwatch.rules.calm import Calm
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.given import as_sinks
 from geomwatch.sinks.lines import Sink, end_line, run_line
@@ -145,7 +155,7 @@ class Monitor(Resumable):
         self._has_difficulty = "difficulty" in names
         self._fixed_window = fixed_window(how.batch)
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
-        self._scalars = StepScalars(self._ranks)
+        self._scalars, self._backlog = StepScalars(self._ranks), Backlog(optimizer)
         self._window, self._past, self._called = [], [], False
         self._lr: tuple[float, ...] = ()  # of the last call
         kinds = [type(c).__name__ for c in controllers]
@@ -284,33 +294,93 @@ class Monitor(Resumable):
         """
         if self._disabled:
             return None
-        survives = self._watch.prober.survives(self._counter.steps, but_wrong_use=not self._called)
-        with survives, self._account.open(self._counter.steps):
+        was_called = self._called
+        self._account.enter(self._counter.steps)
+        try:
             if batch is not None:
                 self.observe(batch)
             window, self._window = self._window, []
-            if not self._called:
+            if not was_called:
                 self._start(window)
+            known_loss = self._scalars.loss(loss)
+            if self._may_wait(known_loss, grad_norm, window):
+                return None
+            self._catch_up()
             self._control.lift()
-            settled = self._exchange(loss, grad_norm, grad_scale)
+            settled = self._exchange(known_loss, grad_norm, grad_scale)
             self._find_optimizer()
-            step = self._coming(settled, window)
-            known = {
-                "same_data": window,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "grad_scale": grad_scale,
-            }
+            known = {"loss": loss, "grad_norm": grad_norm, "grad_scale": grad_scale}
+            return self._looked(settled, window, known)
+        except Exception as error:  # whatever it is, training goes on
+            steps = self._counter.steps
+            self._watch.prober.survive(error, steps, but_wrong_use=not was_called)
+            return None
+        finally:
+            self._account.leave()
+
+    def _may_wait(
+        self, loss: Late, grad_norm: Tensor | float | None, window: Sequence[Any]
+    ) -> bool:
+        """Tell whether nothing is due before a step, nor to be said of it, and note it then."""
+        steps, backlog = self._counter.steps, self._backlog
+        if loss is None and grad_norm is None:  # then every norm is of interest
+            return False
+        if not (self._counter.is_sure and backlog.may_take(steps)):
+            return False
+        before = self._scalars.last
+        if not backlog.take(self._scalars.put(steps, loss, grad_norm)):
+            self._scalars.last = before
+            return False
+        self._past = [] if type(loss) is float else list(window)
+        return True
+
+    def _catch_up(self) -> None:
+        """Show the steps that have waited to the rules."""
+        steps = self._backlog.drained()
+        for settled, _ in steps:
+            self._add_difficulty(settled)
+            self._watch.beat(settled.step + 1, measured=False)
+        if steps:
+            self._changes.search.stepped(steps[-1][0].step + 1)
+            self._dispatch.waited(steps)
+
+    def _let_wait(self) -> None:
+        """Let the coming steps wait, as far as that is known to change nothing."""
+        self._backlog.close()
+        last, calm = self._scalars.last, self._dispatch.calm()
+        if calm is None or last is None or not self._counter.is_automatic:
+            return
+        steps, schedule = last.step, self._watch.schedule
+        until = min(
+            steps + Calm.most + 1,
+            schedule.next_look,
+            schedule.cadence.next_norm(steps),
+            self._moved.due(steps),
+            self._dispatch.known_until,
+        )
+        self._backlog.optimizer = unwrap(self._optimizer)
+        self._backlog.open(last, until, calm, self._lr)
+
+    def _looked(
+        self, settled: Settled | None, window: Sequence[Any], known: dict[str, Any]
+    ) -> Record | None:
+        """Do what is due before a step, and judge it."""
+        step = Coming(
+            self._counter.steps, self._lr, self._control.scale, settled, *self._known_of(window)
+        )
+        due = self._watch.due(step)
+        if due != "nothing" and self._adapt():
             due = self._watch.due(step)
-            if due != "nothing" and self._adapt():
-                due = self._watch.due(step)
-            probed, looked = self._watch.look(due, step, self._fixed_window or window, known)
-            if probed is not None or looked:
-                self._inspector.note(window)
-            if probed is not None and not math.isfinite(probed.record.loss):
-                step = replace(step, present=self._scalars.present(wait=True))
-            return self._conclude(step, probed, looked=looked)
-        return None
+        known["same_data"] = window
+        probed, looked = self._watch.look(due, step, self._fixed_window or window, known)
+        if probed is not None or looked:
+            self._inspector.note(window)
+        last = self._scalars.last
+        if probed is not None and last is not None and not math.isfinite(probed.record.loss):
+            step = replace(step, present=last.present(wait=True))
+        record = self._conclude(step, probed, looked=looked)
+        self._let_wait()
+        return record
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""
@@ -330,6 +400,8 @@ class Monitor(Resumable):
 
     def close(self) -> None:
         """Judge the last step, take the hook off the optimizer and close the sinks."""
+        self._catch_up()
+        self._backlog.close()
         self._counter.settle()
         if not self._counter.is_automatic and self._lr:
             self._counter.count()
@@ -352,6 +424,7 @@ class Monitor(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and primitives; the first probe after loading them starts cold."""
+        self._catch_up()
         self._counter.settle()
         # Without a hook the step of the last call is counted by the next one.
         uncounted = not self._counter.is_automatic and bool(self._lr)
@@ -365,6 +438,8 @@ class Monitor(Resumable):
             UsageError: it is of another version, model, rules or controllers, or damaged.
         """
         check_state(state, STATE, self._described())
+        self._backlog.steps.clear()
+        self._backlog.close()
         super().load_state_dict({k: v for k, v in state.items() if k not in _HEAD})
 
     def _described(self) -> dict[str, Any]:
@@ -394,7 +469,7 @@ class Monitor(Resumable):
         self._dispatch.begin(run_line(self._facts))
 
     def _exchange(
-        self, loss: Tensor | float | None, grad_norm: Tensor | float | None, grad_scale: float
+        self, loss: Late, grad_norm: Tensor | float | None, grad_scale: float
     ) -> Settled | None:
         """Read what the last step left behind and start copying this step's scalars."""
         self._counter.settle()
@@ -402,14 +477,19 @@ class Monitor(Resumable):
             self._counter.count()
         steps = self._counter.steps
         settled = self._scalars.take(steps)
-        if grad_norm is None and self._wants_norm(loss):
+        is_bad = loss is None or (isinstance(loss, float) and not math.isfinite(loss))
+        if grad_norm is None and (is_bad or self._wants_norm(steps)):
             grad_norm = gradient_norm(self._layout.params) / grad_scale
         self._scalars.put(steps, loss, grad_norm)
-        if self._has_difficulty and settled is not None and settled.grad_norm is not None:
-            lr = self._control.scale * max(self._lr)
-            self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
+        if settled is not None:
+            self._add_difficulty(settled)
         self._lr = learning_rates(self._optimizer)
         return settled
+
+    def _add_difficulty(self, settled: Settled) -> None:
+        if self._has_difficulty and settled.grad_norm is not None:
+            lr = self._control.scale * max(self._lr)
+            self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
 
     def _find_optimizer(self) -> None:
         """Follow the optimizer that steps, where it is another than the one that is known."""
@@ -464,30 +544,23 @@ class Monitor(Resumable):
     def _layout(self) -> Layout:
         return self._changes.layout
 
-    def _coming(self, settled: Settled | None, window: Sequence[Any]) -> Coming:
-        """Return the coming step, with what the host knows of it."""
+    def _known_of(
+        self, window: Sequence[Any]
+    ) -> tuple[Present | None, Movement | None, Callable[..., Findings]]:
+        """Return what the host knows of the coming step, of the weights, and a way to find more."""
         inspect = partial(self._inspector, window, self._past)
-        present = self._scalars.present()
+        present = None if self._scalars.last is None else self._scalars.last.present()
         is_known = present is not None and present.loss is not None
         self._past = [] if is_known else list(window)
-        steps, lr = self._counter.steps, self._lr
-        moved = self._moved(steps, lr)
-        return Coming(steps, lr, self._control.scale, settled, present, moved, inspect)
+        return present, self._moved(self._counter.steps, self._lr), inspect
 
-    def _wants_norm(self, loss: Tensor | float | None) -> bool:
-        """Tell whether to compute the gradient's norm: now and then, and where there is reason.
+    def _wants_norm(self, steps: int) -> bool:
+        """Tell whether to compute the gradient's norm: at the start, and at every tenth step.
 
-        At the start, at every tenth step, where the loss is not finite, as far as the host knows
-        it, and at each step where a controller goes by it.
+        And at each where a controller goes by it.
         """
-        steps, every = self._counter.steps, self._watch.schedule.cadence.norms
-        if steps % every == 0 or steps <= self._watch.schedule.cadence.start[-1]:
-            return True
-        if CLIP in self._control.knobs or loss is None:
-            return True
-        if not isinstance(loss, Tensor):
-            return not math.isfinite(loss)
-        return loss.device.type == "cpu" and not math.isfinite(float(loss.detach()))
+        is_due = self._watch.schedule.cadence.next_norm(steps - 1) == steps
+        return is_due or CLIP in self._control.knobs
 
     def _conclude(self, step: Coming, probed: Probed | None, *, looked: bool) -> Record | None:
         record = probed.record if probed is not None else None

@@ -55,6 +55,14 @@ class MovementSampler:
             self._kept = self._sampled(step, rates)
         return found
 
+    def due(self, step: int) -> int:
+        """Return the next step after this one at which it has something to do."""
+        how = self.sampling
+        if self._kept is not None:
+            return self._kept.step + how.span
+        period = how.span if step < how.young else how.period
+        return step + period - step % period
+
     def _sampled(self, step: int, rates: Sequence[float]) -> _Sample:
         dense = [p for p in self._largest if p.grad is not None and not p.grad.is_sparse]
         used = dense[: self.sampling.tensors]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -60,6 +59,11 @@ class StepCounter(Resumable):
         """Whether the optimizer tells of its steps; otherwise call `count` for each."""
         return self._handle is not None
 
+    @property
+    def is_sure(self) -> bool:
+        """Whether the last step was taken, as far as it was counted."""
+        return self._left_out is None
+
     def count(self, found_inf: Any = None) -> None:
         """Count one step, unless an infinite gradient was found."""
         self.settle()
@@ -90,66 +94,6 @@ class StepCounter(Resumable):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-_Read: TypeAlias = Callable[[], float | None]
-
-
-class StepScalars(Resumable):
-    """Loss and gradient norm of each step, copied asynchronously and read one step later.
-
-    On a GPU reading a scalar at once would stall the host until the device has caught up; a step
-    later the copy has long arrived.
-    """
-
-    pending: Kept[tuple[int, float | None, float | None] | None]  # as numbers, while it is saved
-
-    def __init__(self, ranks: Ranks | None = None) -> None:
-        self._ranks = ranks or Ranks()  # over which the loss is averaged
-        self._pending: tuple[int, _Read, _Read] | None = None
-        self.pending = None
-
-    def put(
-        self, steps: int, loss: Tensor | float | None, grad_norm: Tensor | float | None
-    ) -> None:
-        """Start the copy; `steps` is the number of steps the optimizer has taken."""
-        alone = self._ranks.size == 1
-        read = _reader(loss) if alone else _Mean(self._ranks.sum_and_count(loss))
-        self._pending = (steps, read, _reader(grad_norm))
-
-    def take(self, steps: int) -> Settled | None:
-        """Read what `put` left, now that the optimizer has taken `steps` steps."""
-        if self._pending is None:
-            return None
-        before, loss, grad_norm = self._pending
-        self._pending = None
-        return Settled(before, loss(), grad_norm(), stepped=steps > before)
-
-    def present(self, *, wait: bool = False) -> Present | None:
-        """Return what the host knows already, or what it knows if it may `wait` for the device.
-
-        It does wait for the norm where the loss is not finite.
-        """
-        if self._pending is None:
-            return None
-        _, loss, grad_norm = self._pending
-        known = loss() if wait or _is_here(loss) else None
-        is_bad = known is not None and not math.isfinite(known)
-        return Present(known, grad_norm() if wait or is_bad or _is_here(grad_norm) else None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is pending, as numbers."""
-        self.pending = None
-        if self._pending is not None:
-            before, loss, grad_norm = self._pending
-            self.pending = before, loss(), grad_norm()
-        return super().state_dict()
-
-    def resumed(self) -> None:
-        """Wait for what was pending."""
-        self._pending = None
-        if self.pending is not None:
-            self.put(*self.pending)
 
 
 class _Scalar:
@@ -183,24 +127,6 @@ class _Scalar:
         return float(self._value)
 
 
-def _reader(value: Tensor | float | None) -> _Read:
-    if value is None:
-        return _nothing
-    if type(value) is Tensor and value.numel() == 1 and value.device.type == "cpu":
-        return partial(float, float(value.detach()))
-    if isinstance(value, float):
-        return partial(float, value)
-    return _Scalar(value)
-
-
-def _nothing() -> None:
-    """The loss of a loop that passes none."""
-
-
-def _is_here(read: _Read) -> bool:
-    return bool(getattr(read, "is_here", True))
-
-
 class _Mean:
     """The loss of all ranks, from its sum and the number of ranks that have one."""
 
@@ -211,6 +137,93 @@ class _Mean:
     def __call__(self) -> float | None:
         number = self._count()
         return self._total() / number if number else None
+
+
+Late: TypeAlias = float | _Scalar | _Mean | None  # a number that is here, or on its way, or none
+
+
+def _on_host(value: Tensor | float | None) -> float | None:
+    if type(value) is Tensor and value.is_cpu and value.numel() == 1:
+        return float(value.item())
+    return float(value) if isinstance(value, float | int) else None
+
+
+def _arriving(value: Tensor | float | None) -> Late:
+    known = _on_host(value)
+    return _Scalar(value) if known is None and value is not None else known
+
+
+def _is_here(late: Late) -> bool:
+    return not isinstance(late, _Scalar | _Mean) or late.is_here
+
+
+def _arrived(late: Late) -> float | None:
+    return late() if isinstance(late, _Scalar | _Mean) else late
+
+
+class Noted(NamedTuple):
+    """The scalars of a step, which may be on their way to the host."""
+
+    step: int  # optimizer steps taken before it
+    loss: Late
+    grad_norm: Late
+
+    def settled(self, steps: int) -> Settled:
+        """Wait for them, now that the optimizer has taken so many steps."""
+        loss, norm = _arrived(self.loss), _arrived(self.grad_norm)
+        return Settled(self.step, loss, norm, stepped=steps > self.step)
+
+    def present(self, *, wait: bool = False) -> Present:
+        """Return what the host knows already, or what it knows if it may `wait` for the device.
+
+        It does wait for the norm where the loss is not finite.
+        """
+        loss = _arrived(self.loss) if wait or _is_here(self.loss) else None
+        waits = wait or (loss is not None and not math.isfinite(loss))
+        norm = _arrived(self.grad_norm) if waits or _is_here(self.grad_norm) else None
+        return Present(loss, norm)
+
+
+class StepScalars(Resumable):
+    """Loss and gradient norm of each step, copied asynchronously and read one step later.
+
+    On a GPU reading a scalar at once would stall the host until the device has caught up; a step
+    later the copy has long arrived.
+    """
+
+    pending: Kept[tuple[int, float | None, float | None] | None]  # as numbers, while it is saved
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()  # over which the loss is averaged
+        self.last: Noted | None = None
+        self.pending = None
+
+    def loss(self, loss: Tensor | float | None) -> Late:
+        """Start to copy the loss of a step, the mean over the ranks that have one."""
+        if self._ranks.size == 1:
+            return _arriving(loss)
+        mean = _Mean(self._ranks.sum_and_count(loss))
+        return mean() if mean.is_here else mean
+
+    def put(self, steps: int, loss: Late, grad_norm: Tensor | float | None) -> Noted:
+        """Note both; `steps` is the number of steps the optimizer has taken."""
+        self.last = Noted(steps, loss, _arriving(grad_norm))
+        return self.last
+
+    def take(self, steps: int) -> Settled | None:
+        """Read what `put` left, now that the optimizer has taken `steps` steps."""
+        last, self.last = self.last, None
+        return None if last is None else last.settled(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is pending, as numbers."""
+        last = self.last
+        self.pending = last and (last.step, _arrived(last.loss), _arrived(last.grad_norm))
+        return super().state_dict()
+
+    def resumed(self) -> None:
+        """Wait for what was pending."""
+        self.last = None if self.pending is None else Noted(*self.pending)
 
 
 def gradient_norm(params: Sequence[Tensor]) -> Tensor:

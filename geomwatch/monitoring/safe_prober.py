@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,24 +148,24 @@ class SafeProber(Resumable):
         self.paused, self._until = False, None
         self._failures, self._pause = 0, self._patience.pause
 
-    @contextlib.contextmanager
-    def survives(self, step: int, *, but_wrong_use: bool) -> Iterator[None]:
-        """Let no error out of the block, but a UsageError of the first call or the first probe."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, training goes on
-            if isinstance(error, UsageError) and (but_wrong_use or self._refuses):
-                raise
-            if type(error).__name__ not in self._told:
-                self._told.add(type(error).__name__)
-                logger.warning(
-                    "step %d: watching it failed with %s: %s. Training goes on untouched. This is "
-                    "said once.",
-                    step,
-                    type(error).__name__,
-                    error,
-                    exc_info=error,
-                )
+    def survive(self, error: Exception, step: int, *, but_wrong_use: bool) -> None:
+        """Tell of an error, once, so that training goes on.
+
+        Raises:
+            UsageError: it is one of the first call or the first probe.
+        """
+        if isinstance(error, UsageError) and (but_wrong_use or self._refuses):
+            raise error
+        if type(error).__name__ not in self._told:
+            self._told.add(type(error).__name__)
+            logger.warning(
+                "step %d: watching it failed with %s: %s. Training goes on untouched. This is "
+                "said once.",
+                step,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
 
     def tell(self, message: str) -> None:
         """Warn of something, once."""

@@ -31,12 +31,16 @@ class Cadence:
     steepness: float = 3.4  # intervals shrink as (attention / margin)^3.4: 1/20 at 0.6
     sentinels: int = 50  # between two sentinels of a calm run, half of its age before that,
     close_sentinels: int = 10  # and at least so many, as where the margin is above `attention`
-    again: int = 10  # until what the budget did not allow is asked for again
+    again: int = 10  # what the budget did not allow is asked for again at multiples of this
     norms: int = 10  # between two norms of the gradient, which cost some 10 us a tensor
     rise: float = 1.5  # of the rate since the last probe, across which no margin is trusted,
     risky_rise: float = 1.15  # and where the margin is above `attention`
     jump: float = 2.0  # times the rate of the step before: urgent, whatever the budget
     beyond: float = 1.0  # a margin that is not let out of sight in the first steps: the limit
+
+    def next_norm(self, step: int) -> int:
+        """Return the next step after this one whose gradient's norm is of interest."""
+        return step + 1 if step < self.start[-1] else step + self.norms - step % self.norms
 
 
 class Schedule(Resumable):
@@ -78,6 +82,11 @@ class Schedule(Resumable):
         self.jumped = self.jumped and not is_quiet
         return is_quiet
 
+    @property
+    def next_look(self) -> int:
+        """The step at which something is due at the latest."""
+        return min(self._next, self._next_sentinel)
+
     def look(
         self,
         index: int,
@@ -110,7 +119,8 @@ class Schedule(Resumable):
             worth = self._account.units.probe
             if self._ranks.all(urgent or self._account.affords(worth)):
                 return "probe"
-            self._next = max(self._next, index + c.again)
+            # at steps that are no idle ones anyway
+            self._next = max(self._next, index + c.again - index % c.again)
         regrouped = len(rates) != len(before) > 0  # the optimizer's groups
         wanted = regrouped or index >= self._next_sentinel or growth_along > c.risky_rise
         return "sentinel" if wanted else "nothing"

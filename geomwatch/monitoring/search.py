@@ -78,6 +78,10 @@ class OptimizerSearch:
             self._unhook()
         return found
 
+    def stepped(self, steps: int) -> None:
+        """Take note of calls at which steps were counted, the last after so many."""
+        self._steps = steps
+
     def reset(self) -> None:
         """Begin anew."""
         self._unhook()

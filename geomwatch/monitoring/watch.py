@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.isolation.state import Kept, Resumable
@@ -59,7 +59,6 @@ class Watch(Resumable):
         self._name = optimizer_name(prober.optimizer)
         self._adaptive = is_adaptive(unwrap(prober.optimizer))
         self._controlled = controlled
-        self._plain: Observation | None = None  # of the last step at which nothing was due
         self._heartbeat = Heartbeat(Cadence.calm)
         self._began = 0  # the step from which on the optimizer is this one
 
@@ -69,7 +68,6 @@ class Watch(Resumable):
             self._began = step
         self._optimizer, self._name = optimizer, optimizer_name(optimizer)
         self._adaptive = is_adaptive(unwrap(optimizer))
-        self._plain = None
         self._second_look = SecondLook(controlled=self._controlled)
         self.schedule.restart()
         self.prober.restart(layout, optimizer)
@@ -79,7 +77,6 @@ class Watch(Resumable):
         prober, schedule = self.prober, self.schedule
         if schedule.is_quiet(step.index, step.lr):
             return "nothing"
-        self._plain = None
         is_off = prober.is_off(step.index)
         if is_off and self._ranks.size == 1:
             return "nothing"
@@ -102,9 +99,13 @@ class Watch(Resumable):
         """
         probed, looked = self._looked(due, step, window, known)
         measured = looked or (probed is not None and probed.gradient_margin.value is not None)
-        if self._heartbeat.beat(step.index, usable=measured or self.prober.paused):
-            logger.warning("%s", self._heartbeat.words(self.prober.why))
+        self.beat(step.index, measured=measured)
         return probed, looked
+
+    def beat(self, index: int, *, measured: bool) -> None:
+        """Take note of a call, and say so if nothing could be measured for long."""
+        if self._heartbeat.beat(index, usable=measured or self.prober.paused):
+            logger.warning("%s", self._heartbeat.words(self.prober.why))
 
     def end(self) -> None:
         """Say why, if the run ends without a margin."""
@@ -132,22 +133,6 @@ class Watch(Resumable):
 
     def observation(self, step: Coming, record: Record | None, *, looked: bool) -> Observation:
         """Return what rules and controllers see of a step."""
-        if self._plain is not None and not looked and record is None:
-            return replace(
-                self._plain,
-                index=step.index,
-                settled=step.settled,
-                present=step.present,
-                movement=step.movement,
-                inspect=step.inspect,
-            )
-        seen = self._observed(step, record, looked)
-        # a controller goes by what changes with the step itself
-        if record is None and not looked and not self._controlled:
-            self._plain = replace(seen, inspect=nothing_found)  # which would hold a batch
-        return seen
-
-    def _observed(self, step: Coming, record: Record | None, looked: bool) -> Observation:
         prober = self.prober
         last = prober.last
         return Observation(

@@ -66,13 +66,14 @@ class Observer(Documented, Resumable):
     _step: Kept[int] = field(init=False, default=0)  # of that look, and its rate
     _rate: Kept[float] = field(init=False, default=0.0)
     _rates: Kept[tuple[float, ...]] = field(init=False, default=())  # of the step before
+    _last: int = field(init=False, default=-1)
     _moving: Kept[bool] = field(init=False, default=False)  # the loss is no function of the weights
 
     def __call__(self, step: Observation, cap: float = math.inf) -> Observation:
         """Take note of a step, at the rates that a cap leaves it; return it with what is known."""
         seen = step if cap == math.inf else replace(step, cap=cap).applied
         jump = 1.0 if seen.lr == self._rates else growth(seen.lr, self._rates)
-        self._rates = seen.lr
+        self._rates, self._last = seen.lr, step.index
         if step.estimates is not None:
             self._note(seen)
         is_known = self._noise is not None and step.index <= self.lasts * self._step
@@ -85,6 +86,12 @@ class Observer(Documented, Resumable):
         if known == _known(step):  # most steps: a copy costs more than all of this
             return step
         return replace(step, **dict(zip(_KNOWN, known, strict=True)))
+
+    @property
+    def known_until(self) -> float:
+        """The step after which what is known of batch noise is no longer believed."""
+        until = math.floor(self.lasts * self._step)
+        return math.inf if self._noise is None or self._last > until else until + 1
 
     def _note(self, step: Observation) -> None:
         estimates = step.estimates or {}

@@ -72,6 +72,13 @@ class Observation:
         return max(self.lr, default=1.0)
 
     @property
+    def tells_norm(self) -> bool:
+        """Whether the norm of the last gradient is known, or what became of the weights."""
+        return self.movement is not None or (
+            self.settled is not None and self.settled.grad_norm is not None
+        )
+
+    @property
     def has_limit(self) -> bool:
         """Whether margins are shares of a limit; without a formula for the optimizer, of none."""
         return self.margin is None or self.margin.status == "ok"

@@ -10,6 +10,7 @@ from geomwatch.isolation.state import Kept
 from geomwatch.observation.documented import GUESS, group, level
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
+from geomwatch.rules.calm import NONE, Between, Calm, Waited
 from geomwatch.rules.evidence import evidence
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule, Once, soon_over
@@ -68,6 +69,28 @@ class BadBatch(LatchedRule):
             "of these steps may come of it."
         )
         return alert(self.name, "warning", text, value=found.times, limit=self.size, step=index)
+
+    def lets_wait(self) -> Calm | None:
+        """Let what is no outlier wait, whatever is forgotten by then."""
+        losses, norms = self._usual(self._losses), self._usual(self._norms)
+        return None if losses is None else Calm(losses, norms or NONE)
+
+    def waited(self, steps: Waited) -> None:
+        """Take in what is no outlier."""
+        for settled, now in steps:
+            is_known = now.loss is not None or now.grad_norm is not None
+            index, of = (settled.step + 1, now) if is_known else (settled.step, settled)
+            if index > self._seen:
+                self._ratio(of.loss, self._losses)
+                self._ratio(of.grad_norm, self._norms)
+                self._seen = index
+        self._latch.calm(self._seen)
+
+    def _usual(self, history: deque[float]) -> Between | None:
+        kept = list(history)[Calm.most :]
+        if len(kept) < self.young:
+            return None
+        return -self.times * max(kept), self.times * max(kept)
 
     def _ratio(self, value: float | None, history: deque[float]) -> float:
         """Return how far a value exceeds those before, and take it in, an outlier as less."""

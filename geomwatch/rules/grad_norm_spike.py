@@ -11,6 +11,7 @@ from geomwatch.isolation.state import Kept
 from geomwatch.observation.documented import GUESS, between, level
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
+from geomwatch.rules.calm import NONE, Calm, Waited
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule
 
@@ -29,6 +30,7 @@ class GradNormSpike(LatchedRule):
     """
 
     name = "grad_norm_spike"
+    reads = "norm"
     says = ("info", "warning")
 
     z: float = level(8.0, "robust standard deviations", source="112 healthy runs: 5.1 in 95 %")
@@ -73,6 +75,22 @@ class GradNormSpike(LatchedRule):
         if not self._latch.admit(severity, settled.step):
             return None
         return self._alert(severity, norm, z, settled.step)
+
+    def lets_wait(self) -> Calm:
+        """Let norms wait that are no spike whatever their spread, but while there is one."""
+        if self._row or self._latch.severity:
+            return Calm(norms=NONE)
+        if len(self._logs) < self.young - Calm.most:
+            return Calm()
+        if len(self._logs) < self.young:
+            return Calm(norms=NONE)
+        most = statistics.median(self._logs) + self.calm * self.z * self.floor
+        return Calm(norms=(0.0, math.exp(most)))
+
+    def waited(self, steps: Waited) -> None:
+        """Take in norms that are no spikes."""
+        norms = (settled.grad_norm for settled, _ in steps)
+        self._logs.extend(math.log(norm) for norm in norms if norm is not None)
 
     def _deviations(self, log: float) -> float:
         if len(self._logs) < self.young:

@@ -13,6 +13,7 @@ from geomwatch.observation.margins import RecentMargins
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import LossAdvice
+from geomwatch.rules.calm import Calm, Waited
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule
 
@@ -117,6 +118,21 @@ class LossRise(LatchedRule):
             "look at the last batches."
         )
         return alert(self.name, severity, message, value=smooth, limit=limit, step=index)
+
+    def lets_wait(self) -> Calm | None:
+        """Let losses wait that are far below what would be a rise, once the start is over."""
+        if self._lowest is None or self._first is None or self._latch.severity:
+            return None
+        if self._count <= self.start.steps:
+            return None
+        limit = max(self.share * abs(self._first), self.noise * math.sqrt(self._noise()))
+        return Calm(losses=(-math.inf, self._lowest + self.calm * limit))
+
+    def waited(self, steps: Waited) -> None:
+        """Take in losses that are far below a rise."""
+        for settled, _ in steps:
+            if settled.loss is not None:
+                self._update(settled.loss)
 
     def _advised(self, step: Observation, *, margin: float | None = None, is_lost: bool) -> str:
         gradient, _ = self._along.mean(step.index, step.rate, steps=self.span)

@@ -10,6 +10,7 @@ from geomwatch.observation.documented import GUESS, between, level
 from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
+from geomwatch.rules.calm import Calm, Waited
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule
 
@@ -26,6 +27,7 @@ class NoProgress(LatchedRule):
     """
 
     name = "no_progress"
+    reads = "norm"
     says = ("warning",)
 
     zeros: int = level(3, "gradients in a row that are exactly zero", source=GUESS)
@@ -63,6 +65,18 @@ class NoProgress(LatchedRule):
             if self._zeros >= self.zeros:
                 return self._say(step, _no_gradient(self._zeros), 0.0, 0.0)
         return None if step.movement is None else self._judge(step, step.movement)
+
+    def lets_wait(self) -> Calm:
+        """Let all gradients wait that are none of zero."""
+        return Calm(norms=(0.0, math.inf))
+
+    def waited(self, steps: Waited) -> None:
+        """Take note of gradients that are not zero."""
+        for settled, _ in steps:
+            if settled.grad_norm is not None:
+                self._zeros = 0
+                if settled.loss is not None:
+                    self._note(settled.loss)
 
     def _judge(self, step: Observation, moved: Movement) -> Alert | None:
         counts = self._is_steady(step, moved) and not self._has_fallen()

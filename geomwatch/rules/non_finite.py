@@ -10,6 +10,7 @@ from geomwatch.observation.documented import GUESS, group, level
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import LossAdvice
+from geomwatch.rules.calm import Calm, Waited
 from geomwatch.rules.evidence import evidence
 from geomwatch.rules.message import alert
 from geomwatch.rules.rule import LatchedRule, Once, soon_over
@@ -40,6 +41,14 @@ class NonFinite(LatchedRule):
         settled = step.settled
         told = None if settled is None else self._judge_settled(step, settled)
         return told or self._judge_coming(step)
+
+    def lets_wait(self) -> Calm:
+        """Let all that is finite wait."""
+        return Calm()
+
+    def waited(self, steps: Waited) -> None:
+        """Take note of finite losses."""
+        self._end(steps[-1][0].step)
 
     def _judge_settled(self, step: Observation, settled: Settled) -> Alert | None:
         loss, norm = settled.loss, settled.grad_norm

@@ -19,12 +19,18 @@ class Rule(Protocol):
     A rule whose verdicts depend on earlier steps is a `Resumable`, and annotates as `Kept[...]`
     what it remembers of them. It is asked before every step, unless it `reads` less:
 
+        reads = "norm"   steps at which a gradient's norm, or a move of the weights, became known,
+                         which is one in ten, and these:
         reads = "look"   steps at which a sentinel or a probe has measured something
         reads = "rise"   these, and those whose rate is above that of the step before
         reads = "probe"  steps at which a probe has measured something
         reads = ("trace", ...)  steps at which a probe has measured all of these quantities
 
-    and while it `waits` for the next step, whatever that brings.
+    and while it `waits` for the next step, whatever that brings. One that is asked before every
+    step, or about norms, may say what it need not see at once, and is shown that later:
+
+        def lets_wait(self) -> Calm | None: ...    None, as without it, lets nothing wait
+        def waited(self, steps: Waited) -> None: ...
     """
 
     name: str
