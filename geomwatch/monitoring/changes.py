@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geomwatch.errors import UsageError
 from geomwatch.monitoring.search import OptimizerSearch
@@ -152,6 +152,13 @@ class Changes:
                 f"parameters, none of them among the {len(layout.names)} of this model.",
                 write=f"optimizer = torch.optim.{name}(model.parameters(), lr=...)",
             )
+
+    def trained_now(self) -> Sequence[Tensor]:
+        """Return the parameters that are trained at this moment; of none, those last measured."""
+        try:
+            return Layout.of(self._model, self.patterns).params
+        except UsageError:
+            return self.layout.params
 
     @property
     def layout(self) -> Layout:

@@ -496,7 +496,7 @@ class Monitor(Resumable):
         counter = self._counter
         if not counter.is_automatic:
             return
-        found = self._changes.search.call(counter.steps, self._layout.params)
+        found = self._changes.search.call(counter.steps, self._changes.trained_now)
         if not found:
             return
         known = type(unwrap(self._optimizer)).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,20 @@ class Movement:
     """Tells whether parameters have moved since the last call."""
 
     def __init__(self) -> None:
-        self._versions: tuple[int, ...] = ()
+        self._versions: tuple[tuple[int, int], ...] = ()  # with the id of each
         self._sample: Tensor | None = None
 
     def seen(self, params: Sequence[Tensor]) -> bool:
-        """Look, and tell; False at the first call.
+        """Look, and tell; False at the first call of these parameters.
 
         Versions tell of what is changed in place, a copy of the smallest of them of the rest
         (p.data = ...). A microsecond a parameter.
         """
         versions, sample = self._versions, self._sample
-        self._versions = tuple(p._version for p in params)
+        self._versions = tuple((id(p), p._version) for p in params)
         smallest = min(params, key=Tensor.numel)
         self._sample = smallest.detach().clone()
-        if sample is None:
+        if sample is None or [i for i, _ in versions] != [i for i, _ in self._versions]:
             return False
         if sample.shape != self._sample.shape or sample.device != self._sample.device:
             return True
@@ -53,10 +53,11 @@ class OptimizerSearch:
         self._told = False
         self.missed = 0  # steps that were taken by another since the last that was counted
 
-    def call(self, steps: int, params: Sequence[Tensor]) -> list[Any]:
+    def call(self, steps: int, trained: Callable[[], Sequence[Tensor]]) -> list[Any]:
         """Take note of a call after so many counted steps; return the optimizers that step instead.
 
-        Each verdict is given once.
+        `trained` returns the parameters that are trained now, which may be others than those that
+        are measured. Each verdict is given once.
         """
         if steps != self._steps:
             self._steps = steps
@@ -66,6 +67,7 @@ class OptimizerSearch:
         self.missed += 1
         if self._told:
             return []
+        params = trained()
         self._moved += self._movement.seen(params)
         if self._handle is None:
             self._watch_all()

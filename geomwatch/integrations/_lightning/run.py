@@ -57,8 +57,14 @@ class OptimizerWatch(HostWatch[StepLoss]):
     def renew(self) -> None:
         """Measure, of several optimizers, the parameters that this one holds now."""
         if self.name:
-            names = names_of(self.optimizer, self._module, self._options.how.params)
-            self.monitor.follow(self.optimizer, params=names or None)
+            self.follow(self.optimizer)
+
+    def follow(self, optimizer: Any) -> None:
+        """Watch the steps of another optimizer, which has taken the place of this one."""
+        self.optimizer = optimizer
+        self.window.follow(optimizer)
+        names = names_of(optimizer, self._module, self._options.how.params)
+        self.monitor.follow(optimizer, params=(self.name and names) or None)
 
     def check(self) -> None:
         """At the first step, make sure that a probe measures the loss trained on.
@@ -230,7 +236,7 @@ class Run(StepTap):
         calls = watch.window.take()
         if not calls and not self._automatic and self.present is not None:
             calls = [self.present]  # a second step on the same batch, or a plain backward()
-        if not calls or not watch.window.params:  # training_step has left the step out
+        if not calls or not self._has_gradient(watch):  # training_step has left the step out
             return
         record = watch.step(calls, norm, known=self.settle(calls))
         if record is not None:
@@ -246,9 +252,31 @@ class Run(StepTap):
         for watch in self.watches:
             watch.close()
 
+    def _has_gradient(self, watch: OptimizerWatch) -> bool:
+        """Tell whether there is a gradient, if of tensors alone that its optimizer has lost."""
+        own = bool(watch.window.params)
+        return own or (self._automatic and any(p.grad is not None for p in _trained(self._module)))
+
     def _watch_of(self, optimizer: Any) -> OptimizerWatch | None:
-        return next((watch for watch in self.watches if watch.optimizer is optimizer), None)
+        """Return the watch of an optimizer, one that has taken the place of another included."""
+        known = {id(watch.optimizer): watch for watch in self.watches}
+        if id(optimizer) in known:
+            return known[id(optimizer)]
+        present = set(map(id, self._trainer.optimizers))
+        gone = [watch for number, watch in known.items() if number not in present]
+        if len(gone) == 1:
+            gone[0].follow(optimizer)
+            return gone[0]
+        self.watches[0].say_once(
+            f"the steps of a new {type(optimizer).__name__} are not watched: fit() began with "
+            f"{len(known)} optimizers, of which {len(gone)} are gone."
+        )
+        return None
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def _trainable(module: nn.Module) -> frozenset[int]:
-    return frozenset(id(p) for p in module.parameters() if p.requires_grad)
+    return frozenset(map(id, _trained(module)))

@@ -25,8 +25,15 @@ class Window:
         self._told = False
         self._announced = 0  # steps that Lightning told of,
         self._taken = 0  # and those that the optimizer took
-        self._trainer, self._optimizer = trainer, optimizer
+        self._trainer = trainer
         self._stepped_at = -1  # trainer.global_step
+        self._handle: Any = None
+        self.follow(optimizer)
+
+    def follow(self, optimizer: Any) -> None:
+        """Count the steps of this optimizer from now on."""
+        self.close()
+        self._optimizer = optimizer
         register = getattr(optimizer, "register_step_post_hook", None)
         self._handle = None if register is None else register(self._count)
 
