@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from changing.net import labels_of
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from changing.net import labels_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from changing.net import ITEMS, STEPS, batches, labels_of, loss_fn
-from changing.run import Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import geomwatch
+from changing.net import ITEMS, STEPS, batches, loss_fn
+from changing.run import Run
 
 
 def raw(run: Run, *, watched: bool) -> None:
@@ -70,6 +70,23 @@ def accelerated(run: Run, *, watched: bool) -> None:
     accelerator.free_memory()
 
 
+def _changing_in_lightning(run: Run) -> Any:
+    import pytorch_lightning as pl
+
+    class Changing(pl.Callback):
+        """Makes the change before its step."""
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if not run.tape.batches and run.change_before(trainer.global_step):
+                trainer.strategy.optimizers = [run.optimizer]
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if (args[-1] + 1) % run.case.accumulate == 0:
+                run.tape.clear()
+
+    return Changing()
+
+
 def in_lightning(run: Run, *, watched: bool) -> None:
     """Train by a Lightning Trainer, whose callback makes the change."""
     import pytorch_lightning as pl
@@ -90,18 +107,7 @@ def in_lightning(run: Run, *, watched: bool) -> None:
         def configure_optimizers(self) -> Any:
             return run.optimizer
 
-    class Changing(pl.Callback):
-        """Makes the change before its step."""
-
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if not run.tape.batches and run.change_before(trainer.global_step):
-                trainer.strategy.optimizers = [run.optimizer]
-
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if (args[-1] + 1) % run.case.accumulate == 0:
-                run.tape.clear()
-
-    callbacks: list[Any] = [Changing()]
+    callbacks = [_changing_in_lightning(run)]
     if watched:
         callbacks.append(GeomwatchCallback(**run.options))
     trainer = pl.Trainer(

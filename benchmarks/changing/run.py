@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from changing.changes import CHANGES, begin
 from changing.exact import Exact, exact
 from changing.net import CHANGE, STEPS, Net, Tape, batches
-from torch import Tensor
-
 from geomwatch import Measurement
 
 EVERY = 6

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from changing.changes import CHANGES
 from changing.exact import Exact
 from changing.hosts import train
