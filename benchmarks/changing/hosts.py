@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import geomwatch
-from changing.net import ITEMS, STEPS, batches, loss_fn
+from changing.net import ITEMS, loss_fn
 from changing.run import Run
 
 
@@ -20,20 +21,21 @@ def raw(run: Run, *, watched: bool) -> None:
     """Train in a loop of one's own; the norm before clipping is told where nothing is summed."""
     case = run.case
     monitor = geomwatch.Monitor(run.net, loss_fn, run.optimizer, **run.options) if watched else None
-    for step, window in enumerate(run.windows()):
+    given = iter(run.batches())
+    for step in range(run.steps):
         run.change_before(step)
         run.net.zero_grad()
-        for tokens in window:
-            loss = loss_fn(run.net, tokens) / (case.accumulate if case.divided else 1)
-            loss.backward()
-            run.tape.note(tokens)
+        for tokens in itertools.islice(given, case.accumulate):
+            loss = run.loss(run.net, tokens)
+            (loss / (case.accumulate if case.divided else 1)).backward()
             if monitor is not None:
                 monitor.observe(tokens)
         norm = None
         if case.clip is not None:
             norm = nn.utils.clip_grad_norm_(run.net.parameters(), case.clip)
         if monitor is not None:
-            monitor.step(grad_norm=norm if case.accumulate == 1 else None)
+            alone = case.accumulate == 1
+            monitor.step(loss=loss.detach() if alone else None, grad_norm=norm if alone else None)
         run.optimizer.step()
         run.tape.clear()
     if monitor is not None:
@@ -47,16 +49,15 @@ def accelerated(run: Run, *, watched: bool) -> None:
     from geomwatch.integrations.accelerate import watch
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=run.case.accumulate)
-    loader = DataLoader(batches(STEPS * run.case.accumulate), batch_size=None)
+    loader = DataLoader(run.batches(), batch_size=None)
     model, run.optimizer, loader = accelerator.prepare(run.net, run.optimizer, loader)
     monitor = watch(accelerator, model, loss_fn, run.optimizer, **run.options) if watched else None
     for index, tokens in enumerate(loader):
         if index % run.case.accumulate == 0:
             run.change_before(index // run.case.accumulate, accelerator.prepare)
         with accelerator.accumulate(model):
-            loss = loss_fn(model, tokens)
+            loss = run.loss(model, tokens)
             accelerator.backward(loss)
-            run.tape.note(tokens)
             if accelerator.sync_gradients and run.case.clip is not None:
                 accelerator.clip_grad_norm_(model.parameters(), run.case.clip)
             if monitor is not None:
@@ -101,8 +102,7 @@ def in_lightning(run: Run, *, watched: bool) -> None:
             self.net = run.net
 
         def training_step(self, tokens: Tensor) -> Tensor:
-            run.tape.note(tokens)
-            return loss_fn(self.net, tokens)
+            return run.loss(self.net, tokens)
 
         def configure_optimizers(self) -> Any:
             return run.optimizer
@@ -112,7 +112,7 @@ def in_lightning(run: Run, *, watched: bool) -> None:
         callbacks.append(GeomwatchCallback(**run.options))
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_steps=STEPS,
+        max_steps=run.steps,
         accumulate_grad_batches=run.case.accumulate,
         gradient_clip_val=run.case.clip,
         callbacks=callbacks,
@@ -121,7 +121,7 @@ def in_lightning(run: Run, *, watched: bool) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(batches(STEPS * run.case.accumulate), batch_size=None)
+    loader = DataLoader(run.batches(), batch_size=None)
     trainer.fit(Module(), loader)
 
 
@@ -135,12 +135,12 @@ class Constant(torch.optim.lr_scheduler.LRScheduler):
 class WithLoss(nn.Module):
     """The net as a Trainer expects it."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self.net = net
+        self.net, self._loss = run.net, run.loss
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_fn(self.net, tokens)}
+        return {"loss": self._loss(self.net, tokens)}
 
 
 def in_transformers(run: Run, *, watched: bool) -> None:
@@ -150,14 +150,10 @@ def in_transformers(run: Run, *, watched: bool) -> None:
     from geomwatch.integrations.transformers import GeomwatchCallback
 
     class Trainer(transformers.Trainer):
-        """Draws in order, and keeps the tape."""
+        """Draws in order."""
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **more: Any) -> Any:
-            run.tape.note(inputs["tokens"])
-            return super().compute_loss(model, inputs, *args, **more)
 
     class Changing(transformers.TrainerCallback):
         """Makes the change before its step."""
@@ -175,7 +171,7 @@ def in_transformers(run: Run, *, watched: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,
-            max_steps=STEPS,
+            max_steps=run.steps,
             per_device_train_batch_size=ITEMS,
             gradient_accumulation_steps=run.case.accumulate,
             max_grad_norm=run.case.clip or 0.0,
@@ -187,12 +183,12 @@ def in_transformers(run: Run, *, watched: bool) -> None:
             dataloader_pin_memory=False,
             logging_steps=1000,
         )
-        rows = torch.cat(batches(STEPS * run.case.accumulate))
+        rows = torch.cat(run.batches())
         callbacks: list[Any] = [Changing()]
         if watched:
             callbacks.append(GeomwatchCallback(**run.options))
         trainer = Trainer(
-            model=WithLoss(run.net),
+            model=WithLoss(run),
             args=arguments,
             train_dataset=[{"tokens": row} for row in rows],
             callbacks=callbacks,

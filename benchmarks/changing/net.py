@@ -48,15 +48,17 @@ def loss_fn(model: Any, tokens: Tensor) -> Tensor:
 
 
 class Tape:
-    """The batches that the gradient of the coming step is made of."""
+    """The batches that the gradient of the coming step is made of, and all losses so far."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
+        self.losses: list[float] = []  # of micro-batches
 
-    def note(self, tokens: Tensor) -> None:
+    def note(self, tokens: Tensor, loss: Tensor) -> None:
         """Add a batch that is trained on."""
         if not geomwatch.is_probing():
             self.batches.append(tokens)
+            self.losses.append(float(loss.detach()))
 
     def clear(self) -> None:
         """Begin another step."""

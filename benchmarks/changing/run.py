@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from changing.changes import CHANGES, begin
 from changing.exact import Exact, exact
-from changing.net import CHANGE, STEPS, Net, Tape, batches
+from changing.net import CHANGE, STEPS, Net, Tape, batches, loss_fn
 from geomwatch import Measurement
 
 EVERY = 6
@@ -48,6 +48,8 @@ class Case:
 class Run:
     """A training that a host carries out, with the exact numbers at each record."""
 
+    steps = STEPS
+
     def __init__(self, case: Case) -> None:
         self.case, self.kind = case, CHANGES[case.change]
         self.net, self.tape = Net(), Tape()
@@ -71,11 +73,15 @@ class Run:
             except Exception as error:  # which a monitor would survive
                 self.broken.append(error)
 
-    def windows(self) -> Iterable[list[Tensor]]:
-        """Return the micro-batches of each step."""
-        each = self.case.accumulate
-        every = batches(STEPS * each)
-        return (every[i : i + each] for i in range(0, len(every), each))
+    def batches(self) -> list[Tensor]:
+        """Return all micro-batches."""
+        return batches(self.steps * self.case.accumulate)
+
+    def loss(self, model: Any, tokens: Tensor) -> Tensor:
+        """Return the loss that is trained on, and note it."""
+        loss = loss_fn(model, tokens)
+        self.tape.note(tokens, loss)
+        return loss
 
     def change_before(self, step: int, into: Callable[[Any], Any] = lambda made: made) -> bool:
         """Change what is to be changed before this step; `into` makes an optimizer the host's."""

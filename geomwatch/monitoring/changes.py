@@ -112,6 +112,26 @@ def strangers_line(strangers: Sequence[str], total: int, optimizer: Any) -> str:
     )
 
 
+_CHANGED = {
+    "gradient": (
+        "the gradient was changed between monitor.step() and the step of {name}, as by clipping "
+        "that comes after it, or by the second pass of a sharpness-aware optimizer: margins are "
+        "not those of the step that is taken. Call monitor.step() last, right before the step; of "
+        "two passes, before that of the second."
+    ),
+    "weights": (
+        "the weights were moved between monitor.step() and the step of {name}, as in the second "
+        "step of a sharpness-aware optimizer: curvature is that where the gradient was taken, and "
+        "margins are those of a plain step there."
+    ),
+}
+
+
+def changed_line(what: str, optimizer: Any) -> str:
+    """Say what follows from a gradient or weights that a step does not find as they were seen."""
+    return _CHANGED[what].format(name=type(unwrap(optimizer)).__name__)
+
+
 class Changes:
     """Compares what is trained now with what is measured."""
 

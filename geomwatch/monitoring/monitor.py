@@ -22,7 +22,7 @@ from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.backlog import Backlog
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
-from geomwatch.monitoring.changes import Changes, strangers_line
+from geomwatch.monitoring.changes import Changes, changed_line, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
 from geomwatch.monitoring.inspection import Inspector
@@ -379,6 +379,8 @@ class Monitor(Resumable):
         if probed is not None and last is not None and not math.isfinite(probed.record.loss):
             step = replace(step, present=last.present(wait=True))
         record = self._conclude(step, probed, looked=looked)
+        if known["grad_scale"] == 1:  # or else it is changed by what unscales it
+            self._counter.see()
         self._let_wait()
         return record
 
@@ -492,10 +494,15 @@ class Monitor(Resumable):
             self._difficulty.update(lr, settled, self._watch.prober.lambda_max())
 
     def _find_optimizer(self) -> None:
-        """Follow the optimizer that steps, where it is another than the one that is known."""
+        """Follow the optimizer that steps, where it is another than the one that is known.
+
+        Say so, if it has not stepped with what was seen.
+        """
         counter = self._counter
         if not counter.is_automatic:
             return
+        if counter.changed:
+            self._watch.prober.tell(changed_line(counter.changed, self._optimizer))
         found = self._changes.search.call(counter.steps, self._changes.trained_now)
         if not found:
             return

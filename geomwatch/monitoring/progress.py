@@ -31,7 +31,8 @@ class StepCounter(Resumable):
 
     def __init__(self, optimizer: Any, params: Sequence[Tensor]) -> None:
         self.steps = 0
-        self._handle: Any = None
+        self.changed = ""  # between the last `see` and its step: what
+        self._handles: list[Any] = []
         self.follow(optimizer, params)
 
     def follow(self, optimizer: Any, params: Sequence[Tensor]) -> None:
@@ -41,23 +42,54 @@ class StepCounter(Resumable):
         self._witness = min(params, key=lambda p: p.numel())
         # The gradient object itself is kept, not its id: ids of freed tensors are used again.
         self._used: tuple[Tensor, int] | None = None
+        self._seen: tuple[Tensor | None, int, int] | None = None
         self._left_out: _Scalar | None = None  # above 0 if the last step was, as the device knows
         if hasattr(optimizer, "register_step_post_hook"):
             # A weak reference: the optimizer must not keep a forgotten monitor alive.
             me = weakref.ref(self)
+
+            def compare(*_: object) -> None:
+                counter = me()
+                if counter is not None:
+                    counter.compare()
 
             def count(stepped: Any, *_: object) -> None:
                 counter = me()
                 if counter is not None:
                     counter.count(getattr(stepped, "found_inf", None))
 
-            self._handle = optimizer.register_step_post_hook(count)
-            weakref.finalize(self, self._handle.remove)
+            self._handles = [
+                optimizer.register_step_pre_hook(compare),
+                optimizer.register_step_post_hook(count),
+            ]
+            for handle in self._handles:
+                weakref.finalize(self, handle.remove)
 
     @property
     def is_automatic(self) -> bool:
         """Whether the optimizer tells of its steps; otherwise call `count` for each."""
-        return self._handle is not None
+        return bool(self._handles)
+
+    def see(self) -> None:
+        """Remember gradient and weights as they are, to know whether the step is taken with them.
+
+        An integer or two of the smallest parameter stand for all.
+        """
+        self._seen = self._present()
+
+    def compare(self) -> None:
+        """Note, right before the step, what was changed since `see`."""
+        if self._seen is None or self.changed:
+            return
+        gradient, version, weights = self._present()
+        if gradient is not self._seen[0] or version != self._seen[1]:
+            self.changed = "gradient"
+        elif weights != self._seen[2]:
+            self.changed = "weights"
+
+    def _present(self) -> tuple[Tensor | None, int, int]:
+        gradient = self._witness.grad
+        return gradient, -1 if gradient is None else gradient._version, self._witness._version
 
     @property
     def is_sure(self) -> bool:
@@ -71,6 +103,7 @@ class StepCounter(Resumable):
         self._left_out = None if found_inf is None else _Scalar(found_inf)
         gradient = self._witness.grad
         self._used = None if gradient is None else (gradient, gradient._version)
+        self._seen = None
 
     def settle(self) -> None:
         """Take back the last step if it turns out to have been left out."""
@@ -90,10 +123,10 @@ class StepCounter(Resumable):
         return any(p.grad is not None for p in self._params)
 
     def close(self) -> None:
-        """Take the hook off the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
 
 class _Scalar:

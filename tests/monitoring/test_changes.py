@@ -19,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 import geomwatch
 from geomwatch import Measurement, Monitor
 from geomwatch.controllers import LearningRateCap
+from geomwatch.monitoring.changes import Changes
 
 Batch = tuple[Tensor, Tensor]
 Change = Callable[[nn.Sequential, Any], Any]  # returns the optimizer that steps from now on
@@ -134,6 +135,15 @@ def run(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_change_is_told_in_a_phrase(kind):
+    make, change, said = KINDS[kind]
+    model, optimizer = make()
+    changes = Changes(model, None, optimizer)
+    assert changes.look(optimizer) == []
+    assert re.search(said, "; ".join(changes.look(change(model, optimizer))))
+
+
+@pytest.mark.parametrize("kind", ["unfrozen", "a new optimizer of two groups"])
 def test_what_trains_now_is_measured_as_the_dense_hessian_has_it(kind, caplog):
     make, change, said = KINDS[kind]
     _, monitor, found = run(make, change)
@@ -150,9 +160,8 @@ def test_what_trains_now_is_measured_as_the_dense_hessian_has_it(kind, caplog):
     assert re.search(said, lines[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_is_the_same_with_the_monitor_on_across_a_change(kind):
-    make, change, _ = KINDS[kind]
+def test_training_is_the_same_with_the_monitor_on_across_a_change():
+    make, change, _ = KINDS["a new head"]
     watched, _, _ = run(make, change)
     bare, _, _ = run(make, change, watched=False)
     assert torch.equal(weights(watched), weights(bare))
@@ -215,21 +224,47 @@ class Sharp(torch.optim.Optimizer):
         self.base_optimizer.step()
 
 
-def test_the_base_of_a_sharpness_aware_optimizer_is_found_and_followed(caplog):
+def train_sharp(model: nn.Module, optimizer: Any, monitor: Monitor, first: bool) -> None:
+    """Train with monitor.step() before the first of the two steps, or before the second."""
+    for batch in itertools.islice(draws(), 30):
+        for is_first in (True, False):
+            optimizer.zero_grad()
+            cross_entropy(model, batch).backward()
+            if is_first is first:
+                monitor.step(batch)
+            optimizer.first_step() if is_first else optimizer.second_step()
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [(True, "the gradient was changed between"), (False, "the weights were moved between")],
+)
+@pytest.mark.parametrize("of_base", [False, True])
+def test_the_base_of_a_sharpness_aware_optimizer_is_found_and_what_it_steps_with_is_told(
+    first, said, of_base, caplog
+):
     model = net()
     optimizer = Sharp(model.parameters(), lr=0.05)
+    monitor = Monitor(model, cross_entropy, optimizer.base_optimizer if of_base else optimizer)
+    train_sharp(model, optimizer, monitor, first)
+    assert ("the Sharp that monitor knows no longer steps" in caplog.text) != of_base
+    assert monitor.history[-1]["stability_margin"].status == "ok"
+    assert monitor.state_dict()["step"] == 30
+    lines = [r.getMessage() for r in caplog.records if "between monitor.step() and" in r.message]
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+
+
+def test_a_gradient_that_is_clipped_after_it_was_seen_is_told_of(caplog):
+    model, optimizer = whole()
     monitor = Monitor(model, cross_entropy, optimizer)
-    for batch in itertools.islice(draws(), 30):
-        optimizer.zero_grad()
-        cross_entropy(model, batch).backward()
-        optimizer.first_step()
+    for batch in itertools.islice(draws(), 3):
         optimizer.zero_grad()
         cross_entropy(model, batch).backward()
         monitor.step(batch)
-        optimizer.second_step()
-    assert "the Sharp that monitor knows no longer steps" in caplog.text
-    assert monitor.history[-1]["stability_margin"].status == "ok"
-    assert monitor.state_dict()["step"] == 30
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+    assert "the gradient was changed between monitor.step() and the step of SGD" in caplog.text
 
 
 def test_optimizers_that_step_in_the_backward_pass_are_told_of(caplog):
