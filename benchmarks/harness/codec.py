@@ -14,15 +14,15 @@ _PLAIN = (str, int, float, bool, type(None))
 def encode(value: Any) -> Any:
     """Turn nested dataclasses, mappings and sequences into JSON, without fields at their default.
 
+    Functions, which look when they are called, are left out of dataclasses.
+
     Raises:
         TypeError: something in it is neither of these nor a number or text.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: encode(getattr(value, field.name))
-            for field in fields(value)
-            if not _is_default(field, getattr(value, field.name))
-        }
+        entries = {field.name: getattr(value, field.name) for field in fields(value)}
+        kept = [f.name for f in fields(value) if not _is_default(f, entries[f.name])]
+        return {name: encode(entries[name]) for name in kept if not callable(entries[name])}
     if isinstance(value, Mapping):
         return {str(key): encode(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -205,7 +205,7 @@ class _Table:
         dims = sum(place.dim for place in cut.values())
         features = all(_is_of_features(part, cut[p]) for p, part, _ in self._parts if p in cut)
         share = covered / max(len(self._tensors), 1)
-        return labelled, not features, -fields, share, -dims, -len(cut)
+        return labelled, not features, -fields, share, n > 1, -dims, -len(cut)
 
     def _find_label(self, batch: Any) -> Path | None:
         """Return the path of the labels: by name, or the last of a tuple, if of its own kind."""

@@ -24,6 +24,7 @@ from geomwatch.curvature.replay import Replay
 from geomwatch.curvature.settings import LossFn as LossFn
 from geomwatch.curvature.settings import Settings
 from geomwatch.errors import UsageError, WithheldError
+from geomwatch.isolation.forward_only import forward_only
 from geomwatch.isolation.outside import Outside
 from geomwatch.isolation.twice_differentiable import not_compiled
 from geomwatch.isolation.undo import until_here
@@ -194,7 +195,7 @@ class Objective:
 
     def first_not_finite(self) -> str | None:
         """Name the first module whose output is not finite. One forward pass."""
-        with torch.no_grad():
+        with forward_only():
             return self._told(
                 lambda part: first_not_finite(
                     self._replay.model, partial(self._replay.evaluate, part)
@@ -283,7 +284,7 @@ class Objective:
         """Return the loss, without what a gradient would need. One forward pass."""
         if not self._differentiates_itself:
             try:
-                with torch.no_grad():
+                with forward_only():
                     return self._evaluated()
             except torch.OutOfMemoryError:
                 raise

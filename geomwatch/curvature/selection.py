@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -65,7 +65,9 @@ def sizes(part: Any) -> tuple[int, ...]:
     if isinstance(part, Tensor | np.ndarray):
         return tuple(part.shape)
     graphs = count_graphs(part)
-    return (len(part) if graphs is None else graphs,)
+    if graphs is not None:
+        return (graphs,)
+    return (len(part),) if isinstance(part, Sized) else ()
 
 
 def select(part: Any, place: Place, items: Tensor) -> Any:

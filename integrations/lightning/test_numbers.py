@@ -154,7 +154,8 @@ def test_the_margin_is_that_of_the_clipped_gradient_and_the_norm_that_before(Not
     other = geomwatch.Monitor(
         net, mean_of_means, torch.optim.Adam(net.parameters(), lr=1e-2), **wanted
     )
-    assert other.step([window[0]])["stability_margin"].value < 0.1 * margin
+    unclipped = other.step([window[0]])["stability_margin"].value
+    assert 0.2 * unclipped < margin < unclipped  # Adam undoes the scale of a gradient, but for eps
     assert rule.norms == pytest.approx(module.norms, rel=1e-5)
     assert min(rule.norms) > 0.01
 

@@ -313,7 +313,7 @@ def test_batch_statistics_are_those_of_all_ranks_or_recorded_as_each_ranks_own(
     first, second = run(normalised, tmp_path, True)
     found, how, vectors, said = first
     assert found == second[0]
-    assert found["lambda_max"] == pytest.approx(joined["lambda_max"].value, rel=1e-3)
+    assert found["lambda_max"] == pytest.approx(joined["lambda_max"].value, rel=1e-2)
     assert how["batch_statistics"] == "of the batches of all ranks"
     assert how["backend"] == "double_backward"
     for mine, expected in zip(vectors, twice_multiplied(model, digits(96)), strict=True):

@@ -246,13 +246,13 @@ def test_a_run_that_does_not_ask_for_the_margin_is_not_told_that_it_is_missing()
     assert not heard(UntrustedProbe(), [Observation(t, (0.1,), fresh=True) for t in range(50)])
 
 
-def test_a_loss_with_a_private_generator_is_told_of_in_a_real_run():
+def test_a_loss_that_is_random_where_no_probe_can_set_it_back_is_told_of_in_a_real_run():
     torch.manual_seed(0)
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
-    rng = torch.Generator().manual_seed(0)
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        rng = torch.Generator().manual_seed(random.SystemRandom().getrandbits(60))
         noise = torch.randn(batch[0].shape, generator=rng)
         return cross_entropy(model, (batch[0] + 0.3 * noise, batch[1]))
 
