@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.records import Estimate
 
+OF_THE_RATE = ("stability_margin", "stochastic_margin", "gradient_margin")  # estimates linear in it
 _LEAST = 1e-3  # a margin below this, or of the wrong sign, counts as this in a geometric mean
 
 
@@ -37,6 +38,12 @@ def scaled(margin: Estimate | None, factor: float) -> Estimate | None:
         return margin
     error = None if margin.error is None else factor * margin.error
     return replace(margin, value=factor * margin.value, error=error)
+
+
+def scaled_each(found: Mapping[str, Estimate], factor: float) -> dict[str, Estimate]:
+    """Return estimates with the margins among them at `factor` times their learning rates."""
+    margins = {name: found[name] for name in OF_THE_RATE if name in found}
+    return {**found, **{name: scaled(e, factor) or e for name, e in margins.items()}}
 
 
 @dataclass(frozen=True, slots=True)

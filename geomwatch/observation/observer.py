@@ -75,7 +75,7 @@ class Observer(Documented, Resumable):
         jump = 1.0 if seen.lr == self._rates else growth(seen.lr, self._rates)
         self._rates, self._last = seen.lr, step.index
         if step.estimates is not None:
-            self._note(seen)
+            self._note(seen, step.estimates)
         is_known = self._noise is not None and step.index <= self.lasts * self._step
         holds = is_known and max(seen.lr, default=0.0) <= self.holds * self._rate
         noise = 1.0 if step.same_data else self._noise if holds else None
@@ -93,8 +93,7 @@ class Observer(Documented, Resumable):
         until = math.floor(self.lasts * self._step)
         return math.inf if self._noise is None or self._last > until else until + 1
 
-    def _note(self, step: Observation) -> None:
-        estimates = step.estimates or {}
+    def _note(self, step: Observation, estimates: Mapping[str, Estimate]) -> None:
         found = noise_ratio(estimates)
         if found is not None and step.index >= self.settles:
             self._noise, self._step, self._rate = found, step.index, max(step.lr, default=0.0)

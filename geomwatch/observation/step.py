@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from geomwatch.observation.findings import Findings, Present, nothing_found
-from geomwatch.observation.margins import scaled, within
+from geomwatch.observation.margins import scaled, scaled_each, within
 from geomwatch.observation.movement import Movement
 from geomwatch.records import Estimate
 
@@ -106,6 +106,7 @@ class Observation:
             peak=tuple(headed * rate for rate in self.peak),
             margin=scaled(self.margin, now),
             gradient_margin=scaled(self.gradient_margin, now),
+            estimates=None if self.estimates is None else scaled_each(self.estimates, now),
         )
 
     def measured(self, name: str) -> Estimate | None:

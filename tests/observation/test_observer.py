@@ -7,6 +7,7 @@ import json
 import pytest
 from observations import measured
 
+from geomwatch.observation.batch_noise import noise_part
 from geomwatch.observation.observer import Observer
 from geomwatch.records import Estimate
 from geomwatch.rules import Observation
@@ -74,6 +75,14 @@ def test_a_cap_on_the_rate_does_not_change_how_much_is_noise():
     assert observer(measured(31, 0.5), cap=0.019).noise is not None
     assert observer(measured(32, 0.5), cap=0.021).noise is None  # at other rates it may be another
     assert observer(measured(33, 0.5), cap=0.021).is_noisy is False  # jumps are judged all the same
+
+
+def test_under_a_cap_both_margins_are_those_of_the_rate_it_leaves():
+    """Else the noise part would be that of one rate less the margin of another."""
+    known = Observer()(whole(30, 0.5, 2.0), cap=0.01)
+    assert noise_part(known).value == pytest.approx(1.5)
+    assert noise_part(known.applied).value == pytest.approx(0.15)
+    assert known.applied.measured("stochastic_margin").error == pytest.approx(0.01)
 
 
 def test_only_the_same_data_at_every_step_is_quiet_from_the_start():
