@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from geomwatch.controllers.actuators import KNOBS
+from geomwatch.controllers.actuators import KNOBS, NEUTRAL
 from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
@@ -22,13 +22,20 @@ class Move:
 
     `to` is in the knob's own unit: the largest learning rate that a step may take, the multiple of
     the loop's own batch, the gradient norm to clip at; infinity, 1 and infinity leave the loop as
-    the user wrote it. As `advice` it is said once and nothing is turned.
+    the user wrote it. As `advice` it is said once and nothing is turned; so is the reason why a
+    controller `abstains`.
     """
 
     knob: str
     to: float
     reason: str
     advice: bool = False
+    abstains: bool = False
+
+
+def abstained(knob: str, reason: str) -> tuple[Move]:
+    """Return the move of a controller that can't work in this run: the loop is left as it is."""
+    return (Move(knob, NEUTRAL[knob], reason, abstains=True),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,7 @@ class Watch(Resumable):
             present=step.present,
             movement=step.movement,
             inspect=step.inspect,
+            unseen=prober.why,
         )
 
     def _calls_for_a_probe(self, step: Coming) -> bool:

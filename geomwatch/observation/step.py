@@ -58,6 +58,8 @@ class Observation:
     movement: Movement | None = None  # of the weights over some steps, where it was looked at
     inspect: Callable[..., Findings] = field(default=nothing_found, compare=False, repr=False)
 
+    unseen: str = ""  # why the last look has found no margin; "" if it has
+
     cap: float = math.inf  # the largest rate that a controller lets the step take
     jump: float = 1.0  # largest factor by which a group's rate has grown since the step before
     noise: float | None = None  # stochastic over full-batch margin, while that is known to hold

@@ -8,9 +8,16 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from geomwatch.controllers.actuators import LR
-from geomwatch.controllers.learning_rate_cap.history import BaseRate, BaseRateTest, Stall, StallTest
-from geomwatch.controllers.learning_rate_cap.limit import CapLimits, FirstSteps, Limit
-from geomwatch.controllers.protocol import Knobs, Move
+from geomwatch.controllers.learning_rate_cap.history import (
+    BaseRate,
+    BaseRateTest,
+    Setback,
+    Stall,
+    StallTest,
+)
+from geomwatch.controllers.learning_rate_cap.limit import CapLimits, Limit
+from geomwatch.controllers.learning_rate_cap.start import Start
+from geomwatch.controllers.protocol import Knobs, Move, abstained
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import (
     GUESS,
@@ -69,8 +76,8 @@ class LearningRateCap(Documented, Resumable):
     c_bs: float | None = level(
         None, "gradient margin to stay below; by default that of `limits`", source="decision 019"
     )
-    c_lambda: float | None = level(
-        None, "limit of M and its error, such as 0.5; by default none", source="decision 013"
+    c_lambda: float = level(
+        1.0, "limit of M and its error, where steps see different data", source="theory"
     )
     smoothing: float = level(
         0.8, "weight of the past in the mean of margins", source="decision 013", check=between(0, 1)
@@ -80,7 +87,7 @@ class LearningRateCap(Documented, Resumable):
     )
     factor: float = level(
         0.25,
-        "what is left of the limit once the loss has stopped falling",
+        "what is left of the limit once the loss has stopped falling, or blown up",
         source="decision 016",
         check=between(0, 1, last=True),
     )
@@ -101,8 +108,9 @@ class LearningRateCap(Documented, Resumable):
     _along: Kept[SmoothedMargin] = field(init=False)
     _top: Kept[SmoothedMargin] = field(init=False)
     _limit: Kept[Limit] = field(init=False)
-    _first_steps: Kept[FirstSteps] = field(init=False)
+    _start: Kept[Start] = field(init=False)
     _stall: Kept[Stall] = field(init=False)
+    _setback: Kept[Setback] = field(init=False)
     _base_rate: Kept[BaseRate] = field(init=False)
     _settled: Kept[float] = field(init=False, default=1.0)  # what the loss has left of the limit
     _unit: Kept[float] = field(init=False, default=1.0)  # of the limit, over that of small batches
@@ -119,21 +127,26 @@ class LearningRateCap(Documented, Resumable):
         super().__post_init__()
         self._along = SmoothedMargin(self.smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
-        self._limit, self._first_steps = Limit(self.limits), FirstSteps(self.limits)
-        self._stall, self._base_rate = Stall(self.stall), BaseRate(self.base_rate)
+        self._limit, self._start = Limit(self.limits), Start(self.limits)
+        self._stall, self._setback = Stall(self.stall), Setback()
+        self._base_rate = BaseRate(self.base_rate)
 
     def __call__(
         self, step: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Set the cap for one step."""
         self._limit.update(step)
-        self._first_steps.update(step)
+        self._start.update(step)
         fresh = self._measure(step)
         self._recognise_full_batch(step)
+        loss = None if step.settled is None else step.settled.loss
+        blown_up = self._setback(loss, alerts)
         largest = max(step.lr, default=0.0)
+        if not step.has_limit:
+            return abstained(LR, f"{step.margin.reason if step.margin else ''}")
         if not largest > 0 or not (self._along.known or self._top.known):
             return ()
-        self._settle(step)
+        self._settle(step, loss, blown_up=blown_up)
         scale = self._approach(step, fresh)
         cap = max(scale, self.min_scale) * largest
         moves = list(self._base_rate(scale, largest)) if fresh else []
@@ -147,8 +160,7 @@ class LearningRateCap(Documented, Resumable):
     def _measure(self, step: Observation) -> bool:
         """Take in what was measured at this step; tell whether there is something new."""
         along = step.gradient_fresh and self._along.update(step.gradient_margin, step.lr)
-        wanted = step.fresh and self.c_lambda is not None
-        return (wanted and self._top.update(step.margin, step.lr, with_error=True)) or along
+        return (step.fresh and self._top.update(step.margin, step.lr, with_error=True)) or along
 
     def _recognise_full_batch(self, step: Observation) -> None:
         """Take over the limit of full batches where every step has turned out to see the same."""
@@ -158,13 +170,13 @@ class LearningRateCap(Documented, Resumable):
                 self._scale = math.inf
             self._unit = unit
 
-    def _settle(self, step: Observation) -> None:
-        """Lower the limit where the rate is high and the loss does not fall."""
-        loss = None if step.settled is None else step.settled.loss
+    def _settle(self, step: Observation, loss: float | None, *, blown_up: bool) -> None:
+        """Lower the limit where the rate is high and the loss does not fall, or has blown up."""
         if loss is None or step.same_data or self.factor == 1:
             return
         margin = self._along.at(step.lr) * step.cold_start
-        if margin > self.stall.over * self._usual_bound(step) and self._stall(loss):
+        is_high = margin > self.stall.over * self._usual_bound(step)
+        if is_high and (self._stall(loss) or blown_up):
             self._settled *= self.factor
             self._stall.restart()
 
@@ -184,7 +196,7 @@ class LearningRateCap(Documented, Resumable):
         if target < before:
             if self._above is None or now - self._above >= self.patience:
                 after, self._lowered = target, now
-        elif fresh and (self._lowered is None or now - self._lowered >= self.cooldown):
+        elif fresh and self._may_rise(now):
             gap = 0 if self._measured is None else min(now - self._measured, _LONG)
             after = min(target, before * (self.release ** (1 / 5)) ** gap)
         if fresh:
@@ -193,18 +205,25 @@ class LearningRateCap(Documented, Resumable):
             self._scale, self._reference = after, step.lr
         return after
 
+    def _may_rise(self, now: int) -> bool:
+        rests = self._lowered is not None and now - self._lowered < self.cooldown
+        return not rests and not self._setback.lasts
+
     def _target(self, step: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
-        limits = ((self._along, self._bound(step)), (self._top, self.c_lambda))
-        allowed = self._noise_allows(step)
-        for margin, limit in limits:
-            value = margin.at(step.lr) * step.cold_start
-            if limit is not None and value > 0:
-                allowed = min(allowed, limit / value)
-        return allowed
+        shares = (self._along_share(step), self._top_share(step))
+        return min(self._start_allows(step), *(1 / share for share in shares if share > 0), math.inf)
 
-    def _noise_allows(self, step: Observation) -> float:
-        return math.inf if self.c_bs is not None else self._first_steps.allows(step)
+    def _along_share(self, step: Observation) -> float:
+        """Return the gradient margin of the user's rates, over its limit."""
+        return self._along.at(step.lr) * step.cold_start / self._bound(step)
+
+    def _top_share(self, step: Observation) -> float:
+        """Return that of the top eigenvalue, over its own; a cold start is over before it grows."""
+        return 0.0 if step.same_data else self._top.at(step.lr) / self.c_lambda
+
+    def _start_allows(self, step: Observation) -> float:
+        return math.inf if self.c_bs is not None else self._start.allows(step)
 
     def _bound(self, step: Observation) -> float:
         """Return what the gradient margin has to stay below."""
@@ -219,23 +238,26 @@ class LearningRateCap(Documented, Resumable):
         largest = max(step.lr)
         if cap >= largest:
             return f"the learning rate {largest:.3g} is within what the curvature allows"
-        if cap > _AT * self._noise_allows(step) * largest:
+        if cap > _AT * self._start_allows(step) * largest:
             return (
-                f"learning rate {largest:.3g} held at {cap:.3g}: in the first steps curvature, and "
-                "how much batches disagree on it, has to be far below its limit"
+                f"learning rate {largest:.3g} held at {cap:.3g}: while the loss stands where it "
+                "began, curvature, and how much batches disagree on it, has to be far below its "
+                "limit"
             )
-        along, top = (m.at(step.lr) * step.cold_start for m in (self._along, self._top))
-        limit = self._bound(step)
-        if self.c_lambda is not None and top / self.c_lambda > along / limit:
-            along, limit, what = top, self.c_lambda, "λ_max"
-        else:
-            what = "curvature along the gradient"
+        limit, what = self._bound(step), "curvature along the gradient"
+        share = self._along_share(step)
+        if self._top_share(step) > share:
+            share, limit, what = self._top_share(step), self.c_lambda, "λ_max"
         bound = f"to stay below {limit:.3g}"
         if self._settled < 1:
-            bound = f"{bound}, {1 / self._settled:.3g} x lower since the loss stopped falling"
-        if along * cap < _AT * limit * largest:
+            bound = (
+                f"{bound}, {1 / self._settled:.3g} x lower since the loss stopped falling or rose"
+            )
+        if self._setback.lasts:
+            bound = f"{bound}; not raised until the loss is back where it was"
+        elif share * cap < _AT * largest:
             bound = f"{bound}, approached in small steps"
         return (
-            f"learning rate {largest:.3g} held at {cap:.3g}: times {what} it is {along:.3g} of "
-            f"what is stable ({bound})"
+            f"learning rate {largest:.3g} held at {cap:.3g}: times {what} it is "
+            f"{share * limit:.3g} of what is stable ({bound})"
         )

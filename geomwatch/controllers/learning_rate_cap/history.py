@@ -12,6 +12,9 @@ from geomwatch.controllers.actuators import LR
 from geomwatch.controllers.protocol import Move
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import GUESS, Documented, between, level, whole
+from geomwatch.records import Alert
+
+_PAST = 0.8  # weight of the past in a smoothed loss, as in `LossRise`
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -73,6 +76,43 @@ class Stall(Resumable):
         variance = (statistics.variance(before) + statistics.variance(last)) / third
         fallen = statistics.fmean(before) - statistics.fmean(last)
         return fallen > self._test.falling * math.sqrt(variance)
+
+
+class Setback(Resumable):
+    """Remembers a critical alert until the loss is back at the lowest that it had been.
+
+    What is measured meanwhile says nothing of the rate that the run can bear: a net that a step has
+    killed has little curvature. The loss is smoothed, weight 0.8 on the past. Where no loss was
+    ever passed there is nothing to wait for.
+    """
+
+    _mean: Kept[float]  # EMA without correction for its start
+    _weight: Kept[float]
+    _lowest: Kept[float | None]
+    _awaited: Kept[float | None]  # the loss to come back to
+
+    def __init__(self) -> None:
+        self._mean = self._weight = 0.0
+        self._lowest = self._awaited = None
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the loss has not come back yet."""
+        return self._awaited is not None
+
+    def __call__(self, loss: float | None, alerts: Sequence[Alert]) -> bool:
+        """Take in the loss and the alerts of a step; tell whether the loss has just blown up."""
+        critical = {alert.rule for alert in alerts if alert.severity == "critical"}
+        if critical and self._lowest is not None:
+            self._awaited = self._lowest if self._awaited is None else self._awaited
+        if loss is not None and math.isfinite(loss):
+            self._mean = _PAST * self._mean + (1 - _PAST) * loss
+            self._weight = _PAST * self._weight + 1 - _PAST
+            mean = self._mean / self._weight
+            if self._awaited is not None and not critical and mean <= self._awaited:
+                self._awaited = None
+            self._lowest = mean if self._lowest is None else min(self._lowest, mean)
+        return "loss_rise" in critical
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.batch_noise import NOISE, noise_part
 from geomwatch.observation.documented import Documented, level
-from geomwatch.observation.margins import SmoothedMargin, value_of
+from geomwatch.observation.margins import value_of
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation
-from geomwatch.records import Estimate
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CapLimits(Documented):
     """What `LearningRateCap` holds the margins below where it is given no `c_bs`.
 
-    The gradient margin G, by what is known of the stochastic margin M_ms; and at a start, which is
-    the first 20 steps, both parts of M_ms = M + N: the margin of the full batch and the noise.
+    The gradient margin G, by what is known of the stochastic margin M_ms; and at a start (see
+    `Start`) both parts of M_ms = M + N: the margin of the full batch and the noise.
     """
 
     sgd: float = level(2.0, "limit of G without micro-batches, SGD", source="decision 013")
@@ -40,6 +37,9 @@ class CapLimits(Documented):
         1.0, "the same for methods that adapt, as Adam", source="decision 021"
     )
     start_margin: float = level(0.7, "limit of M at a start", source="decision 021")
+    fallen: float = level(
+        2.0, "standard errors by which the loss has to fall for a start to end", source="decision 016"
+    )
 
 
 class Limit(Resumable):
@@ -50,7 +50,8 @@ class Limit(Resumable):
     to 3. So the limit of G is what it would be at M_ms = 1.25 by the last probe that had both, but
     between 1 and 2: a probe sees one batch, and older ones saw less noise. Where noise hardly
     matters (see `Observer`) M_ms says nothing, and it is 5. Without micro-batches, as with
-    BatchNorm, it is 2 for SGD and 1 for methods that adapt.
+    BatchNorm, it is 2 for SGD and 1 for methods that adapt. Never more than `limit_ratio`, where
+    the full batch is unstable as well: 1 without momentum, 3 with one of 0.5, 19 with 0.9.
     """
 
     _share: Kept[float | None]  # G / M_ms
@@ -67,47 +68,13 @@ class Limit(Resumable):
             self._share = along / whole
 
     def at(self, step: Observation) -> float:
-        """Return the limit, in units of that of small batches."""
+        """Return the limit, in units of that of small batches; never beyond that of full ones."""
+        return min(self._by_noise(step), step.limit_ratio)
+
+    def _by_noise(self, step: Observation) -> float:
         limits = self._limits
         if step.agreed:
             return limits.quiet
         if self._share is None:
             return limits.adaptive if step.adaptive else limits.sgd
         return min(max(limits.stochastic * self._share, limits.least), limits.most)
-
-
-class FirstSteps(Resumable):
-    """Keeps both parts of the stochastic margin where good starts have them.
-
-    At their tuned rates nets have a noise part N of .03 to .12 at step 0 under SGD, of .05 to .8
-    under methods that adapt, whatever their batch, and a margin M of .01 to .6. Noise grows as the
-    loss falls, so that a rate that is far too large shows here before any curvature along the
-    gradient does. Measured by the probes of the first ten steps, as far as it counts
-    (`NoisePart.counted`); from step 20 on it is for `Limit`.
-    """
-
-    _noise: Kept[SmoothedMargin]
-    _margin: Kept[SmoothedMargin]
-
-    def __init__(self, limits: CapLimits) -> None:
-        self._limits = limits
-        self._noise, self._margin = SmoothedMargin(0.0), SmoothedMargin(0.0)  # the last ones
-
-    def update(self, step: Observation) -> None:
-        """Take note of what a probe has measured."""
-        if step.index > NOISE.young or not step.fresh:
-            return
-        self._margin.update(step.margin, step.lr)
-        found = noise_part(step)
-        if found is not None:
-            counted = Estimate(found.counted(step), found.error, "stderr")
-            self._noise.update(counted, step.lr)
-
-    def allows(self, step: Observation) -> float:
-        """Return the factor of the present rates at which both are within limits; inf for none."""
-        if step.index >= Observer.settles or step.same_data:
-            return math.inf
-        limits = self._limits
-        noise = limits.start_noise_adaptive if step.adaptive else limits.start_noise_sgd
-        share = max(self._noise.at(step.lr) / noise, self._margin.at(step.lr) / limits.start_margin)
-        return 1 / share if share > 0 else math.inf
