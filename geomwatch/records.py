@@ -10,7 +10,7 @@ from typing import Literal
 from geomwatch.errors import UsageKeyError, nearest
 
 Severity = Literal["info", "warning", "critical"]
-Effect = Literal["applied", "dry run", "advice"]
+Effect = Literal["applied", "dry run", "advice", "abstains"]
 ErrorKind = Literal["residual", "stderr", "none"]
 
 SCHEMA = 2  # 1, of 0.1: no `end` line, and a record's provenance was called `how`
@@ -60,7 +60,8 @@ class Adjustment:
 
     knob "lr_scale": the factor between the rate a step takes and the user's; "batch_scale": items
     in a step over those of the loop as written; "clip_norm": the gradient norm clipped at, infinite
-    for none. `effect` is "advice" where this loop can't turn it, or where only the user should.
+    for none. `effect` is "advice" where this loop can't turn it, or where only the user should, and
+    "abstains" where a controller has nothing to go by: then nothing is ever turned.
     """
 
     knob: str

@@ -173,7 +173,7 @@ class Conductor(Resumable):
     ) -> Knobs:
         """Return where the knobs are; what a dry run would do exists for other dry runs alone."""
         hidden = set() if controller.knob in self._dry else self._dry
-        moved = {a.knob for a in made if a.effect != "advice"}
+        moved = {a.knob for a in made if a.effect in ("applied", "dry run")}
         values = {knob: value for knob, value in before.items() if knob not in hidden}
         return Knobs(values, frozenset(moved - hidden))
 
@@ -201,11 +201,15 @@ class Conductor(Resumable):
         obstacle = "" if actuator is None else actuator.obstacle
         after, reason = _outcome(move, step.lr), move.reason
         effect: Effect = "dry run" if controller.knob in self._dry else "applied"
-        if move.advice or obstacle or move.knob != controller.knob:
-            key = move.reason if move.advice else move.knob
-            if key in self._advised:
+        if move.abstains:
+            if not self._is_new(f"abstains: {move.knob}"):
                 return None
-            self._advised.add(key)
+            self._pending += [move] if move.knob in self._settings else []
+            reason = f"{type(controller).__name__} does nothing here: {reason}"
+            return Adjustment(move.knob, after, after, reason, step.index, "abstains")
+        if move.advice or obstacle or move.knob != controller.knob:
+            if not self._is_new(move.reason if move.advice else move.knob):
+                return None
             effect, reason = "advice", f"{reason}. {obstacle}" if obstacle else reason
         else:
             self._pending.append(move)
@@ -213,6 +217,12 @@ class Conductor(Resumable):
         if math.isclose(was, after, rel_tol=_SAME):
             return None
         return Adjustment(move.knob, was, after, reason, step.index, effect)
+
+    def _is_new(self, said: str) -> bool:
+        """Tell whether something is to be said, which is said once."""
+        is_new = said not in self._advised
+        self._advised.add(said)
+        return is_new
 
 
 def _outcome(move: Move, rates: Sequence[float]) -> float:

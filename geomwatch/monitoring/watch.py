@@ -48,6 +48,7 @@ class Watch(Resumable):
     _second_look: Kept[SecondLook]
     prober: Kept[SafeProber]
     _began: Kept[int]
+    _unseen: Kept[str]
 
     def __init__(
         self, prober: Measures, account: Account, every: int | None, *, controlled: bool
@@ -60,6 +61,7 @@ class Watch(Resumable):
         self._adaptive = is_adaptive(unwrap(prober.optimizer))
         self._controlled = controlled
         self._heartbeat = Heartbeat(Cadence.calm)
+        self._unseen = ""  # why the last look has found no margin
         self._began = 0  # the step from which on the optimizer is this one
 
     def restart(self, layout: Layout, optimizer: Any, step: int) -> None:
@@ -68,6 +70,7 @@ class Watch(Resumable):
             self._began = step
         self._optimizer, self._name = optimizer, optimizer_name(optimizer)
         self._adaptive = is_adaptive(unwrap(optimizer))
+        self._unseen = ""
         self._second_look = SecondLook(controlled=self._controlled)
         self.schedule.restart()
         self.prober.restart(layout, optimizer)
@@ -99,6 +102,8 @@ class Watch(Resumable):
         """
         probed, looked = self._looked(due, step, window, known)
         measured = looked or (probed is not None and probed.gradient_margin.value is not None)
+        if due != "nothing":
+            self._unseen = "" if measured else self.prober.why
         self.beat(step.index, measured=measured)
         return probed, looked
 
@@ -157,7 +162,7 @@ class Watch(Resumable):
             present=step.present,
             movement=step.movement,
             inspect=step.inspect,
-            unseen=prober.why,
+            unseen=self._unseen,
         )
 
     def _calls_for_a_probe(self, step: Coming) -> bool:

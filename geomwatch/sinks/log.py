@@ -46,7 +46,8 @@ class Log:
             where = f"{name}step {line['step']}: "
             logger.log(_LEVELS[line["severity"]], "%s%s", where, line["message"])
         elif line["kind"] == "adjustment":
-            level = logging.WARNING if line["effect"] == "advice" else logging.INFO
+            is_told = line["effect"] in ("advice", "abstains")  # which nobody would see otherwise
+            level = logging.WARNING if is_told else logging.INFO
             logger.log(level, "%sstep %d: %s", name, line["step"], _turn(line))
         elif line["kind"] == "end":
             logger.info("%sstep %d: %s", name, line["step"], _closing(line))
@@ -73,6 +74,8 @@ def _closing(line: Line) -> str:
 
 
 def _turn(line: Line) -> str:
+    if line["effect"] == "abstains":
+        return str(line["reason"])
     verb = {"applied": "", "dry run": "would be ", "advice": "advice, not applied: "}
     turned = f"{line['knob']} {line['before']:.3g} -> {line['after']:.3g}"
     return f"{verb[line['effect']]}{turned}: {line['reason']}"

@@ -114,7 +114,7 @@ def test_every_adjustment_is_a_line_of_the_run_and_of_the_log(tmp_path, caplog):
     said = [r.getMessage() for r in caplog.records if "lr_scale" in r.getMessage()]
     assert said[0].startswith("step 0: lr_scale 1 -> 0.")
     assert "learning rate 3 held at" in said[0]
-    assert "in the first steps curvature, and how much batches disagree on it" in said[0]
+    assert "while the loss stands where it began, curvature, and how much" in said[0]
 
 
 # What must not happen

@@ -27,7 +27,8 @@ OTHER = {
     "patience": 17,
     "cooldown": 20,
     "bins": 20,
-    "window": 40,
+    "window": 31,
+    "share": 0.95,
     "max_factor": 3.0,
     "change": 1.5,
     "history": 40,
@@ -37,7 +38,7 @@ CHOICES = ("dry_run", "through", "policy", "rules", "max_batch")  # and no level
 
 # Settings with which levels that matter seldom matter.
 SETTINGS: dict[Any, list[dict[str, Any]]] = {
-    LearningRateCap: [{}, {"c_lambda": 0.5}],
+    LearningRateCap: [{}, {"c_lambda": 0.5}, {"c_lambda": 8.0, "c_bs": 8.0}],
     BatchSizeScaler: [{"cooldown": 3}],
     GradientClipper: [{}, {"rules": None}, {"rules": None, "policy": "zscore"}],
 }

@@ -34,7 +34,7 @@ def seen(
         gradient_margin=Estimate(along),
         gradient_fresh=True,
         estimates=estimates,
-        **more,
+        **{"limit_ratio": 19.0} | more,
     )
 
 
@@ -79,6 +79,12 @@ def test_where_noise_hardly_matters_it_is_higher():
     assert limit(seen(margin=0.5, stochastic=0.64)) == 5
     assert limit(seen(margin=0.5, stochastic=0.66)) < 5
     assert limit(seen(margin=0.09, stochastic=0.09)) < 5  # too far from any limit to tell
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.0, 1.0), (0.5, 3.0), (0.9, 5.0)])
+def test_it_is_never_beyond_that_of_the_full_batch(momentum, expected):
+    ratio = (1 + momentum) / (1 - momentum)
+    assert limit(seen(margin=0.5, stochastic=0.5, limit_ratio=ratio)) == pytest.approx(expected)
 
 
 def test_the_cap_goes_by_it_once_it_is_known():

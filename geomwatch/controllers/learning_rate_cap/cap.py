@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from geomwatch.controllers.actuators import LR
+from geomwatch.controllers.learning_rate_cap import words
 from geomwatch.controllers.learning_rate_cap.history import (
     BaseRate,
     BaseRateTest,
@@ -33,9 +34,8 @@ from geomwatch.observation.margins import SmoothedMargin, growth
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
 
-_LONG = 50  # steps: sentinels come every 10 to 20, a longer gap is a pause and releases no more
+_LONG = 10  # steps: the interval of sentinels near the limit; a longer gap releases no more
 _SAME = 1e-9  # relative: caps that differ by less are one
-_AT = 0.99  # of what a limit allows: a cap from there on is held by that limit
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -55,17 +55,21 @@ class LearningRateCap(Documented, Resumable):
     known before. A lower cap holds at once (after `patience` steps above it), a higher one is
     approached by at most `release` in five steps, and not within `cooldown` steps of a lower one.
 
-    In the first 20 steps the margin of the full batch and the noise of batches have limits of their
-    own, unless `c_bs` is given: they show before any curvature along the gradient does (see
-    `FirstSteps`).
+    The margin of the full batch stays below `c_lambda`, and no limit is beyond that of full ones,
+    whatever the momentum. At a start, which lasts until the loss has fallen, that margin and the
+    noise of batches have limits of their own, unless `c_bs` is given: they show before any
+    curvature along the gradient does (see `Start`).
 
     A rate just below the limit is stable, but where it stays there the noise of batches keeps the
     loss up, as any rate that is never lowered does. While the user's rate is high and the loss has
-    stopped falling (see `StallTest`), the limit is lowered by `factor`, at most once in 150 steps;
-    it is not raised again.
+    stopped falling (see `StallTest`), at most once in 150 steps, or there is a critical alert that
+    it has risen, the limit is lowered by `factor`; it is not raised again. The rate itself goes up
+    only while the loss goes down, and after a critical alert of any kind not before the loss is
+    back where it was (see `Setback`).
 
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
-    failed or are not finite change nothing.
+    failed or are not finite change nothing, and while looks fail no schedule takes the rate up. It
+    abstains, and says so, where the optimizer has no stability formula.
 
     Raises:
         UsageError: a number outside its range.
@@ -117,6 +121,7 @@ class LearningRateCap(Documented, Resumable):
     _scale: Kept[float] = field(init=False, default=math.inf)  # the cap over these rates:
     _reference: Kept[tuple[float, ...]] = field(init=False, default=())
     _sent: Kept[float] = field(init=False, default=math.inf)  # the cap last asked for
+    _taken: Kept[float] = field(init=False, default=math.inf)  # the rate that a step was left last
     _binds: Kept[bool] = field(init=False, default=False)
     # Steps: the last trusted measurement, the last way down, since when the rate is too high.
     _measured: Kept[int | None] = field(init=False, default=None)
@@ -142,13 +147,16 @@ class LearningRateCap(Documented, Resumable):
         loss = None if step.settled is None else step.settled.loss
         blown_up = self._setback(loss, alerts)
         largest = max(step.lr, default=0.0)
-        if not step.has_limit:
-            return abstained(LR, f"{step.margin.reason if step.margin else ''}")
+        reason = self._cannot(step)
+        if reason:
+            return abstained(LR, reason)
         if not largest > 0 or not (self._along.known or self._top.known):
             return ()
         self._settle(step, loss, blown_up=blown_up)
         scale = self._approach(step, fresh)
         cap = max(scale, self.min_scale) * largest
+        cap = min(cap, self._taken) if step.unseen else cap
+        self._taken = min(cap, largest)
         moves = list(self._base_rate(scale, largest)) if fresh else []
         binds, bound = cap < largest, self._binds
         self._binds = binds
@@ -156,6 +164,13 @@ class LearningRateCap(Documented, Resumable):
             self._sent = cap
             moves.append(Move(LR, cap, self._reason(step, cap)))
         return moves
+
+    def _cannot(self, step: Observation) -> str:
+        """Return why there is nothing to go by in this run; "" where there is, or may yet be."""
+        if step.margin is not None and step.margin.status in ("unknown", "directional"):
+            return step.margin.reason
+        known = self._along.known or self._top.known
+        return "" if known or not step.unseen else f"nothing was measured yet: {step.unseen}"
 
     def _measure(self, step: Observation) -> bool:
         """Take in what was measured at this step; tell whether there is something new."""
@@ -187,6 +202,7 @@ class LearningRateCap(Documented, Resumable):
         """
         now, target = step.index, self._target(step)
         grown = growth(step.lr, self._reference)
+        may_rise = fresh and self._setback.allows_more() and not self._rests(now)
         before = self._scale / grown if grown > 0 else math.inf  # of groups that were not stepped
         after = before
         if target >= 1:
@@ -196,7 +212,7 @@ class LearningRateCap(Documented, Resumable):
         if target < before:
             if self._above is None or now - self._above >= self.patience:
                 after, self._lowered = target, now
-        elif fresh and self._may_rise(now):
+        elif may_rise:
             gap = 0 if self._measured is None else min(now - self._measured, _LONG)
             after = min(target, before * (self.release ** (1 / 5)) ** gap)
         if fresh:
@@ -205,14 +221,15 @@ class LearningRateCap(Documented, Resumable):
             self._scale, self._reference = after, step.lr
         return after
 
-    def _may_rise(self, now: int) -> bool:
-        rests = self._lowered is not None and now - self._lowered < self.cooldown
-        return not rests and not self._setback.lasts
+    def _rests(self, now: int) -> bool:
+        return self._lowered is not None and now - self._lowered < self.cooldown
 
     def _target(self, step: Observation) -> float:
         """Return the factor of the present rates at which all margins are within their limits."""
         shares = (self._along_share(step), self._top_share(step))
-        return min(self._start_allows(step), *(1 / share for share in shares if share > 0), math.inf)
+        return min(
+            self._start_allows(step), *(1 / share for share in shares if share > 0), math.inf
+        )
 
     def _along_share(self, step: Observation) -> float:
         """Return the gradient margin of the user's rates, over its limit."""
@@ -235,29 +252,15 @@ class LearningRateCap(Documented, Resumable):
         return self._limit.at(step) if self._unit == 1 else self.limits.full_batch * self._unit
 
     def _reason(self, step: Observation, cap: float) -> str:
-        largest = max(step.lr)
-        if cap >= largest:
-            return f"the learning rate {largest:.3g} is within what the curvature allows"
-        if cap > _AT * self._start_allows(step) * largest:
-            return (
-                f"learning rate {largest:.3g} held at {cap:.3g}: while the loss stands where it "
-                "began, curvature, and how much batches disagree on it, has to be far below its "
-                "limit"
-            )
-        limit, what = self._bound(step), "curvature along the gradient"
-        share = self._along_share(step)
-        if self._top_share(step) > share:
-            share, limit, what = self._top_share(step), self.c_lambda, "λ_max"
-        bound = f"to stay below {limit:.3g}"
-        if self._settled < 1:
-            bound = (
-                f"{bound}, {1 / self._settled:.3g} x lower since the loss stopped falling or rose"
-            )
-        if self._setback.lasts:
-            bound = f"{bound}; not raised until the loss is back where it was"
-        elif share * cap < _AT * largest:
-            bound = f"{bound}, approached in small steps"
-        return (
-            f"learning rate {largest:.3g} held at {cap:.3g}: times {what} it is "
-            f"{share * limit:.3g} of what is stable ({bound})"
+        shares = {
+            "curvature along the gradient": (self._along_share(step), self._bound(step)),
+            "λ_max": (self._top_share(step), self.c_lambda),
+        }
+        return words.held(
+            step,
+            cap,
+            at_start=self._start_allows(step),
+            shares=shares,
+            settled=self._settled,
+            is_setback=self._setback.lasts,
         )

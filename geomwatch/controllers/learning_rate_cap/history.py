@@ -79,21 +79,23 @@ class Stall(Resumable):
 
 
 class Setback(Resumable):
-    """Remembers a critical alert until the loss is back at the lowest that it had been.
+    """Says when the loss forbids to raise the rate, whatever is measured meanwhile.
 
-    What is measured meanwhile says nothing of the rate that the run can bear: a net that a step has
-    killed has little curvature. The loss is smoothed, weight 0.8 on the past. Where no loss was
-    ever passed there is nothing to wait for.
+    After a critical alert until the loss is back at the lowest that it had been: a net that a step
+    has killed has little curvature. And at a look, where it is higher than at the look before. The
+    loss is smoothed, weight 0.8 on the past; where none was ever passed nothing is forbidden.
     """
 
     _mean: Kept[float]  # EMA without correction for its start
     _weight: Kept[float]
-    _lowest: Kept[float | None]
+    _lowest: Kept[float]
     _awaited: Kept[float | None]  # the loss to come back to
+    _at_look: Kept[float]  # the lowest at a look
 
     def __init__(self) -> None:
         self._mean = self._weight = 0.0
-        self._lowest = self._awaited = None
+        self._lowest = self._at_look = math.inf
+        self._awaited = None
 
     @property
     def lasts(self) -> bool:
@@ -103,16 +105,26 @@ class Setback(Resumable):
     def __call__(self, loss: float | None, alerts: Sequence[Alert]) -> bool:
         """Take in the loss and the alerts of a step; tell whether the loss has just blown up."""
         critical = {alert.rule for alert in alerts if alert.severity == "critical"}
-        if critical and self._lowest is not None:
-            self._awaited = self._lowest if self._awaited is None else self._awaited
+        if critical and self._awaited is None and self._lowest < math.inf:
+            self._awaited = self._lowest
         if loss is not None and math.isfinite(loss):
             self._mean = _PAST * self._mean + (1 - _PAST) * loss
             self._weight = _PAST * self._weight + 1 - _PAST
-            mean = self._mean / self._weight
-            if self._awaited is not None and not critical and mean <= self._awaited:
+            if self._awaited is not None and not critical and self._level() <= self._awaited:
                 self._awaited = None
-            self._lowest = mean if self._lowest is None else min(self._lowest, mean)
+            self._lowest = min(self._lowest, self._level())
         return "loss_rise" in critical
+
+    def allows_more(self) -> bool:
+        """Tell, at a look, whether the rate may be raised."""
+        if not self._weight:
+            return True
+        is_lower = self._level() < self._at_look
+        self._at_look = min(self._at_look, self._level())
+        return is_lower and not self.lasts
+
+    def _level(self) -> float:
+        return self._mean / self._weight
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -38,7 +38,9 @@ class CapLimits(Documented):
     )
     start_margin: float = level(0.7, "limit of M at a start", source="decision 021")
     fallen: float = level(
-        2.0, "standard errors by which the loss has to fall for a start to end", source="decision 016"
+        2.0,
+        "standard errors by which the loss has to fall for a start to end",
+        source="decision 016",
     )
 
 
