@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -34,6 +34,8 @@ from geomwatch.monitoring.progress import (
     Late,
     StepCounter,
     StepScalars,
+    arriving,
+    checked,
     fixed_window,
     gradient_norm,
 )
@@ -54,6 +56,8 @@ from geomwatch.sinks.lines import Sink, end_line, run_line
 from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout
+
+T = TypeVar("T")
 
 STATE = 2  # the version of what state_dict returns
 _HEAD = ("version", "step", "of")  # of it, beside the memory
@@ -302,13 +306,19 @@ class Monitor(Resumable):
             window, self._window = self._window, []
             if not was_called:
                 self._start(window)
-            known_loss = self._scalars.loss(loss)
-            if self._may_wait(known_loss, grad_norm, window):
+            try:
+                norm, known_loss = arriving(grad_norm), self._scalars.loss(loss)
+            except UsageError as error:
+                self._leave_out(error, is_first=not was_called)
+                loss, grad_norm = checked(loss, grad_norm)
+                norm, known_loss = arriving(grad_norm), self._scalars.loss(loss)
+            if self._may_wait(known_loss, norm, window):
                 return None
-            self._catch_up()
-            self._control.lift()
-            settled = self._exchange(known_loss, grad_norm, grad_scale)
-            self._find_optimizer()
+            # what fails here on one rank must not keep it from what ranks do together
+            self._attempt(self._catch_up)
+            self._attempt(self._control.lift)
+            settled = self._exchange(known_loss, norm, grad_scale)
+            self._attempt(self._find_optimizer)
             known = {"loss": loss, "grad_norm": grad_norm, "grad_scale": grad_scale}
             return self._looked(settled, window, known)
         except Exception as error:  # whatever it is, training goes on
@@ -318,9 +328,20 @@ class Monitor(Resumable):
         finally:
             self._account.leave()
 
-    def _may_wait(
-        self, loss: Late, grad_norm: Tensor | float | None, window: Sequence[Any]
-    ) -> bool:
+    def _leave_out(self, error: UsageError, *, is_first: bool) -> None:
+        """Say that a loss or norm of this step is none, and go on without it.
+
+        Raises:
+            UsageError: at the first call.
+        """
+        if is_first:
+            raise error
+        self._watch.prober.tell(f"{error} What is none is left out.")
+
+    def _attempt(self, part: Callable[[], T]) -> T | None:
+        return self._watch.prober.attempt(part, self._counter.steps)
+
+    def _may_wait(self, loss: Late, grad_norm: Late, window: Sequence[Any]) -> bool:
         """Tell whether nothing is due before a step, nor to be said of it, and note it then."""
         steps, backlog = self._counter.steps, self._backlog
         if loss is None and grad_norm is None:  # then every norm is of interest
@@ -402,8 +423,20 @@ class Monitor(Resumable):
 
     def close(self) -> None:
         """Judge the last step, take the hook off the optimizer and close the sinks."""
-        self._catch_up()
-        self._backlog.close()
+        for part in (
+            self._catch_up,
+            self._backlog.close,
+            self._judge_last,
+            self._tell_of_a_short_run,
+            self._watch.end,
+            self._changes.search.reset,
+            self._counter.close,
+            self._control.close,
+        ):
+            self._attempt(part)
+        self._dispatch.end(end_line(self._counter.steps, self.seconds, self.overhead))
+
+    def _judge_last(self) -> None:
         self._counter.settle()
         if not self._counter.is_automatic and self._lr:
             self._counter.count()
@@ -411,12 +444,6 @@ class Monitor(Resumable):
         if settled is not None:
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
             self._conclude(step, None, looked=False)
-        self._tell_of_a_short_run()
-        self._watch.end()
-        self._changes.search.reset()
-        self._counter.close()
-        self._control.close()
-        self._dispatch.end(end_line(self._counter.steps, self.seconds, self.overhead))
 
     def __enter__(self) -> Monitor:
         return self
@@ -470,23 +497,27 @@ class Monitor(Resumable):
         self._check_held()
         self._dispatch.begin(run_line(self._facts))
 
-    def _exchange(
-        self, loss: Late, grad_norm: Tensor | float | None, grad_scale: float
-    ) -> Settled | None:
+    def _exchange(self, loss: Late, grad_norm: Late, grad_scale: float) -> Settled | None:
         """Read what the last step left behind and start copying this step's scalars."""
-        self._counter.settle()
-        if not self._counter.is_automatic and self._lr:
-            self._counter.count()
+        settled = self._attempt(self._settled)
         steps = self._counter.steps
-        settled = self._scalars.take(steps)
         is_bad = loss is None or (isinstance(loss, float) and not math.isfinite(loss))
         if grad_norm is None and (is_bad or self._wants_norm(steps)):
-            grad_norm = gradient_norm(self._layout.params) / grad_scale
+            grad_norm = self._attempt(
+                lambda: arriving(gradient_norm(self._layout.params) / grad_scale)
+            )
         self._scalars.put(steps, loss, grad_norm)
         if settled is not None:
             self._add_difficulty(settled)
         self._lr = learning_rates(self._optimizer)
         return settled
+
+    def _settled(self) -> Settled | None:
+        """Return what became of the step of the last call."""
+        self._counter.settle()
+        if not self._counter.is_automatic and self._lr:
+            self._counter.count()
+        return self._scalars.take(self._counter.steps)
 
     def _add_difficulty(self, settled: Settled) -> None:
         if self._has_difficulty and settled.grad_norm is not None:
@@ -521,13 +552,13 @@ class Monitor(Resumable):
     def _adapt(self) -> bool:
         """Measure what is trained now, if it is not what was; tell whether that is so."""
         prober, steps = self._watch.prober, self._counter.steps
+        changes: list[str] = []
         try:
             changes = self._changes.look(self._optimizer)
         except UsageError as error:
             prober.why = str(error)
             prober.tell(f"step {steps}: nothing can be measured until this is mended: {error}")
             self._watch.schedule.probed(steps, None)
-            return False
         if not self._ranks.any(bool(changes)):
             return False
         self._counter.follow(unwrap(self._optimizer), self._layout.params)
@@ -559,7 +590,8 @@ class Monitor(Resumable):
         present = None if self._scalars.last is None else self._scalars.last.present()
         is_known = present is not None and present.loss is not None
         self._past = [] if is_known else list(window)
-        return present, self._moved(self._counter.steps, self._lr), inspect
+        moved = self._attempt(lambda: self._moved(self._counter.steps, self._lr))
+        return present, moved, inspect
 
     def _wants_norm(self, steps: int) -> bool:
         """Tell whether to compute the gradient's norm: at the start, and at every tenth step.

@@ -37,8 +37,10 @@ from geomwatch.quantities.table import (
     scaled,
 )
 from geomwatch.records import Estimate, Record
-from geomwatch.stability.problem import learning_rates, stability_of
+from geomwatch.stability.problem import stability_of
+from geomwatch.stability.registry import learning_rates, unusable
 from geomwatch.stability.scale_invariance import ScaleInvariance
+from geomwatch.stability.scaled import Stability
 from geomwatch.vectors.layout import Layout, generator
 
 _MARGINS = ("stability_margin", "stochastic_margin")
@@ -187,8 +189,8 @@ class Prober(Resumable):
             fresh |= self._without_hvps(probe, names)
         if not own.is_finite():
             fresh |= {name: _UNSTEADY for name in _MARGINS if name in fresh}
-        if self.no_margin:
-            fresh |= {name: _none(self.no_margin) for name in _MARGINS if name in fresh}
+        if why := self._why_no_margin():
+            fresh |= {name: _none(why) for name in _MARGINS if name in fresh}
         layers = self._layers(probe, fresh)
         if not adopted:
             self._fidelity.compare(objective, own.gradient if own.is_of_window else None, own.loss)
@@ -250,8 +252,8 @@ class Prober(Resumable):
         grad_scale: float = 1.0,
     ) -> Estimate:
         """Measure the margin along the coming step from losses alone (see `sentinel`)."""
-        if self.no_margin:
-            return _none(self.no_margin)
+        if why := self._why_no_margin():
+            return _none(why)
         self._choose_shards()
         self._compare_data(step, same_data)
         gradient = gradient_of_step(self._subject.layout, grad_scale)
@@ -260,9 +262,7 @@ class Prober(Resumable):
             used = objective.gradient() if gradient is None else gradient
             if self._fidelity.has_gradient and self._invariance.is_young:
                 self._invariant = self._invariance.update(self._subject.layout, used)
-            stability = stability_of(
-                self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
-            )
+            stability = self._stability(used)
             known = _number(loss) if self._fidelity.has_loss and len(window) == 1 else None
             unclipped = _number(grad_norm)
             gain: float | None = self._fidelity.gain_of_step(gradient, unclipped)
@@ -322,21 +322,32 @@ class Prober(Resumable):
         self._invariant = self._invariance.update(self._subject.layout, objective.gradient())
         return Probe(
             objective,
-            stability=stability_of(
-                self.optimizer, self._subject.layout, gradient=used, exclude=self._invariant
-            ),
+            stability=self._stability(used),
             rng=self._rng,
             groups=getattr(self.optimizer, "param_groups", ()),
             running=self._trace,
             last_lambda=self.lambda_max(),
         )
 
+    def _stability(self, gradient: Tensor) -> Stability:
+        rates = learning_rates(self.optimizer)
+        return stability_of(
+            self.optimizer,
+            self._subject.layout,
+            gradient=gradient,
+            exclude=self._invariant,
+            rates=[0.0] * len(rates) if unusable(rates) else rates,
+        )
+
+    def _why_no_margin(self) -> str:
+        return self.no_margin or unusable(learning_rates(self.optimizer))
+
     def _along_gradient(self, probe: Probe, gradient: Tensor | None, gain: float) -> Estimate:
         """Return the margin along the coming step: an HVP's where there is one for free."""
         stability = probe.stability
         assert stability is not None
-        if self.no_margin:
-            return _none(self.no_margin)
+        if why := self._why_no_margin():
+            return _none(why)
         if probe.knows_margin_sharpness:
             exact = probe.margin_sharpness
             self._sentinel.note(exact)

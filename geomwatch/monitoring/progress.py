@@ -129,17 +129,34 @@ class StepCounter(Resumable):
         self._handles = []
 
 
+def check_scalar(value: object) -> None:
+    """Refuse what is no scalar where the loss of a step or the norm of its gradient is passed.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if value is None or isinstance(value, int | float):
+        return
+    if isinstance(value, Tensor):
+        size, found = value.numel(), f"shape {tuple(value.shape)}"
+    else:  # of NumPy, say
+        size = getattr(value, "size", 1) if hasattr(value, "__float__") else 0
+        found = f"{value!r:.60}"
+    if size == 1:
+        return
+    raise UsageError(
+        f"loss and grad_norm must be scalars in monitor.step(), got {found}. Pass the mean that "
+        "backward() was called on."
+    )
+
+
 class _Scalar:
     """A number on its way from a device to the host."""
 
     def __init__(self, value: Tensor | float) -> None:
         self._arrived: torch.cuda.Event | None = None
+        check_scalar(value)
         if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise UsageError(
-                    "loss and grad_norm must be scalars in monitor.step(), got shape "
-                    f"{tuple(value.shape)}. Pass the mean that backward() was called on."
-                )
             value = whole(value.detach()).reshape(())  # FSDP2's clip_grad_norm_ returns a DTensor
         if isinstance(value, Tensor) and value.is_cuda:
             host = torch.empty((), dtype=value.dtype, pin_memory=True)
@@ -181,9 +198,28 @@ def _on_host(value: Tensor | float | None) -> float | None:
     return float(value) if isinstance(value, float | int) else None
 
 
-def _arriving(value: Tensor | float | None) -> Late:
+def arriving(value: Tensor | float | None) -> Late:
+    """Return a scalar as a number, or start to copy it to the host.
+
+    Raises:
+        UsageError: it is none.
+    """
     known = _on_host(value)
     return _Scalar(value) if known is None and value is not None else known
+
+
+def checked(
+    loss: Tensor | float | None, grad_norm: Tensor | float | None
+) -> tuple[Tensor | float | None, Tensor | float | None]:
+    """Return both, None for what is no scalar."""
+    found: list[Tensor | float | None] = []
+    for value in (loss, grad_norm):
+        try:
+            check_scalar(value)
+        except UsageError:
+            value = None
+        found.append(value)
+    return found[0], found[1]
 
 
 def _is_here(late: Late) -> bool:
@@ -234,13 +270,14 @@ class StepScalars(Resumable):
     def loss(self, loss: Tensor | float | None) -> Late:
         """Start to copy the loss of a step, the mean over the ranks that have one."""
         if self._ranks.size == 1:
-            return _arriving(loss)
+            return arriving(loss)
+        check_scalar(loss)  # before the others wait for it
         mean = _Mean(self._ranks.sum_and_count(loss))
         return mean() if mean.is_here else mean
 
-    def put(self, steps: int, loss: Late, grad_norm: Tensor | float | None) -> Noted:
+    def put(self, steps: int, loss: Late, grad_norm: Late) -> Noted:
         """Note both; `steps` is the number of steps the optimizer has taken."""
-        self.last = Noted(steps, loss, _arriving(grad_norm))
+        self.last = Noted(steps, loss, grad_norm)
         return self.last
 
     def take(self, steps: int) -> Settled | None:
@@ -260,14 +297,24 @@ class StepScalars(Resumable):
 
 
 def gradient_norm(params: Sequence[Tensor]) -> Tensor:
-    """Return the norm of the gradient the step will use, without a host sync."""
+    """Return the norm of the gradient the step will use, without a host sync.
+
+    Where its square overflows it is the largest entry, a lower bound: it is large, and not lost.
+    """
     gradients = [_values(p.grad) for p in params if p.grad is not None]
     if all(type(g) is Tensor for g in gradients) and len({g.device for g in gradients}) == 1:
         # get_total_norm sorts by device and dtype first, which costs more than the norm itself.
-        norms: list[Tensor] = list(torch._foreach_norm(gradients))
-        total: Tensor = torch.stack(norms).norm()
-        return total
+        total = _norm(gradients, 2)
+        if total.is_cpu and math.isfinite(float(total)):
+            return total
+        return torch.where(total == math.inf, _norm(gradients, math.inf), total)
     return whole(torch.nn.utils.get_total_norm(gradients))
+
+
+def _norm(gradients: list[Tensor], order: float) -> Tensor:
+    norms: list[Tensor] = list(torch._foreach_norm(gradients, order))
+    total: Tensor = torch.stack(norms).norm(order)
+    return total
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from geomwatch.errors import UsageError
+from geomwatch.errors import NoCurvatureError, UsageError
 from geomwatch.isolation.signals import raised_by_users
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
@@ -21,6 +22,9 @@ from geomwatch.quantities.table import QUANTITIES
 from geomwatch.records import Estimate, Record
 from geomwatch.sinks.log import logger
 from geomwatch.vectors.layout import Layout
+
+T = TypeVar("T")
+_CERTAIN = ("loss", "grad_norm")  # a probe that has neither raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +73,12 @@ class SafeProber(Resumable):
                 self._refuses = False
             self._report(step, error)
             return None
-        self._failures, self._pause = 0, self._patience.pause
         self.last = probed
         self.why = probed.gradient_margin.reason
+        if reason := _nothing_measured(probed.record):
+            self._report(step, NoCurvatureError(f"none of its quantities could be had: {reason}"))
+        else:
+            self._failures, self._pause = 0, self._patience.pause
         self._account.work += self._work_of(probed)
         self.margin = Margin(probed.margin, probed.record.lr)
         self.gradient_margin = Margin(probed.gradient_margin, probed.record.lr)
@@ -148,6 +155,14 @@ class SafeProber(Resumable):
         self.paused, self._until = False, None
         self._failures, self._pause = 0, self._patience.pause
 
+    def attempt(self, part: Callable[[], T], step: int) -> T | None:
+        """Return what a part of watching a step returns; None where it fails, told once."""
+        try:
+            return part()
+        except Exception as error:  # whatever it is, what comes after it goes on
+            self.survive(error, step, but_wrong_use=False)
+            return None
+
     def survive(self, error: Exception, step: int, *, but_wrong_use: bool) -> None:
         """Tell of an error, once, so that training goes on.
 
@@ -156,8 +171,10 @@ class SafeProber(Resumable):
         """
         if isinstance(error, UsageError) and (but_wrong_use or self._refuses):
             raise error
-        if type(error).__name__ not in self._told:
-            self._told.add(type(error).__name__)
+        if type(error).__name__ in self._told:
+            return
+        self._told.add(type(error).__name__)
+        with contextlib.suppress(Exception):  # of a handler of the log
             logger.warning(
                 "step %d: watching it failed with %s: %s. Training goes on untouched. This is "
                 "said once.",
@@ -246,6 +263,16 @@ class SafeProber(Resumable):
         for surprise in self._prober.surprises:
             self.tell(surprise)
         self._prober.surprises.clear()
+
+
+def _nothing_measured(record: Record) -> str:
+    """Return why a probe of a finite loss has measured nothing; "" where it has."""
+    asked = {n: e for n, e in record.estimates.items() if n not in _CERTAIN and e.age == 0}
+    size = record.estimates.get("grad_norm")
+    is_finite = math.isfinite(record.loss) and (size is None or size.value is not None)
+    if not asked or not is_finite or any(e.status != "failed" for e in asked.values()):
+        return ""
+    return next(iter(asked.values())).reason
 
 
 def _remedy(error: BaseException) -> str:

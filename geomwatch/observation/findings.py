@@ -30,6 +30,11 @@ class Findings:
     has_weights: bool = False  # the weights were looked at
     is_scaled: bool = False  # a GradScaler leaves out what is not finite
 
+    @property
+    def weights_are_finite(self) -> bool:
+        """Whether they were looked at, and all of them are."""
+        return self.has_weights and not self.weights
+
 
 def nothing_found(*, before: bool = False) -> Findings:
     """Stand for the look at a batch that nobody has kept."""

@@ -61,6 +61,12 @@ class NonFinite(LatchedRule):
         if loss is not None and not math.isfinite(loss):
             return self._judge_loss(step, settled.step, loss, norm, before=True)
         if norm is not None and not math.isfinite(norm):
+            if self._is_news("critical") and step.inspect(before=True).weights_are_finite:
+                message = (
+                    f"the gradient norm is {norm}, but the weights are finite after the step: its "
+                    "square is too large for the type it was computed in. Nothing is lost."
+                )
+                return self._raise("warning", settled.step, norm, message)
             message = (
                 f"the gradient norm is {norm} and the optimizer has stepped with it: "
                 f"the weights are lost.{self._go_back(step)}"
@@ -103,7 +109,7 @@ class NonFinite(LatchedRule):
         found = step.inspect(before=before)
         text = f"the loss of the batch of step {index} is {loss}"
         shown = evidence(found, self.size)
-        is_kept = before and found.has_weights and not found.weights
+        is_kept = before and found.weights_are_finite
         if is_finite or is_kept:
             why = (
                 f"its gradient is finite (norm {norm:.2g})"

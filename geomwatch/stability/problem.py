@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from geomwatch.stability.recursion import Recursion
-from geomwatch.stability.registry import Known, known_of
+from geomwatch.stability.registry import Known, known_of, rate_of
 from geomwatch.stability.registry import learning_rates as learning_rates
 from geomwatch.stability.registry import unwrap as unwrap
 from geomwatch.stability.scaled import Stability
@@ -113,7 +113,7 @@ def planned_rates(optimizer: object, present: Sequence[float]) -> tuple[float, .
     groups = getattr(unwrap(optimizer), "param_groups", ())
     pairs = zip(groups, present, strict=True)
     return tuple(
-        max([lr, *(float(g[key]) for key in ("initial_lr", "max_lr") if g.get(key))])
+        max([lr, *filter(math.isfinite, (rate_of(g.get(key)) for key in ("initial_lr", "max_lr")))])
         for g, lr in pairs
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -182,7 +183,21 @@ def learning_rates(optimizer: object) -> tuple[float, ...]:
     inner = unwrap(optimizer)
     known = known_of(inner)
     rates = [known.group_of(g).get("lr") for g in getattr(inner, "param_groups", ())]
-    return tuple(1.0 if rate is None else float(rate) for rate in rates)
+    return tuple(1.0 if rate is None else rate_of(rate) for rate in rates)
+
+
+def rate_of(entry: Any) -> float:
+    """Return what a group holds as a rate, the largest of several; NaN for what is none."""
+    try:
+        return max(map(rate_of, entry)) if isinstance(entry, list | tuple) else float(entry)
+    except (TypeError, ValueError, RuntimeError):  # of None, of text, of a tensor of several
+        return math.nan
+
+
+def unusable(rates: Sequence[float]) -> str:
+    """Say why a step at these rates has no margin, "" where it has one."""
+    bad = next((rate for rate in rates if not 0 <= rate < math.inf), None)
+    return "" if bad is None else f"the learning rate is {bad:g}: no step down the gradient"
 
 
 def is_adaptive(optimizer: object) -> bool:
