@@ -9,9 +9,10 @@ from geomwatch.measure import measure
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.quantities.measurement import Measurement
-from geomwatch.records import Adjustment, Alert, Estimate, Record
+from geomwatch.records import Adjustment, Alert, Estimate, Look, Record
 from geomwatch.sinks.json_lines import JsonLines
 from geomwatch.sinks.reading import Run, read
+from geomwatch.sinks.tracker import Tracker
 from geomwatch.stability.registry import register_optimizer
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "Estimate",
     "Group",
     "JsonLines",
+    "Look",
     "Measurement",
     "Monitor",
     "Record",
     "Run",
+    "Tracker",
     "UsageError",
     "doctor",
     "is_probing",

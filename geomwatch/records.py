@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -43,7 +43,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """A rule found something: what was seen, the number, its limit, where, and what to do."""
+    """A rule found something: what to do, the number, its limit, and where.
+
+    The first line of `message` is the instruction and the number beside its limit, the second, if
+    any, what else is known. `advised_lr` is the learning rate to go on at, None where it is not the
+    rate that is to blame.
+    """
 
     rule: str
     severity: Severity
@@ -52,6 +57,7 @@ class Alert:
     limit: float
     step: int
     layers: tuple[str, ...] = ()
+    advised_lr: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,49 @@ class Record:
         flat |= {prefix + knob: value for knob, value in self.knobs.items() if math.isfinite(value)}
         flat[f"{prefix}probe_seconds"] = self.seconds
         return flat
+
+
+_LEVEL = {"": 0, "info": 1, "warning": 2, "critical": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a sentinel, or a probe, has seen along one step: the gradient margin beside its limit.
+
+    `limit` is the level that the rule `gradient_margin` holds its mean against; None where the
+    optimizer has none. `update_ratio`: the norm of an update over that of the weights, as last
+    sampled. `overhead`: what geomwatch has taken so far, as a share of the time of training.
+    `severity` is the gravest of the alerts since the look before, "" for none. `loss` is that of
+    the step before, where the loop passes it.
+    """
+
+    step: int
+    lr: float
+    gradient_margin: Estimate
+    limit: float | None = None
+    update_ratio: float | None = None
+    overhead: float | None = None
+    severity: str = ""
+    loss: float | None = None
+
+    def scalars(self, prefix: str = "geom/") -> dict[str, float]:
+        """Return a flat dict for a tracker; `alert_level` counts from 0, none, to 3, critical."""
+        error = self.gradient_margin.error
+        flat = {
+            "gradient_margin": self.gradient_margin.value,
+            "gradient_margin_error": error,
+            "limit": self.limit,
+            "update_ratio": self.update_ratio,
+            "overhead": self.overhead,
+            "alert_level": float(_LEVEL.get(self.severity, 0)),
+        }
+        known = {k: v for k, v in flat.items() if v is not None and math.isfinite(v)}
+        return {prefix + name: value for name, value in known.items()}
+
+
+def gravest(severities: Iterable[str]) -> str:
+    """Return the gravest of some severities; "" of none."""
+    return max(severities, key=_LEVEL.__getitem__, default="")
 
 
 def format_estimate(estimate: Estimate) -> str:

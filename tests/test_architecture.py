@@ -30,7 +30,7 @@ FLOORS = [
     {"controllers"},
     {"monitoring"},
     {"measure", "doctor"},
-    {"integrations", "landscape"},
+    {"integrations", "landscape", "report"},
     {"cli"},
     {"__main__"},
 ]

@@ -30,8 +30,12 @@ def test_without_a_rule_all_are_listed(capsys):
 
 @pytest.mark.parametrize("rule", explained())
 def test_the_page_of_a_rule_is_printed(rule, capsys):
-    assert main(["explain", rule]) == 0
+    assert main(["explain", rule, "--why"]) == 0
     assert capsys.readouterr().out == explain(rule).rstrip() + "\n"
+    assert main(["explain", rule]) == 0
+    first, second, third = re.findall("^#+ .*|^geomwatch .*", capsys.readouterr().out, re.M)
+    assert (first, second) == (f"# {rule}", "## What to do")
+    assert third.startswith(f"geomwatch explain {rule} --why")
 
 
 def test_an_unknown_rule_is_an_error_with_a_hint(capsys):

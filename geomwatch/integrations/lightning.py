@@ -30,6 +30,7 @@ from geomwatch.integrations._host.words import tell_of_joining
 from geomwatch.integrations._lightning.host import (
     losses_by_name,
     publish,
+    publish_looks,
     react,
     refuse_what_no_probe_can_follow,
     steps_taken,
@@ -162,7 +163,9 @@ class GeomwatchCallback(NotOfTransformers, HostCallback):
             return
         for name, record in run.batch_ends(batch_idx):
             publish(trainer, pl_module, f"{self._prefix}{name}/" if name else self._prefix, record)
-        react(trainer, self._reaction(run.new_alerts(), run.ranks, steps_taken(trainer)))
+        alerts = run.new_alerts()
+        publish_looks(trainer, self._prefix, run.new_looks(), alerts)
+        react(trainer, self._reaction(alerts, run.ranks, steps_taken(trainer)))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave module and Trainer as they were."""

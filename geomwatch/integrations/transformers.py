@@ -131,11 +131,16 @@ class GeomwatchCallback(CheckpointedCallback, NotOfLightning, TrainerCallback, E
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log a probe; `global_step` is still the number of steps taken before this one."""
         record, self._record = self._record, None
-        if record is not None:
+        looks = self._watch.new_looks() if self._watching else []
+        scalars = {} if record is None else record.scalars(self._prefix)
+        for look in looks:
+            scalars |= look.scalars(self._prefix)
+        if scalars:
             should_log = control.should_log
             # Not the log() of a subclass: some empty their averages in it, or look for a "loss".
-            with survived(f"the record of step {record.step} did not reach all trackers"):
-                Trainer.log(self._known_trainer(), record.scalars(self._prefix))
+            kind = "look" if record is None else "record"
+            with survived(f"the {kind} of step {state.global_step} did not reach all trackers"):
+                Trainer.log(self._known_trainer(), scalars)
             control.should_log = should_log  # which log() takes for done
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

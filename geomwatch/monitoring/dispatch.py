@@ -10,15 +10,24 @@ from typing import Any, TypeVar
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageTypeError
 from geomwatch.isolation.state import Kept, Resumable
+from geomwatch.monitoring.budget import Account
 from geomwatch.observation.findings import Present
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.parallel.ranks import is_first_rank
-from geomwatch.records import Adjustment, Alert, Record
+from geomwatch.records import Adjustment, Alert, Look, Record, gravest
 from geomwatch.rules.calm import Calm, all_calm
 from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule
-from geomwatch.sinks.lines import Line, Sink, adjustment_line, alert_line, record_line
+from geomwatch.sinks.lines import (
+    Line,
+    Sink,
+    adjustment_line,
+    alert_line,
+    end_line,
+    look_line,
+    record_line,
+)
 from geomwatch.sinks.log import Log, logger
 from geomwatch.sinks.outlet import Outlet
 
@@ -42,6 +51,7 @@ class Dispatch(Resumable):
         sinks: Sequence[Sink],
         on_alert: Callable[[Alert], None] | None,
         control: Conductor,
+        account: Account | None = None,
     ) -> None:
         check_on_alert(on_alert)
         self._judges = resolve(rules)
@@ -58,7 +68,11 @@ class Dispatch(Resumable):
         self._control = control
         self._broken: set[int] = set()  # ids of what has raised and was reported
         self.name = ""  # of the monitor, in a group
+        self._account = account
+        self._ratio: float | None = None  # of an update, as last sampled
+        self._told = 0  # alerts that a look has spoken of
         self.history: list[Record] = []
+        self.looks: list[Look] = []
         self.alerts: list[Alert] = []
         self.adjustments: list[Adjustment] = []
 
@@ -79,6 +93,8 @@ class Dispatch(Resumable):
             )
             self.history.append(record)
             self.emit(record_line(record))
+        if step.gradient_fresh or step.movement is not None:
+            self._note(judged, alerts)
         self._tell(alerts)
         for adjustment in adjustments:
             self.adjustments.append(adjustment)
@@ -119,6 +135,34 @@ class Dispatch(Resumable):
             if self._on_alert is not None and is_first_rank():
                 self._safely(self._on_alert, alert)
 
+    def _note(self, step: Observation, alerts: Sequence[Alert]) -> None:
+        """Keep what was seen along a step, for trackers and files."""
+        if step.movement is not None:
+            self._ratio = step.movement.relative / max(step.movement.steps, 1)
+        if not step.gradient_fresh or step.gradient_margin is None:
+            return
+        before, self._told = self._told, len(self.alerts) + len(alerts)
+        look = Look(
+            step.index,
+            step.rate,
+            step.gradient_margin,
+            self._limit(step),
+            self._ratio,
+            None if self._account is None else self._account.share,
+            gravest(a.severity for a in (*self.alerts[before:], *alerts)),
+            None if step.settled is None else step.settled.loss,
+        )
+        self.looks.append(look)
+        self.emit(look_line(look))
+
+    def _limit(self, step: Observation) -> float | None:
+        """Return what the gradient margin of a step is held against."""
+        if not step.has_limit:
+            return None
+        levels = (getattr(rule, "level_at", None) for rule in self._judges)
+        level_at = next((level for level in levels if level is not None), None)
+        return step.limit_ratio if level_at is None else float(level_at(step))
+
     def forget(self) -> None:
         """Forget what was measured of other parameters, or of another optimizer."""
         self._observer = Observer()
@@ -138,10 +182,14 @@ class Dispatch(Resumable):
             for outlet in self._outlets:
                 outlet(line)
 
-    def end(self, last: Line) -> None:
+    def end(
+        self, steps: int, seconds: float, overhead: float | None, lr: tuple[float, ...]
+    ) -> None:
         """Send the last line of a run that has begun, and close the sinks."""
         if self._is_open:
-            self.emit(last)
+            self.emit(
+                end_line(steps, seconds, overhead, records=self.history, alerts=self.alerts, lr=lr)
+            )
         self._is_open = False
         for outlet in self._outlets:
             outlet.close()

@@ -48,11 +48,11 @@ from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
-from geomwatch.records import Adjustment, Alert, Record
+from geomwatch.records import Adjustment, Alert, Look, Record
 from geomwatch.rules.calm import Calm
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.given import as_sinks
-from geomwatch.sinks.lines import Sink, end_line, run_line
+from geomwatch.sinks.lines import Sink, run_line
 from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import learning_rates, unwrap
 from geomwatch.vectors.layout import Layout
@@ -154,7 +154,7 @@ class Monitor(Resumable):
         self._control = claim(
             optimizer, Conductor(() if self._disabled else controllers, optimizer)
         )
-        self._dispatch = Dispatch(rules, as_sinks(sinks), on_alert, self._control)
+        self._dispatch = Dispatch(rules, as_sinks(sinks), on_alert, self._control, self._account)
         self._difficulty = Difficulty()
         self._has_difficulty = "difficulty" in names
         self._fixed_window = fixed_window(how.batch)
@@ -179,6 +179,11 @@ class Monitor(Resumable):
     def history(self) -> list[Record]:
         """All records so far."""
         return self._dispatch.history
+
+    @property
+    def looks(self) -> list[Look]:
+        """All that sentinels and probes have seen along steps so far."""
+        return self._dispatch.looks
 
     @property
     def alerts(self) -> list[Alert]:
@@ -434,7 +439,7 @@ class Monitor(Resumable):
             self._control.close,
         ):
             self._attempt(part)
-        self._dispatch.end(end_line(self._counter.steps, self.seconds, self.overhead))
+        self._dispatch.end(self._counter.steps, self.seconds, self.overhead, self._lr)
 
     def _judge_last(self) -> None:
         self._counter.settle()

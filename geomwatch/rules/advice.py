@@ -68,10 +68,10 @@ class Advice(Documented):
         """
         rate = advised_rate(step, factor)
         if self._is_young(step.index + is_late):
-            return f"Start again at a learning rate of {rate}"
+            return f"Start again at a learning rate of {rate} instead of {step.rate:.3g}"
         if is_lost:
             return f"Go back to an earlier checkpoint, or start again, at a learning rate of {rate}"
-        return f"Lower the learning rate to {rate}"
+        return f"Lower the learning rate from {step.rate:.3g} to {rate}"
 
     def _is_young(self, index: int) -> bool:
         return 0 < index <= self.young
@@ -99,4 +99,4 @@ class LossAdvice(Advice):
 
 def advised_rate(step: Observation, factor: float) -> str:
     """Name the rate that is `factor` times that of this step."""
-    return f"about {step.rate * factor:.1g} ({factor:.2g} x)"
+    return f"about {step.rate * factor:.2g} ({factor:.2g} x)"

@@ -52,12 +52,15 @@ class BatchNoise(Deferring, LatchedRule):
         limit = self.noise.at(step)
         factor = min(self.advice.factor(step), found.factor(step))
         text = (
-            f"batches of {items_of(step)} disagree too much on the curvature for a learning rate "
-            f"of {step.rate:.3g} with {step.optimizer}: they add {found.value:.2g} ± "
-            f"{found.error:.2g} to a stability margin of {found.margin:.2g} (alert above "
-            f"{limit:g} in the first {self.noise.young} steps, unstable at 1; it grows as the loss "
-            f"falls){carried_by(step)}. {self.advice.lower_rate(step, factor, is_late=is_late)}"
-            f"{larger_batch(factor)}."
+            f"{self.advice.lower_rate(step, factor, is_late=is_late)}{larger_batch(factor)}. "
+            f"Batches of {items_of(step)} disagree too much on the curvature: they add "
+            f"{found.value:.2g} ± {found.error:.2g} to the stability margin (alert above "
+            f"{limit:g}, unstable at 1)."
+        )
+        details = (
+            f"That is the limit of the first {self.noise.young} steps, as it grows when the loss "
+            f"falls; the margin itself is {found.margin:.2g} with "
+            f"{step.optimizer}{carried_by(step)}."
         )
         return alert(
             self.name,
@@ -67,4 +70,6 @@ class BatchNoise(Deferring, LatchedRule):
             limit=limit,
             step=step.index,
             layers=step.layers,
+            details=details,
+            advised_lr=factor * step.rate,
         )

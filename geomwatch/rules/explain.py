@@ -46,6 +46,19 @@ def explain(rule: str | Rule | type[Rule]) -> str:
     return _filled(page.read_text(encoding="utf-8"), _RULES.get(rule))
 
 
+def advice_of(rule: str) -> str:
+    """Return what a rule means and what to do about it, without the rest of its page.
+
+    Raises:
+        UsageError: no rule of that name.
+    """
+    head, *sections = explain(rule).split("\n## ")
+    wanted = [text for text in sections if text.startswith("What to do")]
+    summary = "\n\n".join(head.split("\n\n")[:2])
+    rest = f"geomwatch explain {rule} --why: when it speaks, and where its levels come from."
+    return "\n\n".join([summary, *(f"## {text}".strip() for text in wanted), rest])
+
+
 def _page_beside(rule: Any) -> str:
     kind: Any = rule if isinstance(rule, type) else type(rule)
     page = Path(inspect.getfile(kind)).parent / "pages" / f"{kind.name}.md"

@@ -134,15 +134,28 @@ class GradientMargin(LatchedRule):
         batch = f"batches of {items_of(step)}{agreeing}"
         batch = "full-batch training" if step.same_data else batch
         text = (
-            f"at a learning rate of {step.rate:.3g} the curvature along the steps is more than "
-            f"{batch} survive for long with {step.optimizer}: {found.value:.3g} x the limit of "
-            f"small batches, {found.shown} (alert above {found.level:.3g}; the full batch would "
-            f"allow {step.limit_ratio:.3g}). {self.advice.lower_rate(step, factor)}, or end its "
-            "warm-up there."
+            f"{self.advice.lower_rate(step, factor)}, or end its warm-up there. Curvature along "
+            f"the steps is {found.value:.3g} x the limit of small batches (alert above "
+            f"{found.level:.3g})."
+        )
+        details = (
+            f"{found.shown.capitalize()}: more than {batch} survive for long with "
+            f"{step.optimizer}; the full batch would allow {step.limit_ratio:.3g}."
         )
         return alert(
-            self.name, found.severity, text, value=found.value, limit=found.level, step=step.index
+            self.name,
+            found.severity,
+            text,
+            value=found.value,
+            limit=found.level,
+            step=step.index,
+            details=details,
+            advised_lr=factor * step.rate,
         )
+
+    def level_at(self, step: Observation) -> float:
+        """Return what the long mean is held against at this step."""
+        return self._level(step)
 
 
 def _is_plain(step: Observation) -> bool:

@@ -112,12 +112,13 @@ class LossRise(LatchedRule):
         if not self._latch.admit(severity, index):
             return None
         limit += lowest
+        factor = self._factor(step)
         message = (
-            f"the loss has risen to {smooth:.4g} from its lowest {lowest:.4g} (limit {limit:.4g}, "
-            f"first loss {first:.4g}). {self._advised(step, is_lost=severity == 'critical')}, and "
-            "look at the last batches."
+            f"{self.advice.lower_rate(step, factor, is_lost=severity == 'critical')}, and look at "
+            f"the last batches. The loss has risen to {smooth:.4g} from its lowest {lowest:.4g} "
+            f"(alert above {limit:.4g}; the first was {first:.4g})."
         )
-        return alert(self.name, severity, message, value=smooth, limit=limit, step=index)
+        return self._sent(step, severity, message, smooth, limit, index, factor)
 
     def lets_wait(self) -> Calm | None:
         """Let losses wait that are far below what would be a rise, once the start is over."""
@@ -134,10 +135,24 @@ class LossRise(LatchedRule):
             if settled.loss is not None:
                 self._update(settled.loss)
 
-    def _advised(self, step: Observation, *, margin: float | None = None, is_lost: bool) -> str:
+    def _factor(self, step: Observation, *, margin: float | None = None) -> float:
         gradient, _ = self._along.mean(step.index, step.rate, steps=self.span)
-        factor = self.advice.factor_of_loss(step, margin=margin, gradient=gradient)
-        return self.advice.lower_rate(step, factor, is_lost=is_lost)
+        return self.advice.factor_of_loss(step, margin=margin, gradient=gradient)
+
+    def _sent(
+        self,
+        step: Observation,
+        severity: Severity,
+        text: str,
+        value: float,
+        limit: float,
+        index: int,
+        factor: float,
+    ) -> Alert:
+        advised = factor * step.rate
+        return alert(
+            self.name, severity, text, value=value, limit=limit, step=index, advised_lr=advised
+        )
 
     def _judge_start(self, step: Observation, index: int, first: float) -> Alert | None:
         """Warn of first steps that teach nothing, where the rate is a likely reason."""
@@ -155,12 +170,13 @@ class LossRise(LatchedRule):
             limit = first + start.rise * abs(first)
         if loss <= limit or not self._latch.admit("warning", index):
             return None
+        factor = self._factor(step, margin=self._margin)
         message = (
-            f"the first losses do not fall: {shown} is {loss:.4g}, the first was {first:.4g} "
-            f"(limit {limit:.4g}), and the stability margin has been up to {self._margin:.2g}. "
-            f"{self._advised(step, margin=self._margin, is_lost=True)}, or with a warm-up."
+            f"{self.advice.lower_rate(step, factor, is_lost=True)}, or with a warm-up. The first "
+            f"losses do not fall: {shown} is {loss:.4g}, the first was {first:.4g} (alert above "
+            f"{limit:.4g}), and the stability margin has been up to {self._margin:.2g}."
         )
-        return alert(self.name, "warning", message, value=loss, limit=limit, step=index)
+        return self._sent(step, "warning", message, loss, limit, index, factor)
 
     def _loss_of(self, step: Observation) -> tuple[float | None, int]:
         if step.settled is not None and step.settled.loss is not None:

@@ -20,10 +20,17 @@ def alert(
     limit: float,
     step: int,
     layers: tuple[str, ...] = (),
+    details: str = "",
+    advised_lr: float | None = None,
 ) -> Alert:
-    """Return an alert whose message ends in where its rule is explained."""
-    message = f"{text} More: geomwatch explain {rule}."
-    return Alert(rule, severity, message, value, limit, step, layers)
+    """Return an alert whose message ends in where its rule is explained.
+
+    `text` says what to do, the number and its limit; `details` what else is known, on a second
+    line.
+    """
+    first = f"{text}\n{details}" if details else text
+    message = f"{first} More: geomwatch explain {rule}."
+    return Alert(rule, severity, message, value, limit, step, layers, advised_lr)
 
 
 def carried_by(step: Observation) -> str:

@@ -80,14 +80,16 @@ class PlannedRate(Documented, Deferring):
         few = "no peak" if severity == "critical" else "few peaks"
         peak, factor = max(step.peak), self.target / expected
         text = (
-            f"the schedule is headed for a learning rate of {peak:.3g}, at which the stability "
-            f"margin of {step.optimizer} would be {expected:.2g} in the present weights (alert "
-            f"above {level:g}, unstable at 1; {format_estimate(step.margin)} at the "
-            f"{step.rate:.3g} of this step){carried_by(step)}. Curvature may give way during a "
-            f"warm-up, but {few} above {level:g} trained in the runs behind this level. "
-            f"Lower the peak to about {peak * factor:.1g} ({factor:.2g} x), or warm up for longer."
+            f"Lower the peak of the schedule from {peak:.3g} to about {peak * factor:.2g} "
+            f"({factor:.2g} x), or warm up for longer. The stability margin would be "
+            f"{expected:.2g} there in the present weights (alert above {level:g}, unstable at 1)."
         )
-        return self._sent(step, severity, text, expected, level)
+        details = (
+            f"It is {format_estimate(step.margin)} at the {step.rate:.3g} of this step with "
+            f"{step.optimizer}{carried_by(step)}. Curvature may give way during a warm-up, but "
+            f"{few} above {level:g} trained in the runs behind this level."
+        )
+        return self._sent(step, severity, text, expected, level, details)
 
     def _noisy(self, step: Observation, noise: NoisePart, ahead: float) -> Alert:
         """Return the alert of batches that disagree too much for the peak."""
@@ -98,18 +100,34 @@ class PlannedRate(Documented, Deferring):
         )
         factor = noise.factor(step, growth=ahead)
         text = (
-            f"the schedule is headed for a learning rate of {peak:.3g}, at which batches of "
-            f"{items_of(step)} that disagree on the curvature would add {expected:.2g} to the "
-            f"stability margin of {step.optimizer} in the present weights (alert above {level:g}, "
-            f"unstable at 1; {noise.value:.2g} ± {noise.error:.2g} at the {step.rate:.3g} of this "
-            f"step){carried_by(step)}. It grows as the loss falls, whatever the warm-up. Lower the "
-            f"peak to about {peak * factor:.1g} ({factor:.2g} x){larger_batch(factor)}."
+            f"Lower the peak of the schedule from {peak:.3g} to about {peak * factor:.2g} "
+            f"({factor:.2g} x){larger_batch(factor)}. Batches of {items_of(step)} that disagree on "
+            f"the curvature would add {expected:.2g} to the stability margin there (alert above "
+            f"{level:g}, unstable at 1)."
         )
-        return self._sent(step, "warning", text, expected, level)
+        details = (
+            f"They add {noise.value:.2g} ± {noise.error:.2g} at the {step.rate:.3g} of this step "
+            f"with {step.optimizer}{carried_by(step)}. It grows as the loss falls, whatever the "
+            "warm-up."
+        )
+        return self._sent(step, "warning", text, expected, level, details)
 
     def _sent(
-        self, step: Observation, severity: Severity, text: str, value: float, limit: float
+        self,
+        step: Observation,
+        severity: Severity,
+        text: str,
+        expected: float,
+        level: float,
+        details: str,
     ) -> Alert:
         return alert(
-            self.name, severity, text, value=value, limit=limit, step=step.index, layers=step.layers
+            self.name,
+            severity,
+            text,
+            value=expected,
+            limit=level,
+            step=step.index,
+            layers=step.layers,
+            details=details,
         )

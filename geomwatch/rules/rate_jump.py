@@ -126,15 +126,23 @@ class RateJump(LatchedRule):
 
     def _alert(self, step: Observation, share: float, reason: str) -> Alert:
         measured = "measured at this step" if step.fresh else "from earlier probes, re-scaled"
+        factor = self.target / share
         text = (
-            f"the learning rate jumps {step.jump:.3g} x to {step.rate:.3g}, {share:.2g} x what "
-            f"{step.optimizer} is likely to survive here: {reason} ({measured}){carried_by(step)}. "
-            f"This step is not taken yet. Lower the learning rate to "
-            f"{advised_rate(step, self.target / share)}, or reach the new rate by a warm-up of "
-            "some hundred steps."
+            f"Lower the learning rate from {step.rate:.3g} to {advised_rate(step, factor)}, or "
+            "reach it by a warm-up of some hundred steps. It jumps, with this step, "
+            f"{step.jump:.3g} x to {share:.2g} x what {step.optimizer} is likely to survive."
         )
+        details = f"This step is not taken yet: {reason} ({measured}){carried_by(step)}."
         return alert(
-            self.name, "critical", text, value=share, limit=1.0, step=step.index, layers=step.layers
+            self.name,
+            "critical",
+            text,
+            value=share,
+            limit=1.0,
+            step=step.index,
+            layers=step.layers,
+            details=details,
+            advised_lr=factor * step.rate,
         )
 
 

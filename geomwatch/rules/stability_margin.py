@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from geomwatch.isolation.state import Kept
 from geomwatch.observation.documented import GUESS, Documented, above, between, group, level, whole
@@ -175,13 +176,16 @@ class StabilityMargin(LatchedRule):
         rising = ", and the loss rises" if step.same_data else ""
         factor = self.advice.factor(step, margin=value, is_quiet=step.is_quiet)
         text = (
-            f"learning rate {step.rate:.3g} {beyond} what the curvature allows for "
-            f"{step.optimizer}{rising}: stability margin {shown} (alert above {level:g}, unstable "
-            f"at 1){_curvature(step, margin)}{carried_by(step)}. "
-            f"{self.advice.lower_rate(step, factor)}, or end its warm-up there."
+            f"{self.advice.lower_rate(step, factor)}, or end its warm-up there. The stability "
+            f"margin is {shown} (alert above {level:g}, unstable at 1){rising}."
+        )
+        details = (
+            f"The rate {beyond} what the curvature allows for "
+            f"{step.optimizer}{_curvature(step, margin)}{carried_by(step)}."
             f"{batch_advice(value, step.noise)}"
         )
-        return self._sent(step, severity, text, value, level)
+        advised = factor * step.rate
+        return self._sent(step, severity, text, value, level, details=details, advised_lr=advised)
 
     def _against_own_past(self, step: Observation, margin: float) -> Alert | None:
         """Judge lr x lambda_max of an optimizer without a formula."""
@@ -209,10 +213,23 @@ class StabilityMargin(LatchedRule):
         return self._sent(step, "warning", text, margin, past.margin * usual)
 
     def _sent(
-        self, step: Observation, severity: Severity, text: str, value: float, limit: float
+        self,
+        step: Observation,
+        severity: Severity,
+        text: str,
+        value: float,
+        limit: float,
+        **more: Any,
     ) -> Alert:
         return alert(
-            self.name, severity, text, value=value, limit=limit, step=step.index, layers=step.layers
+            self.name,
+            severity,
+            text,
+            value=value,
+            limit=limit,
+            step=step.index,
+            layers=step.layers,
+            **more,
         )
 
 

@@ -12,11 +12,13 @@ from geomwatch.sinks.lines import (
     adjustment_line,
     alert_line,
     end_line,
+    look_line,
     record_line,
     run_line,
 )
 from geomwatch.sinks.log import Log, logger
 from geomwatch.sinks.reading import Lost, Run, read
+from geomwatch.sinks.tracker import Tracker
 
 __all__ = [
     "JsonLines",
@@ -25,11 +27,13 @@ __all__ = [
     "Lost",
     "Run",
     "Sink",
+    "Tracker",
     "adjustment_line",
     "alert_line",
     "as_sinks",
     "end_line",
     "logger",
+    "look_line",
     "read",
     "record_line",
     "run_line",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from geomwatch.records import Adjustment, Alert, Estimate, Record
+from geomwatch.records import Adjustment, Alert, Estimate, Look, Record
 from geomwatch.sinks.lines import Line
 
 _ESTIMATE = tuple(f.name for f in fields(Estimate))
@@ -53,6 +53,7 @@ def _estimate(found: object, name: str) -> Estimate:
 
 def alert_of(line: Line) -> Alert:
     """Return the alert that a line is of; raises as `record_of` does."""
+    advised = line.get("advised_lr")
     return Alert(
         rule=_text(line["rule"], "rule"),
         severity=_text(line["severity"], "severity"),  # type: ignore[arg-type]
@@ -61,6 +62,20 @@ def alert_of(line: Line) -> Alert:
         limit=_float(line.get("limit"), "limit"),
         step=_integer(line["step"], "step"),
         layers=tuple(_text(one, "layers") for one in _list(line.get("layers", ()), "layers")),
+        advised_lr=None if advised is None else _float(advised, "advised_lr"),
+    )
+
+
+def look_of(line: Line) -> Look:
+    """Return the look that a line is of; raises as `record_of` does."""
+    numbers = ("limit", "update_ratio", "overhead", "loss")
+    known = {n: _float(line[n], n) for n in numbers if line.get(n) is not None}
+    return Look(
+        step=_integer(line["step"], "step"),
+        lr=_float(line.get("lr"), "lr"),
+        gradient_margin=_estimate(line["gradient_margin"], "gradient_margin"),
+        severity=_text(line.get("severity", ""), "severity"),
+        **known,
     )
 
 

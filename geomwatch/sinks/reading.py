@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from geomwatch.records import SCHEMA, Adjustment, Alert, Record
+from geomwatch.records import SCHEMA, Adjustment, Alert, Look, Record
 from geomwatch.sinks.lines import Line
-from geomwatch.sinks.parsing import adjustment_of, alert_of, record_of
+from geomwatch.sinks.parsing import adjustment_of, alert_of, look_of, record_of
 
 _START = b'{"kind": "'  # of each line; never inside a string, where quotes are escaped
 
@@ -35,6 +35,7 @@ class Run:
 
     runs: tuple[Mapping[str, Any], ...] = ()
     records: tuple[Record, ...] = ()
+    looks: tuple[Look, ...] = ()
     alerts: tuple[Alert, ...] = ()
     adjustments: tuple[Adjustment, ...] = ()
     end: Mapping[str, Any] | None = None
@@ -74,6 +75,7 @@ class _Reader:
     wanted: str | None
     runs: list[Mapping[str, Any]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
     adjustments: list[Adjustment] = field(default_factory=list)
     end: Mapping[str, Any] | None = None
@@ -127,6 +129,9 @@ class _Reader:
         self.records.append(record_of(line))
         self.last[name] = len(self.records) - 1
 
+    def add_look(self, line: Line, name: str) -> None:
+        self.looks.append(look_of(line))
+
     def add_alert(self, line: Line, name: str) -> None:
         alert = alert_of(line)
         self.alerts.append(alert)
@@ -151,6 +156,7 @@ class _Reader:
         return Run(
             runs=tuple(self.runs),
             records=tuple(self.records),
+            looks=tuple(self.looks),
             alerts=tuple(self.alerts),
             adjustments=tuple(self.adjustments),
             end=self.end,
@@ -162,6 +168,7 @@ class _Reader:
 _KINDS: dict[str, Callable[[_Reader, Line, str], None]] = {
     "run": _Reader.add_run,
     "record": _Reader.add_record,
+    "look": _Reader.add_look,
     "alert": _Reader.add_alert,
     "adjustment": _Reader.add_adjustment,
     "end": _Reader.add_end,

@@ -318,8 +318,9 @@ def test_the_character_model_is_trained_on_two_ranks(needs_data, tmp_path):
     assert not (tmp_path / "off" / "records.jsonl").exists()
     text = (tmp_path / "on" / "records.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["kind"] for line in lines] == ["run", *["record"] * len(lines[1:])]  # of one rank
-    assert [line["step"] for line in lines[1:4]] == [0, 1, 2]
+    assert [line["kind"] for line in lines].count("run") == 1  # of one rank
+    lines = [line for line in lines if line["kind"] == "record"]
+    assert [line["step"] for line in lines[:3]] == [0, 1, 2]
     assert all(
-        (line["provenance"]["ranks"], line["provenance"]["items"]) == (2, 8) for line in lines[1:]
+        (line["provenance"]["ranks"], line["provenance"]["items"]) == (2, 8) for line in lines
     )

@@ -56,7 +56,7 @@ def test_train_prints_what_it_measures(needs_data, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout
-    assert "INFO     step 0  loss 4." in run.stdout
+    assert "INFO     step      0  loss 4." in run.stdout
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
     # the rate of a warm-up has doubled at 1 and at 3

@@ -64,7 +64,7 @@ def test_train_prints_what_it_measures(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout
-    assert "INFO     step 0  loss 2." in run.stdout
+    assert "INFO     step      0  loss 2." in run.stdout
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
     assert [record["step"] for record in found[:6]] == [0, 1, 2, 3, 5, 8]

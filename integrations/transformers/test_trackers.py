@@ -11,28 +11,31 @@ import transformers
 from trackers import Scalars, mlflow_scalars, tensorboard_scalars, wandb_scalars
 from trainers import make, sentences
 
-from geomwatch import Measurement, Record
+from geomwatch import Measurement, Monitor
 from geomwatch.integrations.transformers import GeomwatchCallback
 
 
-def train(folder: Path, **options: Any) -> tuple[Any, list[Record]]:
+def train(folder: Path, **options: Any) -> tuple[Any, Monitor]:
     callback = GeomwatchCallback(how=Measurement(per_layer=True), every=3)
     trainer = make(folder, callback, **options)
     trainer.train()
     # with every third step, those that a sentinel has asked for
     assert {0, 3, 6} <= {record.step for record in callback.monitor.history}
-    return trainer, callback.monitor.history
+    return trainer, callback.monitor
 
 
-def expected(records: list[Record]) -> Scalars:
+def expected(monitor: Monitor) -> Scalars:
     """What was measured at each step, without the values that are held from an earlier one."""
     found = defaultdict(list)
-    for record in records:
+    for look in monitor.looks:
+        for key, value in look.scalars().items():
+            found[key].append((look.step, pytest.approx(value, rel=1e-6)))
+    for record in monitor.history:
         held = {f"geom/{n}".replace("/", ".") for n, e in record.estimates.items() if e.age}
         for key, value in record.scalars().items():
             if key.removesuffix("_error").replace("/", ".") not in held:
                 found[key].append((record.step, pytest.approx(value, rel=1e-6)))
-    assert len(found["geom/stability_margin"]) == len(records)
+    assert len(found["geom/stability_margin"]) == len(monitor.history)
     assert len(found["geom/lambda_max"]) == 1  # of Adam's Hessian at every tenth probe
     return dict(found)
 
@@ -43,21 +46,21 @@ def geometry(found: Scalars, prefix: str = "train/") -> Scalars:
 
 
 def test_log_history_has_each_probe_once_beside_the_losses(tmp_path):
-    trainer, records = train(tmp_path)
+    trainer, monitor = train(tmp_path)
     found = defaultdict(list)
     for entry in trainer.state.log_history:
         for key, value in entry.items():
             found[key].append((entry["step"], value))
-    assert geometry(found, "") == expected(records)
+    assert geometry(found, "") == expected(monitor)
     assert [step for step, _ in found["loss"]] == list(range(1, 9))
     assert [step for step, _ in found["grad_norm"]] == list(range(1, 9))
 
 
 def test_tensorboard_gets_each_probe_once_at_its_step(tmp_path):
-    _, records = train(tmp_path, report_to="tensorboard")
+    _, monitor = train(tmp_path, report_to="tensorboard")
     (folder,) = (tmp_path / "runs").iterdir()
     found = tensorboard_scalars(folder)
-    assert geometry(found) == expected(records)
+    assert geometry(found) == expected(monitor)
     assert [step for step, _ in found["train/loss"]] == list(range(1, 9))
 
 
@@ -65,7 +68,7 @@ def test_wandb_offline_gets_each_probe_once_at_its_step(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    _, records = train(tmp_path, report_to="wandb")
+    _, monitor = train(tmp_path, report_to="wandb")
     import wandb
 
     wandb.finish()
@@ -73,15 +76,15 @@ def test_wandb_offline_gets_each_probe_once_at_its_step(tmp_path, monkeypatch):
     # a Trainer logs without a step, and its own step as a metric
     steps = dict(rows["train/global_step"])
     found = {key: [(steps[row], value) for row, value in rows[key]] for key in rows}
-    assert geometry(found) == expected(records)
+    assert geometry(found) == expected(monitor)
     assert [step for step, _ in found["train/loss"]] == list(range(1, 9))
 
 
 def test_mlflow_gets_each_probe_once_at_its_step(mlflow_store, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "kit")
-    _, records = train(tmp_path, report_to="mlflow")
+    _, monitor = train(tmp_path, report_to="mlflow")
     found = mlflow_scalars(mlflow_store, "kit")
-    assert geometry(found, "") == expected(records)
+    assert geometry(found, "") == expected(monitor)
     assert [step for step, _ in found["loss"]] == list(range(1, 9))
 
 

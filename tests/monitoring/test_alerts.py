@@ -38,7 +38,7 @@ def test_a_jump_of_the_rate_is_critical_before_the_step_that_it_ruins():
         ("rate_jump", "critical", 60),
     ]
     assert record.alerts[0].value > 2
-    assert "learning rate 3 is beyond" in record.alerts[0].message
+    assert "The rate is beyond what the curvature allows" in record.alerts[0].message
 
 
 class Listening(NonFinite):
@@ -80,7 +80,8 @@ def test_alerts_go_to_the_list_the_record_the_callback_and_the_log(caplog):
     assert [a for r in monitor.history for a in r.alerts] == told
     first = next(alert for alert in told if alert.severity == "critical")
     critical = [r.getMessage() for r in caplog.records if r.levelno == logging.CRITICAL]
-    assert critical[0] == f"step {first.step}: {first.message}"
+    indented = first.message.replace("\n", "\n    ")
+    assert critical[0] == f"step {first.step}: {indented}"
 
 
 def test_layers_are_named_in_a_margin_alert():

@@ -74,7 +74,7 @@ def test_a_gan_trains_bit_identically_with_both_nets_watched(tmp_path, caplog):
     flat = group.scalars()
     assert flat["geom/generator/stability_margin"] > 0
     assert flat["geom/discriminator/stability_margin"] > 0
-    assert "generator: step 3" in caplog.text
+    assert "generator: step      3" in caplog.text
     group.close()
     lines = [json.loads(line) for line in (tmp_path / "gan.jsonl").read_text().splitlines()]
     steps = [(x["monitor"], x["step"]) for x in lines if x["kind"] == "record"]

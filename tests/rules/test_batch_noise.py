@@ -37,8 +37,9 @@ def test_a_start_whose_batches_disagree_is_warned_of_at_the_second_step():
     (alert,) = heard(BatchNoise(), [start(0, 0.5), calm(1)])
     assert (alert.severity, alert.step, alert.limit) == ("warning", 0, 0.3)
     assert alert.value == pytest.approx(0.5)
-    assert "batches of 16 disagree too much on the curvature" in alert.message
-    assert "they add 0.5 ± 0.02 to a stability margin of 0.05 (alert above 0.3" in alert.message
+    assert "Batches of 16 disagree too much on the curvature" in alert.message
+    assert "they add 0.5 ± 0.02 to the stability margin (alert above 0.3" in alert.message
+    assert "the margin itself is 0.05 with SGD" in alert.message
     assert "Start again at a learning rate of about 0.02 (0.2 x)" in alert.message
     assert alert.message.endswith("More: geomwatch explain batch_noise.")
     (later,) = heard(BatchNoise(), [start(5, 0.5)])
@@ -107,8 +108,8 @@ def test_noise_counts_at_the_planned_peak():
     assert brief(heard(BatchNoise(), [first])) == []
     (alert,) = heard(PlannedRate(), [first, measured(1, 0.01)])
     assert (alert.severity, alert.step, alert.value) == ("warning", 0, pytest.approx(0.5))
-    assert "would add 0.5 to the stability margin of SGD" in alert.message
-    assert "Lower the peak to about 0.4 (0.2 x)" in alert.message
+    assert "would add 0.5 to the stability margin there" in alert.message
+    assert "Lower the peak of the schedule from 2 to about 0.4 (0.2 x)" in alert.message
     assert heard(PlannedRate(), [first, measured(1, 0.01, same_data=True)]) == []
     small = start(0, 0.019, 0.01, error=0.002, peak=(2.0,))
     assert heard(PlannedRate(), [small, measured(1, 0.01)]) == []

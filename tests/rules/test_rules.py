@@ -483,10 +483,11 @@ def test_a_warning_says_the_number_the_limit_where_and_what_to_do():
     ]
     (alert,) = heard(StabilityMargin(), run)
     assert alert.message == (
-        "learning rate 0.2 comes close to what the curvature allows for SGD: stability margin "
-        "0.85 over the last 2 probes, 0.90 ± 0.01 now (alert above 0.8, unstable at 1); λ_max "
-        "70.0 ± 0.4, stable below 77.8 at this rate; mostly in layers features.0 (61%), head "
-        "(20%). Lower the learning rate to about 0.09 (0.44 x), or end its warm-up there. More: "
+        "Lower the learning rate from 0.2 to about 0.089 (0.44 x), or end its warm-up there. The "
+        "stability margin is 0.85 over the last 2 probes, 0.90 ± 0.01 now (alert above 0.8, "
+        "unstable at 1).\n"
+        "The rate comes close to what the curvature allows for SGD; λ_max 70.0 ± 0.4, stable below "
+        "77.8 at this rate; mostly in layers features.0 (61%), head (20%). More: "
         "geomwatch explain stability_margin."
     )
     assert alert.layers == ("features.0 (61%)", "head (20%)")
@@ -495,16 +496,18 @@ def test_a_warning_says_the_number_the_limit_where_and_what_to_do():
 def test_a_single_measurement_is_judged_by_its_own_level():
     (alert,) = heard(StabilityMargin(), [measured(3, 4.0, lr=0.2)])
     assert alert.message == (
-        "learning rate 0.2 is beyond what the curvature allows for SGD: stability margin "
-        "4.00 ± 0.01 (alert above 2.5, unstable at 1). Start again at a learning rate of about "
-        "0.02 (0.1 x), or end its warm-up there. More: geomwatch explain stability_margin."
+        "Start again at a learning rate of about 0.02 (0.1 x) instead of 0.2, or end its warm-up "
+        "there. The stability margin is 4.00 ± 0.01 (alert above 2.5, unstable at 1).\n"
+        "The rate is beyond what the curvature allows for SGD. More: geomwatch explain "
+        "stability_margin."
     )
 
 
 def test_a_warning_of_full_batch_training_names_the_rising_loss_and_aims_below_the_edge():
     run = [full_batch(20, 1.6, loss=1.0), full_batch(25, 1.6, loss=1.1)]
     (*_, alert) = heard(StabilityMargin(), run)
-    assert ", and the loss rises: stability margin 1.60" in alert.message
+    assert "The stability margin is 1.60" in alert.message
+    assert ", and the loss rises." in alert.message
     assert "(0.5 x)" in alert.message
 
 
@@ -523,8 +526,8 @@ def test_an_old_lambda_max_is_not_quoted():
             losses([1.0] * 50 + [3.0] * 9),
             [
                 "risen to 1.4 from its lowest 1",
-                "limit 1.3",
-                "first loss 1)",
+                "alert above 1.3",
+                "the first was 1)",
                 "start again, at a learning rate of",
             ],
         ),

@@ -89,11 +89,11 @@ def test_a_plan_that_could_not_be_measured_is_passed_over():
 def test_the_message_names_peak_forecast_and_remedy():
     (alert,) = told(0.1, 6.0, layers=("head (90%)",))
     assert alert.message == (
-        "the schedule is headed for a learning rate of 6, at which the stability margin of SGD "
-        "would be 6 in the present weights (alert above 5, unstable at 1; 0.10 ± 0.01 at the 0.1 "
-        "of this step); mostly in layers head (90%). Curvature may give way during a warm-up, but "
-        "no peak above 5 trained in the runs behind this level. Lower the peak to about 1 "
-        "(0.17 x), or warm up for longer. More: geomwatch explain planned_rate."
+        "Lower the peak of the schedule from 6 to about 1 (0.17 x), or warm up for longer. The "
+        "stability margin would be 6 there in the present weights (alert above 5, unstable at 1).\n"
+        "It is 0.10 ± 0.01 at the 0.1 of this step with SGD; mostly in layers head (90%). "
+        "Curvature may give way during a warm-up, but no peak above 5 trained in the runs behind "
+        "this level. More: geomwatch explain planned_rate."
     )
 
 
@@ -263,8 +263,8 @@ def test_a_second_jump_is_news_after_a_calm_time():
 def test_the_message_of_a_jump_says_how_far_and_what_instead():
     (alert,) = heard(RateJump(), after(0.1, 1.6, factor=12))
     assert alert.message == (
-        "the learning rate jumps 12 x to 1.2, 2 x what SGD is likely to survive here: margin 1.2 "
-        "and 19 along the gradient, mean 4.8, alert above 2.4 at 64 items (measured at this step). "
-        "This step is not taken yet. Lower the learning rate to about 0.3 (0.25 x), or reach the "
-        "new rate by a warm-up of some hundred steps. More: geomwatch explain rate_jump."
+        "Lower the learning rate from 1.2 to about 0.3 (0.25 x), or reach it by a warm-up of some "
+        "hundred steps. It jumps, with this step, 12 x to 2 x what SGD is likely to survive.\n"
+        "This step is not taken yet: margin 1.2 and 19 along the gradient, mean 4.8, alert above "
+        "2.4 at 64 items (measured at this step). More: geomwatch explain rate_jump."
     )

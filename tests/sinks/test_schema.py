@@ -95,7 +95,14 @@ def made_by_hand(path: Path) -> list[Line]:
 
 def test_real_files_are_valid(tmp_path):
     lines = real_lines(tmp_path / "real.jsonl") + made_by_hand(tmp_path / "own.jsonl")
-    assert {line["kind"] for line in lines} == {"run", "record", "alert", "adjustment", "end"}
+    assert {line["kind"] for line in lines} == {
+        "run",
+        "record",
+        "look",
+        "alert",
+        "adjustment",
+        "end",
+    }
     assert not [line for line in lines if not fits(line, PUBLISHED)]
 
 
@@ -115,7 +122,7 @@ def test_a_line_that_lacks_a_field_or_has_another_type_is_not_valid(kind, tmp_pa
     for field in line:
         without, other = copy.deepcopy(line), copy.deepcopy(line)
         del without[field]
-        other[field] = True
+        other[field] = "yes" if field == "followed" else True
         assert not fits(without, PUBLISHED), field
         assert not fits(other, PUBLISHED), field
     assert not fits({**line, "colour": "blue"}, PUBLISHED)

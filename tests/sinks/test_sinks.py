@@ -26,6 +26,7 @@ from geomwatch.sinks import (
     Log,
     adjustment_line,
     alert_line,
+    end_line,
     logger,
     read,
     record_line,
@@ -42,7 +43,7 @@ def test_a_run_is_a_line_of_provenance_then_records_and_alerts(tmp_path):
     assert [line["kind"] for line in lines].count("run") == 1
     assert lines[0]["kind"] == "run"
     assert lines[-1]["kind"] == "end"
-    assert {line["kind"] for line in lines} == {"run", "record", "alert", "end"}
+    assert {line["kind"] for line in lines} == {"run", "record", "look", "alert", "end"}
     assert {line["schema"] for line in lines} == {SCHEMA}
     records = [line for line in lines if line["kind"] == "record"]
     assert [line["step"] for line in records] == [r.step for r in monitor.history]
@@ -91,6 +92,7 @@ def test_an_alert_line_holds_the_alert_in_full(tmp_path):
             "limit": 0.5,
             "step": 41,
             "layers": ["head (80%)"],
+            "advised_lr": None,
         }
     ]
 
@@ -193,8 +195,7 @@ def test_a_record_is_one_line_at_info(caplog):
         (
             "geomwatch",
             logging.INFO,
-            "step 40  loss 0.5  lr 0.1  λ_max 12.3 ± 0.4  margin 0.33 ± 0.01"
-            "  trace 68 ± 21 (at step 25)",
+            "step     40  loss 0.5        lr 0.1       margin 0.33±0.01     of 1  λ_max 12.3±0.4",
         )
     ]
 
@@ -202,23 +203,81 @@ def test_a_record_is_one_line_at_info(caplog):
 def test_a_record_of_a_broken_run_can_be_logged(caplog):
     caplog.set_level(logging.DEBUG, "geomwatch")
     Log()(record_line(record(loss=math.nan, lr=(), estimates={})))
-    assert [r.getMessage() for r in caplog.records] == ["step 40  loss nan"]
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.split() == "step 40 loss nan lr - margin - of 1 λ_max -".split()  # noqa: SIM905
 
 
-def test_provenance_is_for_files_only(caplog):
+def test_what_is_lost_in_noise_or_held_is_no_number_of_the_log(caplog):
     caplog.set_level(logging.DEBUG, "geomwatch")
-    Log()(run_line({"seed": 0}))
-    assert not caplog.records
+    estimates = {
+        "stability_margin": Estimate(0.33, 0.2, "residual"),
+        "lambda_max": Estimate(12.0, 0.1, "residual", status="held", age=20),
+    }
+    Log()(record_line(record(estimates=estimates)))
+    assert "margin -             of 1  λ_max -" in caplog.text
+
+
+def test_lines_of_probes_are_as_wide_as_another_and_below_100_columns(caplog):
+    caplog.set_level(logging.DEBUG, "geomwatch")
+    wide = {
+        "stability_margin": Estimate(0.012345, 0.00012, "residual"),
+        "lambda_max": Estimate(1.2345e7, 4321.0, "residual"),
+        "grad_norm": Estimate(123.4),
+    }
+    for line in (record(), record(step=123456, loss=0.00012345, lr=(1.25e-5,), estimates=wide)):
+        Log()(record_line(line))
+    first, second = (r.getMessage() for r in caplog.records)
+    assert first.index("λ_max") == second.index("λ_max")
+    assert max(len(first), len(second)) < 100
+
+
+def test_a_run_says_when_it_begins_and_what_became_of_it(caplog):
+    caplog.set_level(logging.INFO, "geomwatch")
+    facts = {"parameters": 8970, "optimizer": "SGD", "every": None, "budget": 0.02}
+    Log()(run_line(facts))
+    lowered = alert("critical", advised_lr=0.06)
+    for alerts in ([], [lowered]):
+        end = end_line(300, 1.0, 0.019, records=[record()], alerts=alerts, lr=(0.28,))
+        Log()(end)
+    start, calm, troubled = caplog.records
+    assert "watching 8,970 parameters under SGD, within 0.02 of the time" in start.getMessage()
+    assert (calm.levelno, troubled.levelno) == (logging.INFO, logging.WARNING)
+    assert calm.getMessage() == (
+        "end at step 300: no alerts; last stability margin 0.33 of 1; cost 1.9% of the time of "
+        "training"
+    )
+    assert "alerts: 1 critical, the last at step 41;" in troubled.getMessage()
+    assert troubled.getMessage().endswith("the advice to go down to 0.06 was not followed")
+
+
+def test_a_bar_of_tqdm_is_cleared_while_a_line_is_logged(capfd):
+    tqdm = pytest.importorskip("tqdm").tqdm
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    with tqdm(total=3, mininterval=0) as bar:
+        bar.update()
+        capfd.readouterr()
+        logger.warning("lower the rate")
+        written = capfd.readouterr().err
+    logger.removeHandler(handler)
+    before, said, after = written.partition("lower the rate\n")
+    assert before.endswith("\r")
+    assert "33%" not in before
+    assert said
+    assert "33%" in after
 
 
 def test_a_monitor_logs_its_records_without_being_asked(caplog, tmp_path):
     caplog.set_level(logging.INFO, "geomwatch")
     watched_run(tmp_path / "run.jsonl")
     texts = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert [text.split("  ")[0] for text in texts[:4]] == ["step 0", "step 1", "step 2", "step 3"]
-    assert texts[4].startswith("step 4: closed; watching took ")
+    start, *probes, end = texts
+    assert start.startswith("geomwatch ")
+    assert end.startswith("end at step 4: no alerts; ")
+    assert [text.split()[1] for text in probes] == ["0", "1", "2", "3"]
     assert re.fullmatch(
-        r"step 0  loss \d\.\d+  lr 0\.05  λ_max \S+ ± \S+  margin \S+ ± \S+.*", texts[0]
+        r"step +0  loss \d\.\d+ +lr 0\.05 +margin \S+±\S+ +of 1  λ_max \S+±\S+",
+        probes[0],
     )
 
 
@@ -354,7 +413,7 @@ def test_the_time_of_a_slow_sink_is_in_the_account(tmp_path, monkeypatch):
 
     monkeypatch.setattr("geomwatch.monitoring.budget.clock", lambda: now)
     monitor = watched_run(tmp_path / "run.jsonl", quantities="loss", also_to=slow)
-    assert monitor.seconds == 10.0 * (1 + len(monitor.history))
+    assert monitor.seconds == 10.0 * (1 + len(monitor.history) + len(monitor.looks))
 
 
 def test_a_file_that_is_moved_away_is_made_anew(tmp_path):

@@ -11,7 +11,7 @@ from geomwatch.errors import UsageError
 from geomwatch.integrations._host.loss import HostLoss, MicroBatch, Unknown
 from geomwatch.monitoring.monitor import STATE, Monitor
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.records import Alert, Record
+from geomwatch.records import Alert, Look, Record
 from geomwatch.sinks.log import logger
 
 L = TypeVar("L", bound=HostLoss)
@@ -23,7 +23,7 @@ class HostWatch(Generic[L]):
     def __init__(self, monitor: Monitor, loss: L, ranks: Ranks) -> None:
         self.monitor, self.loss, self.ranks = monitor, loss, ranks
         self.is_checked = False  # against training
-        self._alerts_seen = 0
+        self._alerts_seen = self._looks_seen = 0
         self._said: set[str] = set()
 
     def go_on_from(self, state: Any, step: int) -> None:
@@ -84,6 +84,11 @@ class HostWatch(Generic[L]):
         """Return the alerts since the last call."""
         seen, self._alerts_seen = self._alerts_seen, len(self.monitor.alerts)
         return self.monitor.alerts[seen:]
+
+    def new_looks(self) -> list[Look]:
+        """Return what was seen along steps since the last call."""
+        seen, self._looks_seen = self._looks_seen, len(self.monitor.looks)
+        return self.monitor.looks[seen:]
 
     def say_once(self, message: str, *, about: str = "") -> None:
         """Warn of something, once; `about` tells it from others where the words vary."""

@@ -15,8 +15,9 @@ from geomwatch.errors import UsageError
 from geomwatch.integrations._host.words import survived
 from geomwatch.isolation.random_state import RandomState
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.records import Record
+from geomwatch.records import Alert, Look, Record
 from geomwatch.sinks.log import logger
+from geomwatch.sinks.tracker import send_alert
 
 
 def steps_taken(trainer: Any) -> int:
@@ -171,6 +172,19 @@ def publish(trainer: Any, module: Any, prefix: str, record: Record) -> None:
             on_epoch=False,
             batch_size=1,
         )
+
+
+def publish_looks(
+    trainer: Any, prefix: str, looks: Sequence[tuple[str, Look]], alerts: Sequence[Alert]
+) -> None:
+    """Send what was seen along steps to all loggers, and alerts to those that have any."""
+    for tracker in trainer.loggers if trainer.is_global_zero and (looks or alerts) else ():
+        with survived(f"looks did not reach {type(tracker).__name__}"):
+            for name, look in looks:
+                start = f"{prefix}{name}/" if name else prefix
+                tracker.log_metrics(look.scalars(start), step=steps_taken(trainer))
+            for alert in alerts:
+                send_alert(tracker.experiment, alert, prefix)
 
 
 def react(trainer: Any, wanted: str | None) -> None:

@@ -28,7 +28,7 @@ from geomwatch.integrations._lightning.window import Window, is_comparable
 from geomwatch.monitoring.group import Group
 from geomwatch.monitoring.monitor import Monitor
 from geomwatch.parallel.ranks import Ranks
-from geomwatch.records import Alert, Record
+from geomwatch.records import Alert, Look, Record
 from geomwatch.sinks.log import logger
 
 
@@ -194,6 +194,10 @@ class Run(StepTap):
             watch.batch_ends(index)
         records, self._records = self._records, []
         return records
+
+    def new_looks(self) -> list[tuple[str, Look]]:
+        """Return what was seen along steps since the last call, with the optimizers' names."""
+        return [(watch.name, look) for watch in self.watches for look in watch.new_looks()]
 
     def new_alerts(self) -> list[Alert]:
         """Return the alerts since the last call."""
