@@ -43,7 +43,9 @@ def index() -> str:
     asked = {
         "step": "every step",
         "rise": "a look, a probe, a rate that rises",
+        "norm": "a known norm, a look, a probe",
         "look": "a look, a probe",
+        "taken": "a step whose loss was looked at again",
         "probe": "a probe",
     }
     rows = ["| rule | | severities | asked at |", "|---|---|---|---|"]

@@ -236,6 +236,8 @@ def is_due(rule: Rule, step: Observation) -> bool:
     reads = _reads(rule)
     if reads == "step" or getattr(rule, "waits", False):
         return True
+    if reads == "taken":
+        return step.taken is not None
     if isinstance(reads, tuple):
         return all(name in (step.estimates or ()) for name in reads)
     if step.fresh or (step.gradient_fresh and reads != "probe"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,6 +41,7 @@ from geomwatch.monitoring.progress import (
     gradient_norm,
 )
 from geomwatch.monitoring.schedule import Cadence
+from geomwatch.monitoring.taken_steps import TakenSteps
 from geomwatch.monitoring.watch import Coming, Watch
 from geomwatch.observation.findings import Findings, Present
 from geomwatch.observation.movement import Movement
@@ -154,9 +156,11 @@ class Monitor(Resumable):
         self._control = claim(
             optimizer, Conductor(() if self._disabled else controllers, optimizer)
         )
+        self._taken = TakenSteps(
+            optimizer, layout, prober.loss_on, self._account, watch=not self._disabled
+        )
         self._dispatch = Dispatch(rules, as_sinks(sinks), on_alert, self._control, self._account)
-        self._difficulty = Difficulty()
-        self._has_difficulty = "difficulty" in names
+        self._difficulty, self._has_difficulty = Difficulty(), "difficulty" in names
         self._fixed_window = fixed_window(how.batch)
         self._counter = StepCounter(None if self._disabled else unwrap(optimizer), layout.params)
         self._scalars, self._backlog = StepScalars(self._ranks), Backlog(optimizer)
@@ -376,6 +380,8 @@ class Monitor(Resumable):
         last, calm = self._scalars.last, self._dispatch.calm()
         if calm is None or last is None or not self._counter.is_automatic:
             return
+        if self._taken.is_busy:  # with what the rules are to see next
+            return
         steps, schedule = last.step, self._watch.schedule
         until = min(
             steps + Calm.most + 1,
@@ -391,9 +397,11 @@ class Monitor(Resumable):
         self, settled: Settled | None, window: Sequence[Any], known: dict[str, Any]
     ) -> Record | None:
         """Do what is due before a step, and judge it."""
+        self._learn()
         step = Coming(
             self._counter.steps, self._lr, self._control.scale, settled, *self._known_of(window)
         )
+        step = replace(step, taken=self._taken.last)
         due = self._watch.due(step)
         if due != "nothing" and self._adapt():
             due = self._watch.due(step)
@@ -407,6 +415,13 @@ class Monitor(Resumable):
         record = self._conclude(step, probed, looked=looked)
         if known["grad_scale"] == 1:  # or else it is changed by what unscales it
             self._counter.see()
+        self._taken.coming(
+            step.index,
+            window,
+            due=looked or probed is not None,
+            scale=self._control.scale,
+            grad_scale=known["grad_scale"],
+        )
         self._let_wait()
         return record
 
@@ -436,6 +451,7 @@ class Monitor(Resumable):
             self._watch.end,
             self._changes.search.reset,
             self._counter.close,
+            self._taken.close,
             self._control.close,
         ):
             self._attempt(part)
@@ -554,6 +570,20 @@ class Monitor(Resumable):
         counter.steps += self._changes.search.missed
         self.follow(found[0])
 
+    def _learn(self) -> None:
+        """Say what the optimizer's first steps have shown, and measure it so from here on."""
+        if not self._taken.may_learn:
+            return
+        said = self._taken.learnt()
+        if not self._ranks.any(bool(said)):
+            return
+        steps = self._counter.steps
+        if said:
+            level = logging.INFO if self._taken.has_limit else logging.WARNING
+            logger.log(level, "step %d: %s", steps, said)
+        self._watch.restart(self._layout, self._optimizer, steps)
+        self._dispatch.forget()
+
     def _adapt(self) -> bool:
         """Measure what is trained now, if it is not what was; tell whether that is so."""
         prober, steps = self._watch.prober, self._counter.steps
@@ -570,6 +600,7 @@ class Monitor(Resumable):
         self._watch.restart(self._layout, self._optimizer, steps)
         self._inspector.follow(self._layout, self._optimizer)
         self._moved = MovementSampler(self._layout.params)
+        self._taken.follow(self._optimizer, self._layout)
         self._dispatch.forget()
         self._check_held()
         logger.info("step %d: %s. Measured anew from here on.", steps, "; ".join(changes))

@@ -270,7 +270,12 @@ class Prober(Resumable):
             if self._fidelity.agrees and not is_own and unclipped is None:
                 gain = None  # clipping may have set in or ended since the probe
             point = Point(stability, used, is_own, known, gain)
-            return self._sentinel.measure(objective.loss_at, point)
+            return _of(stability, self._sentinel.measure(objective.loss_at, point))
+
+    def loss_on(self, window: Sequence[Any]) -> Objective:
+        """Return the loss on a window, for its values alone."""
+        weights = self._weighing(self._subject, window)
+        return self._subject.on(window, products=False, weights=weights)
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""
@@ -351,12 +356,12 @@ class Prober(Resumable):
         if probe.knows_margin_sharpness:
             exact = probe.margin_sharpness
             self._sentinel.note(exact)
-            return Estimate(gain * stability.limit_ratio * exact, 0.0, "none")
+            return _of(stability, Estimate(gain * stability.limit_ratio * exact, 0.0, "none"))
         objective = probe.objective
         used = objective.gradient() if gradient is None else gradient
         is_own = gradient is None or (self._fidelity.has_gradient and gain == 1)
         point = Point(stability, used, is_own, objective.loss(), gain)
-        return self._sentinel.measure(objective.loss_at, point)
+        return _of(stability, self._sentinel.measure(objective.loss_at, point))
 
     def _tell_gain(self, gain: float) -> None:
         """Say once that steps are longer than the loss as it is measured has them."""
@@ -425,6 +430,13 @@ class Prober(Resumable):
     def _ordered(self, estimates: dict[str, Estimate]) -> dict[str, Estimate]:
         own = {name: estimates[name] for name in self.plan.all_names if name in estimates}
         return own | estimates
+
+
+def _of(stability: Stability, margin: Estimate) -> Estimate:
+    """A margin along the gradient; without a formula it is a share of no limit."""
+    if stability.status == "ok" or margin.status != "ok":
+        return margin
+    return replace(margin, status=stability.status, reason=stability.reason)
 
 
 def _none(reason: str) -> Estimate:

@@ -29,6 +29,7 @@ class Cadence:
     attention: float = 0.25  # margins above this are worth a closer look: a quarter of the limit
     rising: float = 1.1  # times the last margin: it rises
     steepness: float = 3.4  # intervals shrink as (attention / margin)^3.4: 1/20 at 0.6
+    rises: int = 5  # steps in a row that are looked at again while they raise their own loss
     sentinels: int = 50  # between two sentinels of a calm run, half of its age before that,
     close_sentinels: int = 10  # and at least so many, as where the margin is above `attention`
     again: int = 10  # what the budget did not allow is asked for again at multiples of this

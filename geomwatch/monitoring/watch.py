@@ -16,10 +16,11 @@ from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.movement import Movement
 from geomwatch.observation.step import Observation, Settled
+from geomwatch.observation.taken import Taken
 from geomwatch.records import Record
 from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
-from geomwatch.stability.registry import is_adaptive, optimizer_name
+from geomwatch.stability.registry import is_adaptive, optimizer_name, sets_rate
 from geomwatch.vectors.layout import Layout
 
 _NO_BATCH = (
@@ -39,6 +40,7 @@ class Coming:
     present: Present | None = None  # what the host knows of this one
     movement: Movement | None = None  # what became of the weights
     inspect: Callable[..., Findings] = nothing_found  # looks for what is wrong with it
+    taken: Taken | None = None  # what the step before did to its own loss
 
 
 class Watch(Resumable):
@@ -150,6 +152,7 @@ class Watch(Resumable):
             gradient_fresh=looked or record is not None,
             cold_start=cold_start(self._optimizer, step.index - self._began),
             adaptive=self._adaptive,
+            sets_rate=sets_rate(self._optimizer),
             limit_ratio=last.limit_ratio if last is not None else 1.0,
             peak=planned_rates(self._optimizer, step.lr),
             same_data=prober.same_data,
@@ -160,6 +163,7 @@ class Watch(Resumable):
             layers=last.layers if last is not None else (),
             settled=step.settled,
             present=step.present,
+            taken=step.taken,
             movement=step.movement,
             inspect=step.inspect,
             unseen=self._unseen,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.margins import scaled, scaled_each, within
 from geomwatch.observation.movement import Movement
+from geomwatch.observation.taken import Taken
 from geomwatch.records import Estimate
 
 
@@ -44,6 +45,7 @@ class Observation:
     gradient_margin: Estimate | None = None
     gradient_fresh: bool = False
     cold_start: float = 1.0  # factor of Adam's first steps that both margins leave out
+    sets_rate: bool = False  # the optimizer finds its rate itself, as Prodigy does
     adaptive: bool = False  # the optimizer preconditions its steps, as Adam does
     limit_ratio: float = 1.0  # full-batch over small-batch limit of the coming step
     peak: tuple[float, ...] = ()  # the highest rate each group is known to be headed for
@@ -55,6 +57,7 @@ class Observation:
     layers: tuple[str, ...] = ()
     settled: Settled | None = None
     present: Present | None = None
+    taken: Taken | None = None  # the step before, where its own loss was looked at again
     movement: Movement | None = None  # of the weights over some steps, where it was looked at
     inspect: Callable[..., Findings] = field(default=nothing_found, compare=False, repr=False)
 

@@ -25,6 +25,7 @@ from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump, StochasticLevels
 from geomwatch.rules.rule import Once, Rule
 from geomwatch.rules.stability_margin import FullBatchLevels, OwnPast, StabilityMargin, StartLevels
+from geomwatch.rules.taken_step import TakenStep
 from geomwatch.rules.untrusted_probe import UntrustedProbe
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "StartLevels",
     "StartOfLosses",
     "StochasticLevels",
+    "TakenStep",
     "UntrustedProbe",
     "default_rules",
     "resolve",

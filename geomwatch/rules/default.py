@@ -19,6 +19,7 @@ from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump
 from geomwatch.rules.rule import Rule
 from geomwatch.rules.stability_margin import StabilityMargin
+from geomwatch.rules.taken_step import TakenStep
 from geomwatch.rules.untrusted_probe import UntrustedProbe
 
 DEFAULT = (
@@ -28,6 +29,7 @@ DEFAULT = (
     LossRise,
     StabilityMargin,
     GradientMargin,
+    TakenStep,
     BatchNoise,
     PlannedRate,
     RateJump,

@@ -23,6 +23,7 @@ class Rule(Protocol):
                          which is one in ten, and these:
         reads = "look"   steps at which a sentinel or a probe has measured something
         reads = "rise"   these, and those whose rate is above that of the step before
+        reads = "taken"  steps after one whose loss was looked at again
         reads = "probe"  steps at which a probe has measured something
         reads = ("trace", ...)  steps at which a probe has measured all of these quantities
 

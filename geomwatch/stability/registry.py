@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,8 @@ class Known:
     state: Mapping[str, Read] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""  # why there is no formula
+    is_registered: bool = False
+    is_settled: bool = False  # by its steps
 
     @property
     def has_formula(self) -> bool:
@@ -98,7 +100,9 @@ def register_optimizer(
     algorithm = TORCH[like]
     _check_keys("state", state, (*algorithm.state, "step"), like)
     _check_keys("options", options, (*algorithm.options, "weight_decay", "maximize"), like)
-    _REGISTERED[cls] = Known(algorithm, like, dict(state or {}), dict(options or {}))
+    _REGISTERED[cls] = Known(
+        algorithm, like, dict(state or {}), dict(options or {}), is_registered=True
+    )
 
 
 def _check_keys(
@@ -114,7 +118,7 @@ def _check_keys(
 
 def settle(optimizer: Any, known: Known) -> None:
     """Take over what an optimizer's first steps have shown."""
-    _SETTLED[optimizer] = known
+    _SETTLED[optimizer] = replace(known, is_settled=True)
 
 
 def known_of(optimizer: object) -> Known:
@@ -204,6 +208,12 @@ def is_adaptive(optimizer: object) -> bool:
     """Tell whether an optimizer preconditions its steps by the gradients it has seen."""
     algorithm = known_of(unwrap(optimizer)).algorithm
     return algorithm is None or algorithm.adaptive
+
+
+def sets_rate(optimizer: object) -> bool:
+    """Tell whether an optimizer finds its learning rate itself."""
+    algorithm = known_of(unwrap(optimizer)).algorithm
+    return algorithm is not None and algorithm.sets_rate
 
 
 def optimizer_name(optimizer: Any) -> str:

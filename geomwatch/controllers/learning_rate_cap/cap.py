@@ -69,7 +69,8 @@ class LearningRateCap(Documented, Resumable):
 
     Evaluated again before every step, at the rate the user's schedule has for it. Measurements that
     failed or are not finite change nothing, and while looks fail no schedule takes the rate up. It
-    abstains, and says so, where the optimizer has no stability formula.
+    abstains, and says so, where the optimizer has no stability formula, or finds its rate itself as
+    Prodigy does.
 
     Raises:
         UsageError: a number outside its range.
@@ -167,6 +168,8 @@ class LearningRateCap(Documented, Resumable):
 
     def _cannot(self, step: Observation) -> str:
         """Return why there is nothing to go by in this run; "" where there is, or may yet be."""
+        if step.sets_rate:
+            return f"{step.optimizer} finds its learning rate itself"
         if step.margin is not None and step.margin.status in ("unknown", "directional"):
             return step.margin.reason
         known = self._along.known or self._top.known
