@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from typing import Any
 
@@ -34,6 +35,17 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def near(a: Any, b: Any, rel: float) -> bool:
+    """Equality of nested containers, but that floats may differ a little."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(near(a[key], b[key], rel) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(near(x, y, rel) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=rel)
+    return same(a, b)
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:

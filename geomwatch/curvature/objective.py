@@ -394,6 +394,7 @@ class Objective:
         other = copy.copy(self)
         other._replay, other._batches = self._replay.on(part, ranks), [part.batch]
         other.items = part.items
+        other._bends = dict(self._bends)  # a piece of one rank must not set the steps of all
         other._reset(is_part=True, once=once)
         other.forgo_hvps(self.obstacle)
         return other

