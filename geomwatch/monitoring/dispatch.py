@@ -11,11 +11,12 @@ from geomwatch.controllers.conductor import Conductor
 from geomwatch.errors import UsageTypeError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
+from geomwatch.monitoring.history import Ring, of_adjustment, of_alert, of_look, of_record
 from geomwatch.observation.findings import Present
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.parallel.ranks import is_first_rank
-from geomwatch.records import Adjustment, Alert, Look, Record, gravest
+from geomwatch.records import Alert, Look, Record, gravest
 from geomwatch.rules.calm import Calm, all_calm
 from geomwatch.rules.default import resolve
 from geomwatch.rules.rule import Rule
@@ -71,10 +72,10 @@ class Dispatch(Resumable):
         self._account = account
         self._ratio: float | None = None  # of an update, as last sampled
         self._told = 0  # alerts that a look has spoken of
-        self.history: list[Record] = []
-        self.looks: list[Look] = []
-        self.alerts: list[Alert] = []
-        self.adjustments: list[Adjustment] = []
+        self.history = Ring(of_record)
+        self.looks = Ring(of_look)
+        self.alerts = Ring(of_alert)
+        self.adjustments = Ring(of_adjustment)
 
     def __call__(self, step: Observation, record: Record | None) -> Record | None:
         """Judge one step; return its record, if any, with what it led to."""
@@ -141,7 +142,8 @@ class Dispatch(Resumable):
             self._ratio = step.movement.relative / max(step.movement.steps, 1)
         if not step.gradient_fresh or step.gradient_margin is None:
             return
-        before, self._told = self._told, len(self.alerts) + len(alerts)
+        gone = self.alerts.dropped
+        before, self._told = self._told, gone + len(self.alerts) + len(alerts)
         look = Look(
             step.index,
             step.rate,
@@ -149,7 +151,7 @@ class Dispatch(Resumable):
             self._limit(step),
             self._ratio,
             None if self._account is None else self._account.share,
-            gravest(a.severity for a in (*self.alerts[before:], *alerts)),
+            gravest(a.severity for a in (*self.alerts[max(before - gone, 0) :], *alerts)),
             None if step.settled is None else step.settled.loss,
         )
         self.looks.append(look)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,13 +19,14 @@ from geomwatch.controllers.protocol import Controller, check_controllers
 from geomwatch.curvature.checks import check_batch, check_loss_fn, check_optimizer
 from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
-from geomwatch.errors import UsageError
+from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.backlog import Backlog
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
 from geomwatch.monitoring.changes import Changes, changed_line, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
+from geomwatch.monitoring.history import Ring
 from geomwatch.monitoring.inspection import Inspector
 from geomwatch.monitoring.memory import Difficulty
 from geomwatch.monitoring.movement import MovementSampler
@@ -180,23 +181,23 @@ class Monitor(Resumable):
         self._dispatch.name = name
 
     @property
-    def history(self) -> list[Record]:
-        """All records so far."""
+    def history(self) -> Ring[Record]:
+        """The records so far: the last 10,000, and those with an extreme (see `Ring`)."""
         return self._dispatch.history
 
     @property
-    def looks(self) -> list[Look]:
-        """All that sentinels and probes have seen along steps so far."""
+    def looks(self) -> Ring[Look]:
+        """What sentinels and probes have seen along steps so far; bounded."""
         return self._dispatch.looks
 
     @property
-    def alerts(self) -> list[Alert]:
-        """All alerts so far."""
+    def alerts(self) -> Ring[Alert]:
+        """The alerts so far, bounded as `history` is."""
         return self._dispatch.alerts
 
     @property
-    def adjustments(self) -> list[Adjustment]:
-        """All adjustments so far, with those that a dry run or advice only speaks of."""
+    def adjustments(self) -> Ring[Adjustment]:
+        """The adjustments so far, with those that a dry run or advice only speaks of; bounded."""
         return self._dispatch.adjustments
 
     @property
@@ -465,6 +466,17 @@ class Monitor(Resumable):
         if settled is not None:
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
             self._conclude(step, None, looked=False)
+
+    def __deepcopy__(self, memo: object) -> Monitor:
+        """Return itself: a copy of what holds a monitor, as of averaged weights, is not watched."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageTypeError(
+            "a Monitor can't be pickled: it is bound to the model and the optimizer of this "
+            "process. Save monitor.state_dict(), build one where it is loaded, and leave it out of "
+            "what is pickled."
+        )
 
     def __enter__(self) -> Monitor:
         return self

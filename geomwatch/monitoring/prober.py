@@ -90,6 +90,15 @@ class Prober(Resumable):
     _fidelity: Kept[ReplayFidelity]
     _trace: Kept[RunningTrace]
     _held: Kept[Held]
+    same_data: Kept[bool]
+    _fingerprint: Kept[tuple[float, ...] | None]
+    _compared: Kept[int | None]
+    _validation: Kept[dict[str, str | int | float | bool] | None]
+    _chosen: Kept[tuple[str, str, int | None] | None]  # hvp, precision, micro_batch
+    _obstacle: Kept[str]
+    _bends: Kept[dict[str, float]]
+    _last_margin: Kept[float | None]
+    _is_kinked: Kept[bool]
 
     def __init__(
         self, subject: Subject, optimizer: Any, plan: Plan, *, per_layer: bool, seed: int
@@ -99,8 +108,8 @@ class Prober(Resumable):
         self._rng = generator(seed)
         self._weighing = Weighing()
         self.same_data = False  # each step sees the same data
-        self._fingerprint: tuple[float, ...] | None = None
-        self._compared: int | None = None  # the step it was taken at
+        self._fingerprint = None
+        self._compared = None  # the step it was taken at
         self.surprises: list[str] = []  # things to tell the user once
         self.no_margin = ""  # why the optimizer's steps have none
         self._given = self._subject = subject
@@ -114,11 +123,12 @@ class Prober(Resumable):
         self.plan.restart()
 
     def _forget(self) -> None:
-        self._validation: dict[str, str | int | float | bool] | None = None
+        self._validation = None
+        self._chosen = None
         self._sharding: dict[str, str] | None = None
         self._obstacle = ""  # why this model has no HVPs
-        self._bends: dict[str, float] = {}  # what steps of differences go by
-        self._last_margin: float | None = None
+        self._bends = {}  # what steps of differences go by
+        self._last_margin = None
         self._is_kinked = False  # one-sided differences were given up
         self._invariance = ScaleInvariance()
         self._invariant: frozenset[str] = frozenset()
@@ -126,6 +136,17 @@ class Prober(Resumable):
         self._fidelity = ReplayFidelity()
         self._trace = RunningTrace()
         self._held = Held()
+
+    def resumed(self) -> None:
+        """Measure as was chosen before, unless something else is asked for now."""
+        if self._chosen is None:
+            return
+        (hvp, precision, cut), asked = self._chosen, self._given.how
+        as_before = asked.hvp in ("auto", hvp) and asked.precision in ("float32", precision)
+        if not (as_before and asked.micro_batch in (None, cut)):
+            self._validation = None
+        else:
+            self._subject = self._subject.set(hvp=hvp, precision=precision, micro_batch=cut)
 
     @traceless
     def probe(
@@ -307,6 +328,8 @@ class Prober(Resumable):
         if self._validation is None:
             choose = choose_backend if self._is_kinked else partial(choose_products, self._bends)
             self._subject, self._validation = choose(self._subject, first)
+            how = self._subject.how
+            self._chosen = how.hvp, how.precision, how.micro_batch
             by_differences = self._subject.how.hvp == "finite_difference"
             if by_differences and "validation_error" in self._validation:
                 self.surprises.append(

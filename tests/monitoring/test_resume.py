@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from faces import faced
 from problems import cross_entropy, digits, mlp
 
 import geomwatch
+from geomwatch.controllers import LearningRateCap
 
 
 def watched(**options):
@@ -38,6 +42,50 @@ def test_a_jump_of_the_learning_rate_at_a_resume_is_probed_at_once():
     record = step(model, optimizer, other, batch)
     assert record is not None
     assert record.step == 60
+
+
+class Capped:
+    """A run on a batch that goes with the step, whose rate a controller caps."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = mlp(64, 16, 10, activation=torch.nn.Tanh)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=2.0, momentum=0.9)
+        self.monitor = geomwatch.Monitor(
+            self.model, cross_entropy, self.optimizer, controllers=LearningRateCap()
+        )
+        self.parts: tuple[Any, ...] = (self.model, self.optimizer, self.monitor)
+
+    def run(self, *steps: int) -> torch.Tensor:
+        x, y = digits(512)
+        for at in steps:
+            shift = 37 * at % 480
+            step(*self.parts, (x[shift : shift + 32], y[shift : shift + 32]))
+        return torch.nn.utils.parameters_to_vector(self.model.parameters()).detach()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_a_capped_run_goes_on_to_the_last_bit_wherever_it_was_stopped(stop):
+    whole, first, second = Capped(), Capped(), Capped()
+    expected = whole.run(*range(8))
+    first.run(*range(stop))
+    for part, other in zip(first.parts, second.parts, strict=True):
+        other.load_state_dict(copy.deepcopy(part.state_dict()))
+    assert torch.equal(second.run(*range(stop, 8)), expected)
+    assert len(whole.monitor.history) > 1
+    assert whole.monitor.adjustments
+
+
+def test_what_is_asked_for_after_a_resume_is_measured():
+    model, optimizer, monitor = watched(every=2)
+    step(model, optimizer, monitor, digits(64))
+    other = geomwatch.Monitor(
+        model, cross_entropy, optimizer, geomwatch.Measurement(hvp="finite_difference"), every=2
+    )
+    other.load_state_dict(monitor.state_dict())
+    for _ in range(2):
+        step(model, optimizer, other, digits(64))
+    assert other.history[-1].provenance["backend"] == "finite_difference"
 
 
 def test_a_run_without_a_checkpoint_of_ours_is_counted_from_the_step_it_has_reached():
