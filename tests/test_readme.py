@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands, and what it lists is what there is."""
+"""What the README and the page on use show runs as it stands; what they list is what there is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from torch import nn
 
 from geomwatch.quantities.table import QUANTITIES
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+USING = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README + USING, flags=re.DOTALL | re.MULTILINE)
 HOSTS = ("lightning", "transformers", "accelerate")
 
 
@@ -76,7 +78,30 @@ WHEN = {"dense": "by default", "usual": "by default", "slow": "now and then", "a
 def test_the_quantities_are_listed_by_when_they_are_measured():
     listed = {
         name: when
-        for names, when in re.findall(r"^\| (`.*?) \| .* \| (.*?) \|$", README, flags=re.MULTILINE)
+        for names, when in re.findall(r"^\| (`.*?) \| .* \| (.*?) \|$", USING, flags=re.MULTILINE)
         for name in re.findall(r"`(\w+)`", names)
     }
     assert listed == {name: WHEN[quantity.pace] for name, quantity in QUANTITIES.items()}
+
+
+def test_the_figures_are_those_of_the_table_that_a_script_wrote():
+    table = (ROOT / "docs" / "benchmarks" / "forecast.md").read_text(encoding="utf-8")
+    rows = [row for row in table.splitlines() if row.startswith("| **geomwatch** |")]
+    quoted = re.findall(r"^\| learning rate .*", README, flags=re.MULTILINE)
+    assert len(rows) == len(quoted) == 3
+    for row, told in zip(rows, quoted, strict=True):
+        caught, false_alarms = re.findall(r"(\d+) of (\d+)", told)
+        missed = told.split("|")[3]
+        assert "/".join(caught) in row
+        assert "/".join(false_alarms) in row
+        assert int(missed) == int(caught[1]) - int(caught[0])
+        lead = re.search(r"(\d+) steps", told)
+        assert lead is None or f"| {lead[1]} [" in row
+    (whole, rest) = re.search(r"it made (\S+ %), and the rest (\S+ %)", README).groups()
+    assert f"| `{{'max_overhead': 0.02}}` | {whole} ({rest}) |" in table
+
+
+def test_sentences_are_short():
+    prose = re.sub(r"```.*?```|^\|.*?$|!\[.*?\]\(.*?\)|\]\(.*?\)", "", README, flags=re.S | re.M)
+    sentences = re.split(r"(?<=[.:?!])\s+|\n\n|\n- ", prose)
+    assert not [s for s in sentences if len(s.split()) > 25]
