@@ -14,6 +14,7 @@ from geomwatch.controllers.learning_rate_cap.history import BaseRateTest, StallT
 from geomwatch.controllers.learning_rate_cap.limit import CapLimits
 from geomwatch.controllers.protocol import Controller, Knobs, Move
 from geomwatch.controllers.resizable import Accumulation, ResizableBatchSampler
+from geomwatch.controllers.skipping import SkipStep
 
 __all__ = [
     "Accumulation",
@@ -26,5 +27,6 @@ __all__ = [
     "LearningRateCap",
     "Move",
     "ResizableBatchSampler",
+    "SkipStep",
     "StallTest",
 ]

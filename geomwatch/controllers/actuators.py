@@ -17,10 +17,10 @@ from torch import Tensor
 from geomwatch.observation.margins import within
 from geomwatch.stability.registry import learning_rates
 
-LR, BATCH, CLIP = "lr_scale", "batch_scale", "clip_norm"
-KNOBS = (LR, BATCH, CLIP)  # in the order in which controllers get their turn
+LR, BATCH, CLIP, SKIP = "lr_scale", "batch_scale", "clip_norm", "skip_step"
+KNOBS = (LR, BATCH, CLIP, SKIP)  # in the order in which controllers get their turn
 
-NEUTRAL = {LR: math.inf, BATCH: 1.0, CLIP: math.inf}  # settings that change nothing
+NEUTRAL = {LR: math.inf, BATCH: 1.0, CLIP: math.inf, SKIP: 0.0}  # settings that change nothing
 
 NO_BATCH = (
     "This loop's batches are its own: pass BatchSizeScaler(through=...) a ResizableBatchSampler "
@@ -50,6 +50,9 @@ class Actuator:
         """Turn the knob; a loop may have to wait for a moment that corrupts nothing."""
         self.setting = to
 
+    def lift(self) -> None:
+        """Make way for a look at the coming step; called before each."""
+
     def value(self, rates: Sequence[float]) -> float:
         """Return what the knob says for the coming step, at the user's learning `rates`.
 
@@ -66,6 +69,10 @@ class Actuator:
 
 class Memory(Actuator):
     """A knob that nothing hangs on: of a dry run, or of a loop that can't turn it."""
+
+    def lift(self) -> None:
+        """Forget what would have held for one step."""
+        self.setting = NEUTRAL[SKIP] if self.knob == SKIP else self.setting
 
 
 class LearningRate(Actuator):
@@ -86,13 +93,13 @@ class LearningRate(Actuator):
     """
 
     def __init__(self, optimizer: Any, *, live: bool = True) -> None:
-        super().__init__(LR, obstacle=_no_hooks(optimizer) if live else "")
+        super().__init__(LR, obstacle=no_hooks(optimizer) if live else "")
         self._optimizer = optimizer
         # group, the user's rate, factor: what a step under way was lent; None outside of steps
         self._lent: list[tuple[dict[str, Any], Any, float]] | None = None
         self._handles: list[Any] = []
         if live and not self.obstacle:
-            before, after = _calling(self, "_lend"), _calling(self, "_restore")
+            before, after = calling(self, "_lend"), calling(self, "_restore")
             self._handles = [
                 optimizer.register_step_pre_hook(before),
                 optimizer.register_step_post_hook(after),
@@ -150,9 +157,9 @@ class StepClip(Actuator):
     """
 
     def __init__(self, optimizer: Any) -> None:
-        super().__init__(CLIP, obstacle=_no_hooks(optimizer))
+        super().__init__(CLIP, obstacle=no_hooks(optimizer))
         self._optimizer = optimizer
-        hook = _calling(self, "_clip")
+        hook = calling(self, "_clip")
         self._handle = None if self.obstacle else optimizer.register_step_pre_hook(hook)
         if self._handle is not None:
             weakref.finalize(self, self._handle.remove)
@@ -173,7 +180,7 @@ class StepClip(Actuator):
         torch.nn.utils.clip_grad_norm_(params, norm)
 
 
-def _calling(actuator: object, name: str) -> Callable[..., None]:
+def calling(actuator: object, name: str) -> Callable[..., None]:
     """Return a hook that holds the actuator weakly; one that is forgotten does nothing."""
     me = weakref.ref(actuator)
 
@@ -185,7 +192,7 @@ def _calling(actuator: object, name: str) -> Callable[..., None]:
     return hook
 
 
-def _no_hooks(optimizer: object) -> str:
+def no_hooks(optimizer: object) -> str:
     """Return why nothing can be done around this optimizer's steps; "" where something can."""
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
         return ""

@@ -12,12 +12,14 @@ from geomwatch.controllers.actuators import (
     KNOBS,
     LR,
     NO_BATCH,
+    SKIP,
     Actuator,
     LearningRate,
     Memory,
     StepClip,
 )
 from geomwatch.controllers.protocol import Controller, Knobs, Move, check_controllers
+from geomwatch.controllers.withholding import StepSkip
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.margins import within
 from geomwatch.observation.step import Observation
@@ -72,7 +74,7 @@ class Conductor(Resumable):
         """Turn the knobs of another optimizer; what hangs on a host's own stays."""
         for controller in self._asked:
             present = self._actuators[controller.knob]
-            if not isinstance(present, LearningRate | StepClip):
+            if not isinstance(present, LearningRate | StepClip | StepSkip):
                 continue
             present.close()
             self._actuators[controller.knob] = self._own_actuator(controller, unwrap(optimizer))
@@ -100,10 +102,9 @@ class Conductor(Resumable):
                 actuator.set(self._settings[actuator.knob])
 
     def lift(self) -> None:
-        """Show the user's own rates while the coming step is looked at."""
-        rate = self._actuators.get(LR)
-        if isinstance(rate, LearningRate):
-            rate.lift()
+        """Show the user's own rates while a step is looked at; forget what held for the last."""
+        for actuator in self._actuators.values():
+            actuator.lift()
 
     def __call__(self, step: Observation, alerts: Sequence[Alert]) -> list[Adjustment]:
         """Decide on one step; `apply` then turns the knobs."""
@@ -129,11 +130,18 @@ class Conductor(Resumable):
         rate = self._actuators.get(LR)
         return math.inf if rate is None or LR in self._dry else rate.setting
 
+    @property
+    def skips(self) -> bool:
+        """Whether the coming step will be left out."""
+        skip = self._actuators.get(SKIP)
+        return skip is not None and skip.setting > 0 and SKIP not in self._dry
+
     def apply(self, rates: Sequence[float]) -> None:
         """Turn the knobs as decided, for a step at the user's learning `rates`."""
         for move in self._pending:
-            self._settings[move.knob] = move.to
             self._actuators[move.knob].set(move.to)
+            if move.knob != SKIP:  # which holds for one step
+                self._settings[move.knob] = move.to
         self._pending = []
         for actuator in self._actuators.values():
             actuator.refresh()
@@ -165,6 +173,8 @@ class Conductor(Resumable):
             return Memory(controller.knob)
         if controller.knob == CLIP:
             return StepClip(optimizer)
+        if controller.knob == SKIP:
+            return StepSkip(optimizer)
         brought: Actuator | None = getattr(controller, "through", None)
         return brought or Memory(BATCH, obstacle=NO_BATCH)
 
@@ -213,7 +223,8 @@ class Conductor(Resumable):
             effect, reason = "advice", f"{reason}. {obstacle}" if obstacle else reason
         else:
             self._pending.append(move)
-        was = before.get(move.knob, 1.0)  # advice may concern a knob that nobody turns
+        # advice may concern a knob that nobody turns; a step is left out for itself alone
+        was = 0.0 if move.knob == SKIP else before.get(move.knob, 1.0)
         if math.isclose(was, after, rel_tol=_SAME):
             return None
         return Adjustment(move.knob, was, after, reason, step.index, effect)

@@ -13,7 +13,12 @@ from geomwatch.errors import UsageError, UsageTypeError
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert
 
-_OURS = ("LearningRateCap", "BatchSizeScaler", "GradientClipper")  # for who passes a name
+_OURS = (
+    "LearningRateCap",
+    "BatchSizeScaler",
+    "GradientClipper",
+    "SkipStep",
+)  # for who passes a name
 
 
 @dataclass(frozen=True, slots=True)

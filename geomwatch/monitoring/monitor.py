@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
-from geomwatch.controllers.actuators import CLIP, Actuator
+from geomwatch.controllers.actuators import CLIP, SKIP, Actuator
 from geomwatch.controllers.claim import claim
 from geomwatch.controllers.conductor import Conductor
 from geomwatch.controllers.protocol import Controller, check_controllers
@@ -415,7 +415,7 @@ class Monitor(Resumable):
             step = replace(step, present=last.present(wait=True))
         record = self._conclude(step, probed, looked=looked)
         if known["grad_scale"] == 1:  # or else it is changed by what unscales it
-            self._counter.see()
+            self._counter.see(will_step=not self._control.skips)
         self._taken.coming(
             step.index,
             window,
@@ -635,7 +635,9 @@ class Monitor(Resumable):
     ) -> tuple[Present | None, Movement | None, Callable[..., Findings]]:
         """Return what the host knows of the coming step, of the weights, and a way to find more."""
         inspect = partial(self._inspector, window, self._past)
-        present = None if self._scalars.last is None else self._scalars.last.present()
+        wait = SKIP in self._control.knobs  # else it would be known too late
+        last = self._scalars.last
+        present = None if last is None else last.present(wait=wait)
         is_known = present is not None and present.loss is not None
         self._past = [] if is_known else list(window)
         moved = self._attempt(lambda: self._moved(self._counter.steps, self._lr))
@@ -647,7 +649,7 @@ class Monitor(Resumable):
         And at each where a controller goes by it.
         """
         is_due = self._watch.schedule.cadence.next_norm(steps - 1) == steps
-        return is_due or CLIP in self._control.knobs
+        return is_due or not {CLIP, SKIP}.isdisjoint(self._control.knobs)
 
     def _conclude(self, step: Coming, probed: Probed | None, *, looked: bool) -> Record | None:
         record = probed.record if probed is not None else None

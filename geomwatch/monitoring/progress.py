@@ -70,12 +70,13 @@ class StepCounter(Resumable):
         """Whether the optimizer tells of its steps; otherwise call `count` for each."""
         return bool(self._handles)
 
-    def see(self) -> None:
+    def see(self, *, will_step: bool = True) -> None:
         """Remember gradient and weights as they are, to know whether the step is taken with them.
 
-        An integer or two of the smallest parameter stand for all.
+        An integer or two of the smallest parameter stand for all. Of a step that will be left out
+        nothing is to be compared.
         """
-        self._seen = self._present()
+        self._seen = self._present() if will_step else None
 
     def compare(self) -> None:
         """Note, right before the step, what was changed since `see`."""
