@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from geomwatch.controllers.actuators import BATCH, LR, Actuator
-from geomwatch.controllers.protocol import Knobs, Move
+from geomwatch.controllers.protocol import Knobs, Move, abstained
 from geomwatch.controllers.resizable import SampledBatches
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import GUESS, Documented, between, level, option, whole
@@ -35,7 +35,8 @@ class BatchSizeScaler(Documented, Resumable):
 
     Needs `stochastic_margin` and `gradient_noise_scale`, which the monitor then measures at every
     probe: about three steps each time. Of a single batch of fewer than 16 items, or one that a
-    BatchNorm normalises, they can't be had: accumulate, so that micro-batches can be compared.
+    BatchNorm normalises, or of a loss that does not split into items, they can't be had, and it
+    abstains by that reason: accumulate, so that micro-batches can be compared.
 
     Raises:
         UsageError: a number outside its range, or `through` is none of these.
@@ -102,6 +103,9 @@ class BatchSizeScaler(Documented, Resumable):
     ) -> Sequence[Move]:
         """Look at one step; only a fresh measurement of both margins moves anything."""
         present = 1.0 if knobs is None else knobs.values.get(BATCH, 1.0)
+        cannot = self._cannot(step)
+        if cannot:
+            return abstained(BATCH, cannot)
         if not self._measure(step, present):
             return ()
         curvature, noise = self._curvature.at(step.lr), self._noise.at(step.lr)
@@ -119,6 +123,13 @@ class BatchSizeScaler(Documented, Resumable):
         if self._lasts(self._noisy_since, step):
             return self._grow(step, present, curvature, noise)
         return self._halve(step, present, halved) if self._lasts(self._calm_since, step) else ()
+
+    def _cannot(self, step: Observation) -> str:
+        """Return why the noise of batches can't be had in this run; "" where it was, or may be."""
+        noise = (step.estimates or {}).get("stochastic_margin")
+        is_refused = noise is not None and noise.status in ("withheld", "unknown", "directional")
+        known = self._noise.known or step.same_data
+        return "" if noise is None or known or not is_refused else noise.reason
 
     def _lasts(self, since: int | None, step: Observation) -> bool:
         return since is not None and step.index - since >= self.patience

@@ -136,11 +136,14 @@ class GradientClipper(Documented, Resumable):
         0, "further alerts within `cooldown` that it takes to start", source=GUESS, check=whole(0)
     )
     cooldown: int = level(100, "steps without an alert until it ends", source=GUESS)
+    always: int = level(100, "steps in a row whose norm is clipped: it says so", source=GUESS)
     dry_run: bool = option(False, "log what would be done, and do nothing")
 
     _policy: Kept[Percentile | ZScore] = field(init=False)
     _raised: Kept[list[int]] = field(init=False, default_factory=list)  # steps of recent alerts
     _norm: Kept[float] = field(init=False, default=math.inf)  # that is clipped at
+    _clipped: Kept[list[float]] = field(init=False, default_factory=list)  # norms in a row
+    _told: Kept[bool] = field(init=False, default=False)  # of so many
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,6 +159,9 @@ class GradientClipper(Documented, Resumable):
     ) -> Sequence[Move]:
         """Take in the norm of the step before, and this step's alerts."""
         self._remember(step)
+        return [*self._decide(step, alerts), *self._tell_of_a_level_below_all()]
+
+    def _decide(self, step: Observation, alerts: Sequence[Alert]) -> Sequence[Move]:
         if self.rules is None:
             return self._follow("of the norms so far")
         raised = [a.rule for a in alerts if a.rule in self.rules and a.severity != "info"]
@@ -174,6 +180,19 @@ class GradientClipper(Documented, Resumable):
         norm = None if settled is None or not settled.stepped else settled.grad_norm
         if norm is not None and math.isfinite(norm):
             self._policy.update(norm)
+            is_clipped = norm > self._norm and not self._told
+            self._clipped = [*self._clipped, norm] if is_clipped else []
+
+    def _tell_of_a_level_below_all(self) -> Sequence[Move]:
+        """Advise where every step is clipped: the level is then what sets the length of steps."""
+        if self._told or len(self._clipped) < self.always:
+            return ()
+        usual, self._clipped, self._told = statistics.median(self._clipped), [], True
+        reason = (
+            f"each of the last {self.always} gradients was clipped, which lowers the rate of every "
+            f"step: half of them are above {usual:.3g}. Clip there, or lower the rate instead"
+        )
+        return [Move(CLIP, usual, reason, advice=True)]
 
     def _follow(self, why: str) -> Sequence[Move]:
         norm = max(self._policy.threshold(), self.min_norm)

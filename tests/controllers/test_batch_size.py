@@ -55,6 +55,16 @@ def test_a_margin_within_the_limit_changes_nothing():
     assert Batch(scaler()).run(0.3, 0.6) == []
 
 
+def test_a_loss_that_does_not_split_into_items_is_left_alone_by_name():
+    why = "the loss is no mean over items"
+    withheld = Estimate(None, status="withheld", reason=why)
+    estimates = {"stability_margin": Estimate(0.5), "stochastic_margin": withheld}
+    seen = Observation(index=0, fresh=True, lr=(0.1,), estimates=estimates)
+    (move,) = scaler()(seen)
+    assert move.abstains
+    assert (move.to, move.reason) == (1.0, why)
+
+
 def test_noise_is_brought_down_by_the_batch_it_takes_in_powers_of_two():
     batch = Batch(scaler())
     # N / (1 - D) = 3 / 0.7 = 4.3: eight times the batch

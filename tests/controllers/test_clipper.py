@@ -55,6 +55,19 @@ def test_clipping_ends_when_there_was_no_alert_for_a_while():
     assert moves[-1] == (240, math.inf)
 
 
+def test_a_level_that_every_step_reaches_is_told_of_once():
+    clipper = GradientClipper(cooldown=1000)
+    assert run(clipper, norms(100), alerts={100})
+    moves = [m for t in range(101, 400) for m in clipper(stepped(t, 50.0 + t % 2))]
+    (move,) = (m for m in moves if m.advice)
+    assert move.to == pytest.approx(50.5)
+    assert "each of the last 100 gradients was clipped" in move.reason
+    now_and_then = GradientClipper(rules=None)
+    moves = [m for t, norm in enumerate(norms(400), 1) for m in now_and_then(stepped(t, norm))]
+    assert moves
+    assert not any(m.advice for m in moves)
+
+
 def test_information_and_other_alerts_do_not_start_it():
     clipper = GradientClipper()
     run(clipper, norms(100))
@@ -62,7 +75,7 @@ def test_information_and_other_alerts_do_not_start_it():
         Alert("grad_norm_spike", "info", "", 1, 1, 100),
         Alert("loss_rise", "warning", "", 1, 1, 100),
     ]
-    assert clipper(stepped(101, 1.0), others) == ()
+    assert not clipper(stepped(101, 1.0), others)
 
 
 def test_patience_waits_for_a_second_alert():
@@ -97,7 +110,7 @@ def test_norms_of_steps_that_were_not_taken_do_not_count():
     clipper = GradientClipper(rules=None)
     moves = [clipper(stepped(t, 1.0, taken=t > 20)) for t in range(1, 45)]
     assert not any(moves)
-    assert clipper(stepped(45, math.inf)) == ()
+    assert not clipper(stepped(45, math.inf))
     assert clipper(stepped(46, 1.0))
 
 

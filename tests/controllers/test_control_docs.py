@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "control.md"
 def test_the_code_of_the_page_runs():
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     torch.manual_seed(0)
     model = mlp(64, 8, 10)
     data = TensorDataset(*digits(128))

@@ -85,7 +85,10 @@ class LearningRateCap(Documented, Resumable):
         1.0, "limit of M and its error, where steps see different data", source="theory"
     )
     smoothing: float = level(
-        0.8, "weight of the past in the mean of margins", source="decision 013", check=between(0, 1)
+        0.8,
+        "weight of the past in the mean of margins, and of losses",
+        source="decision 013",
+        check=between(0, 1),
     )
     release: float = level(
         1.25, "largest rise of the cap in five steps", source="decision 013", check=above(1)
@@ -134,7 +137,7 @@ class LearningRateCap(Documented, Resumable):
         self._along = SmoothedMargin(self.smoothing)
         self._top = SmoothedMargin(0.0)  # the last one
         self._limit, self._start = Limit(self.limits), Start(self.limits)
-        self._stall, self._setback = Stall(self.stall), Setback()
+        self._stall, self._setback = Stall(self.stall), Setback(self.smoothing)
         self._base_rate = BaseRate(self.base_rate)
 
     def __call__(

@@ -14,8 +14,6 @@ from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.observation.documented import GUESS, Documented, between, level, whole
 from geomwatch.records import Alert
 
-_PAST = 0.8  # weight of the past in a smoothed loss, as in `LossRise`
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StallTest(Documented):
@@ -92,7 +90,8 @@ class Setback(Resumable):
     _awaited: Kept[float | None]  # the loss to come back to
     _at_look: Kept[float]  # the lowest at a look
 
-    def __init__(self) -> None:
+    def __init__(self, smoothing: float) -> None:
+        self._smoothing = smoothing
         self._mean = self._weight = 0.0
         self._lowest = self._at_look = math.inf
         self._awaited = None
@@ -108,8 +107,9 @@ class Setback(Resumable):
         if critical and self._awaited is None and self._lowest < math.inf:
             self._awaited = self._lowest
         if loss is not None and math.isfinite(loss):
-            self._mean = _PAST * self._mean + (1 - _PAST) * loss
-            self._weight = _PAST * self._weight + 1 - _PAST
+            past = self._smoothing
+            self._mean = past * self._mean + (1 - past) * loss
+            self._weight = past * self._weight + 1 - past
             if self._awaited is not None and not critical and self._level() <= self._awaited:
                 self._awaited = None
             self._lowest = min(self._lowest, self._level())
