@@ -419,7 +419,7 @@ class Monitor(Resumable):
         self._taken.coming(
             step.index,
             window,
-            due=looked or probed is not None,
+            due=(looked or probed is not None) and not self._control.skips,
             scale=self._control.scale,
             grad_scale=known["grad_scale"],
         )
