@@ -47,7 +47,7 @@ def train(
     [
         {"max_lr": [0.1, 0.2]},
         {"initial_lr": "fast"},
-        {"max_lr": object()},
+        {"max_lr": None},
         {"lr": math.nan},
         {"lr": -0.1},
         {"lr": "fast"},
