@@ -71,6 +71,11 @@ _PLACE = (
 )
 
 
+_IN_BACKWARD = (
+    "Its parameters have hooks that step in the backward pass itself, so that no step can be seen "
+    "before it is taken. Let the optimizer step after backward(), or measure such a run now and "
+    "then."
+)
 _ORDER = "loss.backward(); monitor.step(batch, loss=loss.detach()); optimizer.step()"
 
 
@@ -181,6 +186,15 @@ class Monitor(Resumable):
         self._dispatch.name = name
 
     @property
+    def address(self) -> str:
+        """How messages speak of it, "monitor"; a host whose callback holds it sets another."""
+        return self._watch.prober.address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._watch.prober.address = address
+
+    @property
     def history(self) -> Ring[Record]:
         """The records so far: the last 10,000, and those with an extreme (see `Ring`)."""
         return self._dispatch.history
@@ -264,15 +278,16 @@ class Monitor(Resumable):
         Raises:
             UsageError: there is none; the message ends with `remedy`.
         """
+        write = _ORDER
+        if any(p._post_accumulate_grad_hooks for p in self._layout.params):
+            remedy, write = _IN_BACKWARD, "geomwatch.measure(model, loss_fn, batch)"
         if not self._counter.has_gradient():
-            raise UsageError(
-                f"monitor.step() must find gradients, got none. {remedy}", write=_ORDER
-            )
+            raise UsageError(f"monitor.step() must find gradients, got none. {remedy}", write=write)
         if self._counter.gradient_is_used_up():
             raise UsageError(
                 "monitor.step() must come before optimizer.step(), got a gradient that it has "
                 f"stepped with already. {remedy}",
-                write=_ORDER,
+                write=write,
             )
 
     def observe(self, batch: Any) -> None:

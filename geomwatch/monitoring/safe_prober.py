@@ -48,6 +48,7 @@ class SafeProber(Resumable):
         self._prober, self._account = prober, account
         self._patience = patience or Patience()
         self.paused = False  # by the user
+        self.address = "monitor"  # how messages speak of it
         self.why = ""  # the last look has found no margin
         self._until: int | None = None  # the step at which failed probes are tried again
         self._pause = self._patience.pause
@@ -188,7 +189,13 @@ class SafeProber(Resumable):
         """Warn of something, once."""
         if message not in self._told:
             self._told.add(message)
-            logger.warning("%s", message)
+            logger.warning("%s", self.addressed(message))
+
+    def addressed(self, message: str) -> str:
+        """Return a message with what it has the user call by the name that it has here."""
+        for method in ("follow(", "resume("):
+            message = message.replace(f" monitor.{method}", f" {self.address}.{method}")
+        return message
 
     def _probe_within_memory(self, window: Sequence[Any], step: int, **known: Any) -> Probed:
         ranks = self._prober.ranks
@@ -237,12 +244,13 @@ class SafeProber(Resumable):
             self._until, self._pause = step + self._pause, 2 * self._pause
             logger.warning(
                 "step %d: probing is paused after %d failed probes in a row, the last with %s: %s. "
-                "It is tried again at step %d; monitor.resume() does so at once.",
+                "It is tried again at step %d; %s.resume() does so at once.",
                 step,
                 self._failures,
                 type(error).__name__,
                 error,
                 self._until,
+                self.address,
             )
 
     def _tell_of_no_products(self, record: Record) -> None:

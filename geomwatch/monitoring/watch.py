@@ -112,12 +112,15 @@ class Watch(Resumable):
     def beat(self, index: int, *, measured: bool) -> None:
         """Take note of a call, and say so if nothing could be measured for long."""
         if self._heartbeat.beat(index, usable=measured or self.prober.paused):
-            logger.warning("%s", self._heartbeat.words(self.prober.why))
+            logger.warning("%s", self._words())
+
+    def _words(self) -> str:
+        return self.prober.addressed(self._heartbeat.words(self.prober.why))
 
     def end(self) -> None:
         """Say why, if the run ends without a margin."""
         if self._heartbeat.ends_blind() and not self.prober.paused:
-            logger.warning("at the end: %s", self._heartbeat.words(self.prober.why))
+            logger.warning("at the end: %s", self._words())
 
     def _looked(
         self, due: Look, step: Coming, window: Sequence[Any], known: dict[str, Any]

@@ -75,3 +75,12 @@ def test_one_item_does_for_a_list(tmp_path):
     cross_entropy(model, batch).backward()
     assert watching.step(batch) is not None
     assert '"kind": "record"' in (tmp_path / "run.jsonl").read_text()
+
+
+def test_messages_speak_of_the_monitor_as_the_callback_has_it(caplog):
+    model, _, watching = monitor(every=1)
+    own = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    cross_entropy(model, digits(8)).backward()
+    watching.step(digits(8))
+    watching.follow(own)
+    assert "own parameters: callback.monitor.follow(optimizer)" in caplog.text

@@ -286,6 +286,42 @@ def test_optimizers_that_step_in_the_backward_pass_are_told_of(caplog):
     assert "SGD, SGD, SGD, SGD, SGD, SGD does. Build one Monitor for each" in caplog.text
 
 
+def test_optimizers_that_step_in_the_backward_pass_from_the_start_are_refused():
+    model, optimizer = whole()
+
+    def step(p: Tensor) -> None:
+        torch.optim.SGD([p], lr=0.05).step()
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    batch = next(draws())
+    cross_entropy(model, batch).backward()
+    monitor = Monitor(model, cross_entropy, optimizer)
+    with pytest.raises(geomwatch.UsageError, match=r"in the backward pass itself(.|\n)*measure\("):
+        monitor.step(batch)
+
+
+def test_each_of_several_optimizers_has_the_margin_of_its_own_parameters():
+    model = net()
+    parts = {"body": (model[0], "0.*", 0.5), "head": (model[4], "4.*", 0.1)}
+    watched = {}
+    for name, (part, pattern, lr) in parts.items():
+        how = Measurement(params=pattern)
+        optimizer = torch.optim.SGD(part.parameters(), lr=lr)
+        watched[name] = Monitor(model, cross_entropy, optimizer, how)
+    batch = next(draws())
+    cross_entropy(model, batch).backward()
+    hessian = dense_hessian(model, batch)
+    places = {"body": slice(0, 520), "head": slice(-70, None)}
+    for name, (_, _, lr) in parts.items():
+        record = watched[name].step(batch)
+        own = hessian[places[name], places[name]]
+        top = float(torch.linalg.eigvalsh(own)[-1])
+        assert record["lambda_max"].value == pytest.approx(top, rel=0.05)
+        assert record["stability_margin"].value == pytest.approx(lr * top / 2, rel=0.05)
+
+
 def test_an_optimizer_of_copies_has_no_margin_and_is_told_of(caplog):
     model = net()
     flat = nn.Parameter(weights(model).clone())

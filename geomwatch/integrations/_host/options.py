@@ -93,6 +93,8 @@ class MonitorOptions:
         if not of_one_run:
             options["controllers"] = copies(options.get("controllers", ()))
         monitor = Monitor(model, loss, optimizer, **options)
+        if not of_one_run:
+            monitor.address = "callback.monitor"
         if options.get("controllers"):
             monitor.equip(*actuators())
         return monitor
