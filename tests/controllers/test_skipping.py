@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import geomwatch
-from geomwatch.controllers import SkipStep
+from geomwatch.controllers import LearningRateCap, SkipStep
 from geomwatch.errors import UsageError
 
 WEIRD = {12: math.nan, 15: 1e6, 16: math.inf}  # step -> what its inputs are multiplied by
@@ -146,3 +146,14 @@ def test_an_optimizer_that_evaluates_its_gradients_again_is_refused():
         geomwatch.Monitor(
             model, square, torch.optim.LBFGS(model.parameters()), controllers=SkipStep()
         )
+
+
+def test_a_cap_on_an_optimizer_without_a_formula_abstains_once_by_name():
+    """Beside it a step is left out all the same."""
+    _, _, monitor = run("other", [LearningRateCap(), SkipStep()], bad={12: math.nan})
+    abstained, skipped = monitor.adjustments
+    assert (abstained.knob, abstained.effect) == ("lr_scale", "abstains")
+    assert "LearningRateCap does nothing here: there is no stability formula for Counting" in (
+        abstained.reason
+    )
+    assert (skipped.knob, skipped.step) == ("skip_step", 12)
