@@ -91,6 +91,7 @@ class Record:
     adjustments: tuple[Adjustment, ...] = ()
     provenance: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     knobs: Mapping[str, float] = field(default_factory=dict)  # as controllers have set them
+    overhead: float | None = None  # all that was spent so far, as a share of the time of training
 
     def __getitem__(self, name: str) -> Estimate:
         if name not in self.estimates:
@@ -136,6 +137,8 @@ class Record:
                 flat[f"{key}_error"] = estimate.error
         flat |= {prefix + knob: value for knob, value in self.knobs.items() if math.isfinite(value)}
         flat[f"{prefix}probe_seconds"] = self.seconds
+        if self.overhead is not None:
+            flat[f"{prefix}overhead"] = self.overhead
         return flat
 
 

@@ -41,7 +41,8 @@ def moves_constants(subject: Subject, batch: Any) -> bool:
 
     Told by differences with that part held; on local shards, where hooks of FSDP can't be told from
     the loss, by the asymmetry of J: 1 - v'J(Jv) / ||Jv||^2 is 0 where J = J', and on average
-    ||J - J'||^2 / 2 ||J||^2. Two HVPs on a few items of each rank.
+    ||J - J'||^2 / 2 ||J||^2. On a few items of each rank, a gradient and two to six losses, and two
+    HVPs where the loss has constants.
     """
     few = [] if batch is None else [subject.cutter.head(batch, FEW)]
     layout, subject = subject.layout, subject.set(micro_batch=None, hvp="finite_difference")
@@ -52,11 +53,13 @@ def moves_constants(subject: Subject, batch: Any) -> bool:
             with subject.ranks.together():
                 moves = _asymmetry(subject, few, v)
         elif few and subject.how.operator == "hessian":
-            alone = subject.alone()
+            alone, held = subject.alone(), Held()
+            with holding(alone, held).on(few) as objective:
+                if slope_error(objective) > SLOPE:
+                    return True
+            if not held.anything:  # the loss has no constants
+                return False
             moves = _shift_of_constants(alone, few, v)
-            if moves <= _ASYMMETRY:
-                with holding(alone).on(few) as objective:
-                    return slope_error(objective) > SLOPE
         else:
             return False
     except Exception:  # which the probe will tell of
@@ -82,8 +85,8 @@ def _shift_of_constants(subject: Subject, few: Sequence[Any], v: Tensor) -> floa
     return float((products[0] - products[1]).norm()) / size if size > 0 else 0.0
 
 
-def holding(subject: Subject) -> Subject:
+def holding(subject: Subject, held: Held | None = None) -> Subject:
     """Return the same loss with all that it takes for constant held."""
     also = (*subject.how.also, *captured_by(subject.loss_fn))
-    loss_fn = functools.partial(Held(), subject.loss_fn)
+    loss_fn = functools.partial(held or Held(), subject.loss_fn)
     return replace(subject.set(also=also, hvp="finite_difference"), loss_fn=loss_fn)

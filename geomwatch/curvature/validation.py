@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from geomwatch.curvature.agreement import Validation, validate
 from geomwatch.curvature.constants import FEW, holding, moves_constants, no_spectrum_of_differences
@@ -26,13 +27,15 @@ from geomwatch.vectors.layout import generator
 _SMOOTH = 3e-2
 
 
-def choose_products(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subject, Facts]:
+def choose_products(
+    bends: dict[str, float], known: list[tuple[float, Tensor]], subject: Subject, batch: Any
+) -> tuple[Subject, Facts]:
     """Choose how products are computed in a run: by the cheapest right way.
 
     One-sided differences where no function with kinks is in the loss, two steps along a random
     direction agree, and nothing that moves with the weights is constant for the gradient; else
     double backward, once validated (see `choose_backend`). Costs a forward pass, and two to four
-    gradients where it sees no kinks.
+    gradients where it sees no kinks. The loss and the gradient (D,) of that batch go into `known`.
     """
     how, ranks = subject.how, subject.ranks
     if how.hvp != "auto" or how.operator != "hessian" or not ranks.all(batch is not None):
@@ -41,10 +44,12 @@ def choose_products(bends: dict[str, float], subject: Subject, batch: Any) -> tu
         return choose_backend(subject, batch)
     if must_run(subject) and at_a_precision_that_runs(subject, batch)[1]:
         return choose_backend(subject, batch)  # differences drown in the rounding of 16 bits
-    return _tried(bends, subject, batch)
+    return _tried(bends, known, subject, batch)
 
 
-def _tried(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subject, Facts]:
+def _tried(
+    bends: dict[str, float], known: list[tuple[float, Tensor]], subject: Subject, batch: Any
+) -> tuple[Subject, Facts]:
     ranks, tried = subject.ranks, subject.set(hvp="one_sided")
     with ranks.together():
         check_own_loss(tried, batch)
@@ -58,6 +63,7 @@ def _tried(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subje
             along = objective.layout.rademacher(generator(0))
             if not ranks.any(bool(kink)) and objective.is_finite():
                 error = objective.smoothness(along)
+                known.append((objective.loss(), objective.gradient()))
     except Exception as failure:  # which double backward will tell of, or not meet
         if ranks.any(isinstance(failure, torch.OutOfMemoryError)):
             raise
@@ -66,6 +72,7 @@ def _tried(bends: dict[str, float], subject: Subject, batch: Any) -> tuple[Subje
         facts: Facts = {"validated": False, "smoothness_error": error}
         return tried, facts | {"validation": "differences of two steps agree"}
     bends.clear()
+    known.clear()
     subject, facts = choose_backend(subject, batch)
     if error is not None:
         facts["smoothness_error"] = error

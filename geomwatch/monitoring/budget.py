@@ -49,11 +49,12 @@ class Account(Resumable):
         self.steps = 0  # of the optimizer so far
         self._counts_work = counts_work
         self._began: float | None = None
-        self._entered = 0.0
+        self._entered = 0.0  # the last call, and what was spent before it
+        self._before = 0.0
 
     def enter(self, steps: int) -> None:
         """Count from here to `leave`, at a call of the monitor after so many optimizer steps."""
-        self._entered = clock()
+        self._entered, self._before = clock(), self.seconds
         if self._began is None:
             self._began = self._entered
         self.steps = steps
@@ -64,16 +65,24 @@ class Account(Resumable):
 
     @property
     def training_seconds(self) -> float:
-        """Time since the first call that was not spent here."""
+        """Time from the first call to the last that was not spent here."""
         if self._began is None:
             return 0.0
-        return max(self._entered - self._began - self.seconds, 0.0)
+        return max(self._entered - self._began - self._before, 0.0)
 
     @property
     def share(self) -> float | None:
         """What was spent as a share of the time of training; None while there was none."""
+        return self._share(self.seconds)
+
+    @property
+    def share_by_now(self) -> float | None:
+        """The same with what the present call has taken so far."""
+        return self._share(self.seconds + clock() - self._entered)
+
+    def _share(self, spent: float) -> float | None:
         rest = self.training_seconds
-        return self.seconds / rest if rest > 0 else None
+        return spent / rest if rest > 0 else None
 
     def affords(self, worth: float = 0.0) -> bool:
         """Tell whether something may be measured now that is worth so many training steps."""

@@ -668,6 +668,8 @@ class Monitor(Resumable):
 
     def _conclude(self, step: Coming, probed: Probed | None, *, looked: bool) -> Record | None:
         record = probed.record if probed is not None else None
+        if record is not None:
+            record = replace(record, overhead=self._account.share_by_now)
         if record is not None and self._has_difficulty:
             estimates = {**record.estimates, "difficulty": self._difficulty.estimate()}
             record = replace(record, estimates=estimates)

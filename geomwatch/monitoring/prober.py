@@ -63,6 +63,7 @@ class Own:
     loss: float | None
     is_of_window: bool  # they are of the batches that are measured on
     unclipped: float | None = None  # the gradient's norm before clipping, if it is known
+    is_single: bool = False  # the window is one batch
 
     def is_finite(self) -> bool:
         """Tell whether the gradient is; also where there is none."""
@@ -128,6 +129,7 @@ class Prober(Resumable):
         self._sharding: dict[str, str] | None = None
         self._obstacle = ""  # why this model has no HVPs
         self._bends = {}  # what steps of differences go by
+        self._checked: list[tuple[float, Tensor]] = []  # loss and gradient at the first check
         self._last_margin = None
         self._is_kinked = False  # one-sided differences were given up
         self._invariance = ScaleInvariance()
@@ -166,10 +168,12 @@ class Prober(Resumable):
         `noise` what micro-batches tell is measured in any case.
         """
         start = time.perf_counter()
+        self._checked.clear()  # of a probe that has failed
         self._choose_shards()
         # A step that came through a scaler or a clip knows its gradient; a probe may not.
         gradient = gradient_of_step(self._subject.layout, grad_scale)
-        own = Own(gradient, _number(loss), window is same_data, _number(grad_norm))
+        is_single = len(window) == 1
+        own = Own(gradient, _number(loss), window is same_data, _number(grad_norm), is_single)
         names: list[str] | None = None
         while True:
             with self._objective(window, gradient if own.is_of_window else None) as objective:
@@ -237,6 +241,9 @@ class Prober(Resumable):
 
     def _adopt(self, objective: Objective, own: Own) -> bool:
         """Let one-sided differences go by the step's own gradient, where that is the loss's."""
+        if self._checked and own.is_single and self.ranks.size == 1:
+            objective.adopt(*self._checked.pop())
+            return False
         known = own.is_of_window and own.gradient is not None and own.loss is not None
         if self._subject.how.hvp != "one_sided" or not known or not own.is_finite():
             return False
@@ -326,7 +333,8 @@ class Prober(Resumable):
         if self.ranks.any(self._subject.outside.is_doubtful):
             self.surprises += side_effects(self._subject, first).told()
         if self._validation is None:
-            choose = choose_backend if self._is_kinked else partial(choose_products, self._bends)
+            by_one = partial(choose_products, self._bends, self._checked)
+            choose = choose_backend if self._is_kinked else by_one
             self._subject, self._validation = choose(self._subject, first)
             how = self._subject.how
             self._chosen = how.hvp, how.precision, how.micro_batch

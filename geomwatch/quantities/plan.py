@@ -27,6 +27,9 @@ _ANEW = Budget(lanczos=12, samples=5, tol=1e-2, is_lean=True, is_mixed=True)
 _WHOLE = Budget(lanczos=8, samples=5, tol=1e-3, is_lean=True)  # all to measure
 
 
+_SAMPLED = ("trace", "trace_per_param")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Portions:
     """How rarely the default quantities that are dear, or slow to move, are measured.
@@ -74,6 +77,7 @@ class Plan(Resumable):
         settled = portions.settled_frugal if frugal else 0
         self._next_whole = settled * (interval or 0)
         self._slow = portions.slow_frugal if frugal else portions.slow
+        self._frugal = frugal
         self._restarted = self._is_anew = False  # other parameters than at the last probe
         self.is_whole = False  # whether the present probe measures what is costly as well
 
@@ -108,6 +112,8 @@ class Plan(Resumable):
         names = [n for n in names if self._paces[n] != "slow" or n in needed]
         if separate:
             names = [n for n in names if n not in ("lambda_max", "batch_sharpness")]
+        if self._frugal and not self.probes:  # one sample makes no trace yet
+            names = [n for n in names if n not in _SAMPLED or n in needed]
         if step - self.last_full < min(self._interval, self.last_full):
             return [n for n in names if self._paces[n] == "dense" or n in needed]
         self.last_full = step

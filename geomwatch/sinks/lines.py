@@ -34,6 +34,7 @@ def record_line(record: Record) -> Line:
         "estimates": {name: asdict(e) for name, e in record.estimates.items()},
         "provenance": dict(record.provenance),
         "knobs": dict(record.knobs),
+        "overhead": record.overhead,
     }
 
 

@@ -35,7 +35,12 @@ def record_of(line: Line) -> Record:
             knob: _setting(value, knob)
             for knob, value in _mapping(line.get("knobs", {}), "knobs").items()
         },
+        overhead=_share(line.get("overhead")),
     )
+
+
+def _share(found: object) -> float | None:
+    return None if found is None else _float(found, "overhead")
 
 
 def _estimate(found: object, name: str) -> Estimate:

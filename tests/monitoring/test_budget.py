@@ -80,6 +80,9 @@ def test_all_that_is_spent_stays_within_the_budget_but_for_one_probe(clock, budg
     assert monitor.seconds <= budget * training + dearest
     assert monitor.seconds >= 0.5 * budget * training  # nor is it left unused
     assert monitor.overhead == pytest.approx(monitor.seconds / training, rel=0.01)
+    for record in monitor.history[1:]:
+        told = record.scalars()["geom/overhead"]
+        assert 0 < told == record.overhead <= budget + 2 * dearest / record.step
 
 
 def test_more_budget_is_more_probes(clock):
