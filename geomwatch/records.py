@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Literal
 
 from geomwatch.errors import UsageKeyError, nearest
@@ -40,6 +41,13 @@ class Estimate:
     hvps: int = 0
     age: int = 0
 
+    def __str__(self) -> str:
+        """Return the value with its error, or why there is none."""
+        return f"- ({self.reason})" if self.value is None else format_estimate(self)
+
+    def _repr_html_(self) -> str:
+        return escape(str(self))
+
 
 @dataclass(frozen=True, slots=True)
 class Alert:
@@ -58,6 +66,15 @@ class Alert:
     step: int
     layers: tuple[str, ...] = ()
     advised_lr: float | None = None
+
+    def __str__(self) -> str:
+        """Return what was said, and when."""
+        return f"step {self.step}, {self.severity}, {self.rule}: {self.message}"
+
+    def _repr_html_(self) -> str:
+        said = escape(self.message).replace("\n", "<br>")
+        head = escape(f"step {self.step}, {self.severity}: {self.rule}")
+        return f"<b>{head}</b><br>{said}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +125,26 @@ class Record:
     def __contains__(self, name: object) -> bool:
         return name in self.estimates
 
+    def __str__(self) -> str:
+        """Return a table: a line for each quantity, with its error or why it could not be had."""
+        head = f"step {self.step}, loss {self.loss:.4g}, {self.hvps} products, {self.seconds:.3g} s"
+        width = max(map(len, self.estimates), default=0)
+        rows = (
+            f"  {name:<{width}}  {found}{_aged(found)}" for name, found in self.estimates.items()
+        )
+        return "\n".join([head, *rows])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td><td>{escape(f'{found}{_aged(found)}')}</td></tr>"
+            for name, found in self.estimates.items()
+        )
+        head = escape(str(self).splitlines()[0])
+        return f"<table><caption>{head}</caption>{rows}</table>"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.estimates)
+
     @property
     def hvps(self) -> int:
         """Hessian-vector products this probe spent."""
@@ -140,6 +177,10 @@ class Record:
         if self.overhead is not None:
             flat[f"{prefix}overhead"] = self.overhead
         return flat
+
+
+def _aged(found: Estimate) -> str:
+    return f" ({found.age} steps ago)" if found.age else ""
 
 
 _LEVEL = {"": 0, "info": 1, "warning": 2, "critical": 3}

@@ -493,6 +493,16 @@ class Monitor(Resumable):
             "what is pickled."
         )
 
+    def __repr__(self) -> str:
+        """Return where the run is, and what was seen of it, on one line."""
+        loud = sum(alert.severity != "info" for alert in self.alerts)
+        margins = [r.estimates.get("stability_margin") for r in self.history[-1:]]
+        margin = f", stability margin {margins[0]}" if margins and margins[0] is not None else ""
+        return (
+            f"<Monitor at step {self._counter.steps}: {len(self.history)} probes, "
+            f"{len(self.looks)} looks, {loud} alerts{margin}>"
+        )
+
     def __enter__(self) -> Monitor:
         return self
 

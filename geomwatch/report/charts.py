@@ -98,7 +98,7 @@ def _joined(found: Sequence[tuple[str, Chart]]) -> Chart:
     series = tuple(
         Series(f"{label}: {one.label}", one.values)
         for label, chart in found
-        for one in chart.series[: 2 if first.name == "margins" else 1]
+        for one in chart.series[:1]
     )
     return Chart(first.name, first.title, first.note, series, first.limit, first.is_log)
 
