@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from geomwatch.monitoring.dispatch import is_due
 from geomwatch.observation.findings import Findings, Present
 from geomwatch.observation.movement import Movement
 from geomwatch.observation.observer import Observer
+from geomwatch.observation.rehearsed import Rehearsed
 from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, Rule
@@ -78,9 +80,30 @@ def judged(rules: Watched, run: Iterable[Observation]) -> list[str]:
     return [repr(alert) for seen in run for alert in rules.all_of(seen)]
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Steps ahead that lose a share of what was learnt, and batches that have got worse."""
+
+    rise: float
+    change: float
+
+    def __call__(self, multiple: float | None = None) -> Rehearsed:
+        return Rehearsed(multiple or 1.0, self.rise, 8)
+
+    def hindsight(self) -> float:
+        return self.change
+
+
+def rehearsals(rng: random.Random) -> dict[str, Any]:
+    """What a rehearsal would say if it was asked, and where the rate has grown what it has said."""
+    asked = Ahead(rng.uniform(-0.2, 1.0), rng.uniform(-2, 8))
+    is_due = rng.random() < 0.15
+    return {"rehearsals": asked, "rehearsed": (asked(2.0),) if is_due else ()}
+
+
 def random_run(seed: int) -> list[Observation]:
     """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
-    rng, other = random.Random(seed), random.Random(~seed)
+    rng, other, ahead = random.Random(seed), random.Random(~seed), random.Random(seed + 0.5)
     status = rng.choice(["ok", "ok", "unknown"])
     same_data = rng.random() < 0.3
     usual = math.log(1.4 if same_data else 0.5)
@@ -115,6 +138,7 @@ def random_run(seed: int) -> list[Observation]:
                 loss=math.nan if broken else loss,
                 settled=settled,
                 **known_at_once(other),
+                **rehearsals(ahead),
             )
         )
     return run
@@ -146,7 +170,7 @@ def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
 
 def wild_run(seed: int) -> list[Observation]:
     """A run of any optimizer, calm or doomed from somewhere on: each level decides at some seed."""
-    rng, other = random.Random(seed), random.Random(~seed)
+    rng, other, ahead = random.Random(seed), random.Random(~seed), random.Random(seed + 0.5)
     status = rng.choice(["ok"] * 4 + ["unknown"])
     more = {
         "adaptive": rng.random() < 0.4,
@@ -196,6 +220,7 @@ def wild_run(seed: int) -> list[Observation]:
                 loss=loss if fresh else None,
                 settled=settled,
                 **known_at_once(other, nan=0.01),
+                **(rehearsals(ahead) if seed % 2 else {}),
                 **more,
             )
         )

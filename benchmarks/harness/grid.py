@@ -114,6 +114,51 @@ def _edges(settings: Sequence[Setting]) -> Iterator[Run]:
                 yield setting.run(shape, seed)
 
 
+# Do the warnings hold on kinds of runs that they were not made for?
+
+KINDS = tuple(
+    setting
+    for name, batch in (
+        ("regression-table", 32),
+        ("vae-digits", 64),
+        ("contrastive-digits", 64),
+        ("reinforce-grid", 32),
+        ("deepsets-max", 32),
+        ("pinn-poisson", 64),
+        ("vit-digits", 32),
+        ("lstm-topics", 16),
+        ("graphs-triangles", 32),
+        ("moe-digits", 32),
+    )
+    for setting in _settings(name, ("sgd", batch), ("adam", batch))
+)
+KINDS_FIRST = (
+    Shape("constant", "tuned", 1),
+    Shape("onecycle", "tuned", 1),
+    Shape("constant", "middle", 1),
+    Shape("constant", "tuned", 10),
+    Shape("ramp", "breaks", 4, hidden=True),
+)
+KINDS_SECOND = (
+    Shape("cosine", "tuned", 1),
+    Shape("constant", "tuned", 0.3),
+    Shape("constant", "tuned", 30),
+    Shape("ramp", "breaks", 2, hidden=True),
+    Shape("ramp", "breaks", 4),
+)
+
+
+def kinds(part: Part) -> list[Run]:
+    """Return the runs of the many kinds of a set: ten a setting, healthy and failing ones."""
+    return [
+        setting.run(shape, seed)
+        for setting in KINDS
+        if setting.part == part
+        for seed, shapes in zip(SEEDS[part], (KINDS_FIRST, KINDS_SECOND), strict=False)
+        for shape in shapes
+    ]
+
+
 # Which runs does a controller rescue?
 
 RESCUE = (

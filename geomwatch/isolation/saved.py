@@ -38,11 +38,18 @@ class Saved:
 class SavedTensor(Saved):
     """A tensor's values, written back where they were, behind autograd's back.
 
-    That leaves the version counter alone, so that a graph that saved the tensor stays valid.
+    That leaves the version counter alone, so that a graph that saved the tensor stays valid. The
+    copy is beside the tensor or, `on_host`, in the memory of the host.
     """
 
     def __init__(
-        self, name: str, tensor: Tensor, *, always: bool = False, like: SavedTensor | None = None
+        self,
+        name: str,
+        tensor: Tensor,
+        *,
+        always: bool = False,
+        on_host: bool = False,
+        like: SavedTensor | None = None,
     ) -> None:
         super().__init__(name)
         self.tensor = tensor
@@ -52,7 +59,8 @@ class SavedTensor(Saved):
         self._values: Tensor | None = None
         # An inference tensor changes under inference_mode only, which is off in a probe.
         if (always or tensor.numel() <= _LARGEST_COPY) and not tensor.is_inference():
-            self._values = _copy(_distinct(self._memory), like)
+            values = _distinct(self._memory)
+            self._values = values.to("cpu", copy=True) if on_host else _copy(values, like)
             self._counter = _unsafe_preserve_version_counter(tensor)
 
     def restore(self) -> None:

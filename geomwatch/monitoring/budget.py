@@ -25,6 +25,7 @@ class WorkUnits:
     gradients: float = 2.0  # of a probe beside its products
     product: float = 2.2
     sentinel: float = 0.5
+    rehearsed: float = 1.3  # a step of a rehearsal, which is a gradient and a step of training
     probe: float = 14.0  # a recurring one
 
 

@@ -242,7 +242,7 @@ def is_due(rule: Rule, step: Observation) -> bool:
         return step.taken is not None
     if isinstance(reads, tuple):
         return all(name in (step.estimates or ()) for name in reads)
-    if step.fresh or (step.gradient_fresh and reads != "probe"):
+    if step.fresh or ((step.gradient_fresh or step.rehearsed) and reads != "probe"):
         return True
     if reads == "norm":
         return step.tells_norm

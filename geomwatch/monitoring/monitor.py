@@ -51,7 +51,7 @@ from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
-from geomwatch.records import Adjustment, Alert, Look, Record
+from geomwatch.records import Adjustment, Alert, Estimate, Look, Record
 from geomwatch.rules.calm import Calm
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.given import as_sinks
@@ -378,6 +378,7 @@ class Monitor(Resumable):
             self._scalars.last = before
             return False
         self._past = [] if type(loss) is float else list(window)
+        self._watch.keep(steps, self._lr, window)
         return True
 
     def _catch_up(self) -> None:
@@ -385,6 +386,7 @@ class Monitor(Resumable):
         steps = self._backlog.drained()
         for settled, _ in steps:
             self._add_difficulty(settled)
+            self._watch.learn(settled)
             self._watch.beat(settled.step + 1, measured=False)
         if steps:
             self._changes.search.stepped(steps[-1][0].step + 1)
@@ -423,6 +425,7 @@ class Monitor(Resumable):
             due = self._watch.due(step)
         known["same_data"] = window
         probed, looked = self._watch.look(due, step, self._fixed_window or window, known)
+        step = self._watch.rehearse(step, window, known)
         if probed is not None or looked:
             self._inspector.note(window)
         last = self._scalars.last
@@ -440,6 +443,20 @@ class Monitor(Resumable):
         )
         self._let_wait()
         return record
+
+    def headroom(self, most: float = 64.0) -> Estimate:
+        """Return the largest multiple of the present learning rate that the run can bear.
+
+        The next 8 steps over the last 8 batches, with the optimizer as it is, lose no more than a
+        fifth of what was learnt at that multiple; everything is put back bit for bit. For use
+        between two calls of `step`, with its `loss=`. Some 11 steps of training for each of up to
+        2 log2(most) + 3 multiples, whatever the budget.
+
+        Returns:
+            An Estimate: `error` is the way to a multiple that breaks. Without a value where
+            there can be no rehearsal, with the reason.
+        """
+        return self._watch.headroom(most)
 
     def equip(self, *actuators: Actuator) -> None:
         """Take what turns the knobs of this loop's host, for controllers to use."""

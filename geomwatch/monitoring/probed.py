@@ -42,6 +42,14 @@ class Measures(Protocol):
     def glance(self) -> Callable[..., Estimate]:
         """Looks along a step."""
 
+    @property
+    def rehearse(self) -> Callable[..., list[float]]:
+        """Goes some steps ahead."""
+
+    @property
+    def present(self) -> Callable[..., list[float]]:
+        """Evaluates the loss of some windows."""
+
     def restart(self, layout: Layout, optimizer: Any) -> None:
         """Go on with other parameters or another optimizer."""
 

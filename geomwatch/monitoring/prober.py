@@ -25,6 +25,7 @@ from geomwatch.isolation.signals import traceless
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.memory import Held
 from geomwatch.monitoring.probed import Probed
+from geomwatch.monitoring.rehearsal import Rehearsal
 from geomwatch.monitoring.replay_fidelity import ReplayFidelity, gradient_of_step
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.probe import Probe
@@ -304,6 +305,28 @@ class Prober(Resumable):
         """Return the loss on a window, for its values alone."""
         weights = self._weighing(self._subject, window)
         return self._subject.on(window, products=False, weights=weights)
+
+    def rehearse(
+        self,
+        windows: Sequence[Sequence[Any]],
+        multiples: Sequence[float],
+        *,
+        grad_norm: Tensor | float | None = None,
+        grad_scale: float = 1.0,
+    ) -> list[float]:
+        """Return by how much steps over the last windows raise the loss (see `Rehearsal`)."""
+        gradient = gradient_of_step(self._subject.layout, grad_scale)
+        gain = self._fidelity.gain_of_step(gradient, _number(grad_norm))
+        size = math.inf if gradient is None else float(gradient.norm())
+        gain = gain if gain < 1 or gain > _LONGER else 1.0
+        return self._rehearsal(gain, size).rises(windows, multiples)
+
+    def present(self, windows: Sequence[Sequence[Any]]) -> list[float]:
+        """Return the losses of windows at the present weights."""
+        return self._rehearsal().present(windows)
+
+    def _rehearsal(self, gain: float = 1.0, size: float = math.inf) -> Rehearsal:
+        return Rehearsal(self._subject, self.optimizer, self._weighing, gain, size)
 
     def cut_batches(self, window: Sequence[Any]) -> int | None:
         """Use a quarter of the memory from now on; None where items can't be fewer."""

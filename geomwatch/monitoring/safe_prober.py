@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from geomwatch.errors import NoCurvatureError, UsageError
+from geomwatch.errors import NoCurvatureError, UsageError, WithheldError
 from geomwatch.isolation.signals import raised_by_users
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
@@ -56,6 +56,7 @@ class SafeProber(Resumable):
         self.margin = self.gradient_margin = Margin()
         self._failures = 0
         self._told: set[str] = set()
+        self.why_not_ahead = ""  # why there are no rehearsals
         self._refuses = False  # the first probe has shown that something can't work
 
     def probe(self, window: Sequence[Any], step: int, **known: Any) -> Probed | None:
@@ -92,6 +93,44 @@ class SafeProber(Resumable):
         self._prober.restart(layout, optimizer)
         self.last, self.margin, self.gradient_margin = None, Margin(), Margin()
         self._until, self._failures, self._pause = None, 0, self._patience.pause
+        self.why_not_ahead = ""
+
+    def ahead(
+        self,
+        windows: Sequence[Any],
+        multiples: Sequence[float],
+        *,
+        scale: float = 1.0,
+        **known: Any,
+    ) -> Sequence[float] | None:
+        """Rehearse at multiples of `scale` times the present rates; None where that can't be.
+
+        What keeps it from being done is said once, and not tried again.
+        """
+        if self.why_not_ahead:
+            return None
+        self._account.work += self._account.units.rehearsed * len(windows) * len(multiples)
+        try:
+            return self._prober.rehearse(windows, [scale * m for m in multiples], **known)
+        except Exception as error:  # of a loss_fn or an optimizer that is unlike others
+            is_known = isinstance(error, WithheldError)
+            self.why_not_ahead = str(error) if is_known else f"{type(error).__name__}: {error}"
+            logger.info(
+                "steps ahead are not rehearsed: %s. Warnings go by margins and losses alone.",
+                self.why_not_ahead,
+            )
+            return None
+
+    def present(self, windows: Sequence[Any]) -> Sequence[float] | None:
+        """Return the losses of the windows at the present weights; None where that can't be."""
+        if self._prober.ranks.size > 1:  # the others are not here to take part
+            return None
+        self._account.work += self._account.units.sentinel * len(windows)
+        try:
+            return self._prober.present(windows)
+        except Exception as error:
+            logger.debug("no hindsight: %s: %s", type(error).__name__, error)
+            return None
 
     def is_off(self, step: int) -> bool:
         """Tell whether nothing is measured before this step; a pause after failures ends."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.budget import Account
 from geomwatch.monitoring.heartbeat import Heartbeat
 from geomwatch.monitoring.probed import Measures, Probed
+from geomwatch.monitoring.rehearser import Asked, Rehearser
 from geomwatch.monitoring.safe_prober import SafeProber
 from geomwatch.monitoring.schedule import Cadence, Look, Schedule
 from geomwatch.monitoring.second_look import SecondLook
 from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.movement import Movement
+from geomwatch.observation.rehearsed import Rehearsed
 from geomwatch.observation.step import Observation, Settled
 from geomwatch.observation.taken import Taken
-from geomwatch.records import Record
+from geomwatch.records import Estimate, Record
 from geomwatch.sinks.log import logger
 from geomwatch.stability.problem import cold_start, planned_rates, unwrap
 from geomwatch.stability.registry import is_adaptive, optimizer_name, sets_rate
@@ -41,6 +44,7 @@ class Coming:
     movement: Movement | None = None  # what became of the weights
     inspect: Callable[..., Findings] = nothing_found  # looks for what is wrong with it
     taken: Taken | None = None  # what the step before did to its own loss
+    rehearsed: tuple[Rehearsed, ...] = ()  # what some steps ahead have shown
 
 
 class Watch(Resumable):
@@ -49,6 +53,7 @@ class Watch(Resumable):
     schedule: Kept[Schedule]
     _second_look: Kept[SecondLook]
     prober: Kept[SafeProber]
+    _rehearser: Kept[Rehearser]
     _began: Kept[int]
     _unseen: Kept[str]
 
@@ -58,6 +63,8 @@ class Watch(Resumable):
         self.schedule = Schedule(every, account, prober.ranks)
         self._second_look = SecondLook(controlled=controlled)
         self.prober = SafeProber(prober, account)
+        self._rehearser = Rehearser()
+        self._asked = Asked(self._rehearser)
         self._ranks, self._optimizer = prober.ranks, prober.optimizer
         self._name = optimizer_name(prober.optimizer)
         self._adaptive = is_adaptive(unwrap(prober.optimizer))
@@ -75,6 +82,7 @@ class Watch(Resumable):
         self._unseen = ""
         self._second_look = SecondLook(controlled=self._controlled)
         self.schedule.restart()
+        self._rehearser.restart()
         self.prober.restart(layout, optimizer)
 
     def due(self, step: Coming) -> Look:
@@ -116,6 +124,52 @@ class Watch(Resumable):
 
     def _words(self) -> str:
         return self.prober.addressed(self._heartbeat.words(self.prober.why))
+
+    def keep(self, index: int, rates: Sequence[float], window: Sequence[Any]) -> None:
+        """Keep the batches of a step, by reference, for a rehearsal."""
+        self._rehearser.keep(index, rates, window)
+
+    def learn(self, settled: Settled | None) -> None:
+        """Take note of the loss of a step that is over."""
+        if settled is not None and settled.loss is not None:
+            self._rehearser.learn(settled.step, settled.loss)
+
+    def rehearse(self, step: Coming, window: Sequence[Any], known: dict[str, Any]) -> Coming:
+        """Go some steps ahead where the rate has grown.
+
+        Where no limit is within reach, at the rate that the run is headed for, nobody need ask.
+        """
+        if self.prober.paused:
+            self._asked.set(None, None, ())
+            return step
+        rehearser = self._rehearser
+        self.keep(step.index, step.lr, window)
+        self.learn(step.settled)
+        passed = {name: known[name] for name in ("grad_norm", "grad_scale")}
+        ahead = partial(self.prober.ahead, scale=step.scale, **passed)
+        peak = planned_rates(self._optimizer, step.lr) if rehearser.is_ready else ()
+        self._asked.set(ahead, self.prober.present, peak)
+        if not rehearser.due() or self.prober.why_not_ahead:
+            return step
+        headed = rehearser.headed(peak)
+        if self._is_far_off(step, headed):
+            return step
+        return replace(step, rehearsed=rehearser.ahead(ahead, (headed,)))
+
+    def headroom(self, most: float) -> Estimate:
+        """Return the largest multiple of the present rates that steps ahead survive."""
+        found = self._asked.headroom(most)
+        why = self.prober.why_not_ahead
+        return replace(found, reason=why) if found.value is None and why else found
+
+    def _is_far_off(self, step: Coming, multiple: float) -> bool:
+        """Tell whether margins are below every limit at a multiple of the rates."""
+        prober = self.prober
+        known = (prober.margin.at(step.lr), prober.gradient_margin.at(step.lr))
+        values = [m.value for m in known if m is not None and m.status == "ok"]
+        return len(values) == len(known) and all(
+            value is not None and step.scale * multiple * value < 1 for value in values
+        )
 
     def end(self) -> None:
         """Say why, if the run ends without a margin."""
@@ -170,6 +224,8 @@ class Watch(Resumable):
             movement=step.movement,
             inspect=step.inspect,
             unseen=self._unseen,
+            rehearsed=step.rehearsed,
+            rehearsals=self._asked,
         )
 
     def _calls_for_a_probe(self, step: Coming) -> bool:

@@ -26,6 +26,10 @@ class NoiseLevels(Documented):
     planned: float = level(0.4, "N of SGD at a planned peak", source="decision 020: healthy .14")
     settled: int = level(2, "steps until v has seen two gradients", source="theory")
     young: int = level(10, "the last step of a start", source="decision 020")
+    limit: float = level(1.0, "M_ms that is unstable in the mean square", source="theory")
+    errors: float = level(
+        2.0, "standard errors that M_ms has to be beyond it", source="theory: two are 95 %"
+    )
     aimed: float = level(0.1, "N that advice aims for, of SGD", source="decision 020: tuned rates")
     aimed_adaptive: float = level(0.5, "the same of methods that adapt", source="decision 020")
     aimed_margin: float = level(0.15, "margin aimed for before `settled`", source="decision 020")
@@ -62,6 +66,11 @@ class NoisePart:
     def excess(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return N over the level of a start, at `growth` times the rate: above 1 is too much."""
         return growth * self.counted(step) / self.levels.at(step, planned=growth > 1)
+
+    def is_beyond(self, *, growth: float = 1.0) -> bool:
+        """Tell whether M_ms is beyond its limit at `growth` times the rate, error bar and all."""
+        lower = self.margin + self.value - self.levels.errors * self.error
+        return growth * lower > self.levels.limit
 
     def factor(self, step: Observation, *, growth: float = 1.0) -> float:
         """Return what to multiply that rate by so that N is what good rates have.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from geomwatch.observation.findings import Findings, Present, nothing_found
 from geomwatch.observation.margins import scaled, scaled_each, within
 from geomwatch.observation.movement import Movement
+from geomwatch.observation.rehearsed import NO_REHEARSALS, Rehearsals, Rehearsed
 from geomwatch.observation.taken import Taken
 from geomwatch.records import Estimate
 
@@ -33,8 +34,10 @@ class Observation:
     `stability`): eta BS / (2 (1-mu)) for SGD with momentum, negative where the loss is concave.
     `settled` is what became known of the step before, `present` what the host knows of this one.
     `inspect()` looks for what is wrong with its batch, `inspect(before=True)` with that of the step
-    before: a pass over the batch and one forward pass, for when something is. The last group of
-    fields is what an `Observer` adds from the steps before.
+    before: a pass over the batch and one forward pass, for when something is. `rehearsed` is what
+    some steps ahead have shown, where the rate has grown; `rehearsals` is to be asked for more, by
+    a rule that is about to speak. The last group of fields is what an `Observer` adds from the
+    steps before.
     """
 
     index: int  # optimizer steps taken before it
@@ -60,6 +63,8 @@ class Observation:
     taken: Taken | None = None  # the step before, where its own loss was looked at again
     movement: Movement | None = None  # of the weights over some steps, where it was looked at
     inspect: Callable[..., Findings] = field(default=nothing_found, compare=False, repr=False)
+    rehearsed: tuple[Rehearsed, ...] = ()
+    rehearsals: Rehearsals = field(default=NO_REHEARSALS, compare=False, repr=False)
 
     unseen: str = ""  # why the last look has found no margin; "" if it has
 

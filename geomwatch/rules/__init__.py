@@ -18,13 +18,20 @@ from geomwatch.rules.default import DEFAULT, default_rules, resolve
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
 from geomwatch.rules.gradient_margin import FirstValues, GradientMargin, LastValues
-from geomwatch.rules.loss_rise import LossRise, StartOfLosses
+from geomwatch.rules.headroom import Headroom
+from geomwatch.rules.loss_rise import LossRise, Means, StartOfLosses
 from geomwatch.rules.no_progress import NoProgress
 from geomwatch.rules.non_finite import NonFinite
 from geomwatch.rules.planned_rate import PlannedRate
 from geomwatch.rules.rate_jump import RateJump, StochasticLevels
-from geomwatch.rules.rule import Once, Rule
-from geomwatch.rules.stability_margin import FullBatchLevels, OwnPast, StabilityMargin, StartLevels
+from geomwatch.rules.rule import Once, Rule, SecondOpinion
+from geomwatch.rules.stability_margin import (
+    FullBatchLevels,
+    LastProbes,
+    OwnPast,
+    StabilityMargin,
+    StartLevels,
+)
 from geomwatch.rules.taken_step import TakenStep
 from geomwatch.rules.untrusted_probe import UntrustedProbe
 
@@ -40,9 +47,12 @@ __all__ = [
     "GradNormSpike",
     "GradientLevels",
     "GradientMargin",
+    "Headroom",
+    "LastProbes",
     "LastValues",
     "LossAdvice",
     "LossRise",
+    "Means",
     "NoProgress",
     "NoiseLevels",
     "NonFinite",
@@ -52,6 +62,7 @@ __all__ = [
     "PlannedRate",
     "RateJump",
     "Rule",
+    "SecondOpinion",
     "StabilityMargin",
     "StartLevels",
     "StartOfLosses",

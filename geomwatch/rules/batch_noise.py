@@ -20,13 +20,12 @@ class BatchNoise(Deferring, LatchedRule):
     """Warns when the noise part of the stochastic margin is too large in the first steps.
 
     N = M_ms - M, what batches that differ in curvature add to the margin (see
-    `estimators.stochastic_margin`); M_ms < 1 is stability of the mean square of steps. N grows
-    about tenfold as the loss falls, so that a start must have a fraction of the limit: a warning
-    when N is above the level of `noise` for this optimizer, which takes M into account where it
-    adapts and has seen one gradient. Measured by the first probe, and again at steps 5 and 8 where
-    it is near its level (see `SecondLook`). What the first probe found is said at the second step,
-    unless it is SGD and N is above `at_once`, which a single step may ruin: full-batch training
-    shows itself there, and bears more.
+    `estimators.stochastic_margin`); M_ms < 1 is stability of the mean square of steps. A warning
+    when M_ms is above 1 by two of its standard errors, and N above the level of `noise` for this
+    optimizer, which takes M into account where it adapts and has seen one gradient. Measured by the
+    first probe, and again at steps 5 and 8 where it is near its level (see `SecondLook`). What the
+    first probe found is said at the second step, unless it is SGD and N is above `at_once`, which a
+    single step may ruin: full-batch training shows itself there, and bears more.
     """
 
     name = "batch_noise"
@@ -41,7 +40,8 @@ class BatchNoise(Deferring, LatchedRule):
         """Judge a probe of the first steps that has measured micro-batches."""
         is_start = step.index <= self.noise.young
         found = noise_part(step, self.noise) if is_start and not step.doubt else None
-        if found is None or found.excess(step) <= 1 or not self._latch.admit("warning", step.index):
+        is_much = found is not None and found.excess(step) > 1 and found.is_beyond()
+        if found is None or not is_much or not self._latch.admit("warning", step.index):
             return self._released(step)
         if step.index == 0 and (step.adaptive or found.value <= self.at_once):
             self._defer(self._alert(step, found, is_late=True))
@@ -55,7 +55,8 @@ class BatchNoise(Deferring, LatchedRule):
             f"{self.advice.lower_rate(step, factor, is_late=is_late)}{larger_batch(factor)}. "
             f"Batches of {items_of(step)} disagree too much on the curvature: they add "
             f"{found.value:.2g} ± {found.error:.2g} to the stability margin (alert above "
-            f"{limit:g}, unstable at 1)."
+            f"{limit:g}, where the sum is beyond {self.noise.limit:g} by {self.noise.errors:g} "
+            f"errors)."
         )
         details = (
             f"That is the limit of the first {self.noise.young} steps, as it grows when the loss "

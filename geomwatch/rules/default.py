@@ -12,6 +12,7 @@ from geomwatch.rules.critical_batch_size import CriticalBatchSize
 from geomwatch.rules.flat_but_rough import FlatButRough
 from geomwatch.rules.grad_norm_spike import GradNormSpike
 from geomwatch.rules.gradient_margin import GradientMargin
+from geomwatch.rules.headroom import Headroom
 from geomwatch.rules.loss_rise import LossRise
 from geomwatch.rules.no_progress import NoProgress
 from geomwatch.rules.non_finite import NonFinite
@@ -30,6 +31,7 @@ DEFAULT = (
     StabilityMargin,
     GradientMargin,
     TakenStep,
+    Headroom,
     BatchNoise,
     PlannedRate,
     RateJump,

@@ -12,7 +12,7 @@ from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 from geomwatch.rules.advice import Advice
 from geomwatch.rules.message import alert
-from geomwatch.rules.rule import LatchedRule
+from geomwatch.rules.rule import Denial, LatchedRule, SecondOpinion
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -75,11 +75,14 @@ class GradientMargin(LatchedRule):
     least: int = level(4, "measurements in the long mean, at least", source=GUESS)
     warm_up: int = level(20, "first steps, in which the long mean does not count", source=GUESS)
     advice: Advice = group(Advice, "the rate to go on at")
+    rehearsal: SecondOpinion = group(SecondOpinion, "steps ahead, before an alert")
 
+    _denied: Kept[Denial] = field(init=False)
     _recent: Kept[RecentMargins] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._denied = Denial(self.rehearsal)
         self._recent = RecentMargins(max(self.span, self.last.count))
 
     def __call__(self, step: Observation) -> Alert | None:
@@ -93,6 +96,8 @@ class GradientMargin(LatchedRule):
         found = max(judged, key=lambda f: (f.share > 1 and f.severity == "critical", f.share))
         if found.share <= 1:
             self._latch.calm(step.index) if found.share < self.calm else self._latch.between()
+            return None
+        if not self._latch.is_news(found.severity) or self._denied(step, found.share):
             return None
         if not self._latch.admit(found.severity, step.index):
             return None

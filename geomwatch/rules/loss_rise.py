@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from geomwatch.isolation.state import Kept
 from geomwatch.observation.documented import GUESS, Documented, between, group, level
+from geomwatch.observation.loss_scale import LossScale
 from geomwatch.observation.margins import RecentMargins
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
@@ -32,26 +33,10 @@ class StartOfLosses(Documented):
     items: int = level(16, "items in a batch; of fewer one loss says little", source="decision 015")
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
-class LossRise(LatchedRule):
-    """Warns when the smoothed loss rises above its running minimum.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Means(Documented):
+    """The exponential mean of the losses and of their noise."""
 
-    EMA(loss) - min EMA > max(share |first loss|, noise sd of a single loss), and the last
-    `in_a_row` losses as well; critical at once when the EMA exceeds the first loss by the same
-    amount. Warns as well when the steps of the `start`, near the limit, teach nothing: one of the
-    last of their losses is far above the first, or their median a little. Curvature does not
-    announce every failure (bad data, for one); this is the rule beside it. The rate it advises is
-    that of the margins of the last `span` steps, within bounds.
-    """
-
-    name = "loss_rise"
-    says = ("warning", "critical")
-
-    share: float = level(0.3, "share of the first loss that the mean rises", source="decision 014")
-    noise: float = level(3.0, "standard deviations of one loss that it rises", source=GUESS)
-    in_a_row: int = level(
-        3, "losses that must be above too", source="32 runs with batches of 1 to 4"
-    )
     smoothing: float = level(
         0.8, "weight of the past in the mean loss", source=GUESS, check=between(0, 1)
     )
@@ -60,8 +45,42 @@ class LossRise(LatchedRule):
     )
     young: int = level(10, "losses until noise is known", source=GUESS)
     least: int = level(5, "losses before there is a minimum", source=GUESS)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LossRise(LatchedRule):
+    """Warns when the smoothed loss rises above its running minimum.
+
+    EMA(loss) - min EMA > max(share fall, noise sd of a single loss), and the last `in_a_row` losses
+    as well; fall is what the EMA has come down by to its minimum. Critical at once when the EMA
+    exceeds the first loss by the same amount, if there was a fall. No unit but the run's own, so
+    that losses may start near 0 or change sign. Nothing is said unless the last batches have a
+    higher loss at the present weights than when the run saw them, by `worse` errors: else it is the
+    data or the target that has changed, as in policy gradients. Warns as well when the steps of the
+    `start`, near the limit, teach nothing: one of the last of their losses is far above the first,
+    or their median a little. Curvature does not announce every failure (bad data, for one); this is
+    the rule beside it. The rate it advises is that of the margins of the last `span` steps, within
+    bounds.
+    """
+
+    name = "loss_rise"
+    says = ("warning", "critical")
+
+    share: float = level(
+        0.3, "share of what the mean has come down by that it rises", source="decision 014"
+    )
+    noise: float = level(3.0, "standard deviations of one loss that it rises", source=GUESS)
+    in_a_row: int = level(
+        3, "losses that must be above too", source="32 runs with batches of 1 to 4"
+    )
+    means: Means = group(Means, "how losses are averaged")
     calm: float = level(
         0.5, "share of that rise below which it is over", source=GUESS, check=between(0, 1)
+    )
+    worse: float = level(
+        2.0,
+        "standard errors by which the last batches must have got worse",
+        source="theory: two are 95 %",
     )
     start: StartOfLosses = group(StartOfLosses, "the first steps")
     span: int = level(60, "steps whose margins the advice goes by", source=GUESS)
@@ -69,17 +88,22 @@ class LossRise(LatchedRule):
 
     _first: Kept[float | None] = field(init=False, default=None)
     _last: Kept[deque[float]] = field(init=False)
-    _count: Kept[int] = field(init=False, default=0)
     _margin: Kept[float] = field(init=False, default=0.0)  # the largest of the start
-    _mean: Kept[float] = field(init=False, default=0.0)  # EMA without bias correction
-    _variance: Kept[float] = field(init=False, default=0.0)
-    _lowest: Kept[float | None] = field(init=False, default=None)
+    _scale: Kept[LossScale] = field(init=False)
+    _elsewhere: Kept[int] = field(init=False, default=0)  # until which loss that is believed
     _along: Kept[RecentMargins] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._last = deque(maxlen=max(self.start.last, self.in_a_row))
         self._along = RecentMargins(self.span)
+        self._scale = LossScale(
+            smoothing=self.means.smoothing,
+            noise_smoothing=self.means.noise_smoothing,
+            most=self.noise,
+            young=self.means.young,
+            least=self.means.least,
+        )
 
     def __call__(self, step: Observation) -> Alert | None:
         """Judge the loss of the step before, or of a probe when the loop passes no losses."""
@@ -88,26 +112,27 @@ class LossRise(LatchedRule):
         loss, index = self._loss_of(step)
         if loss is None or not math.isfinite(loss):
             return None
-        smooth, first = self._update(loss)
-        if self._count <= self.start.steps:
+        first = self._update(loss)
+        if self._scale.count <= self.start.steps:
             stuck = self._judge_start(step, index, first)
             if stuck is not None:
                 return stuck
-        return None if self._lowest is None else self._judge_rise(step, index, smooth, first)
+        return None if self._scale.lowest is None else self._judge_rise(step, index, first)
 
-    def _judge_rise(
-        self, step: Observation, index: int, smooth: float, first: float
-    ) -> Alert | None:
-        lowest = smooth if self._lowest is None else self._lowest
-        limit = max(self.share * abs(first), self.noise * math.sqrt(self._noise()))
+    def _judge_rise(self, step: Observation, index: int, first: float) -> Alert | None:
+        scale = self._scale
+        smooth, lowest = scale.mean, scale.mean if scale.lowest is None else scale.lowest
+        limit = self._limit(lowest)
         if smooth - lowest <= limit:
             if self._latch.severity:
                 is_calm = smooth - lowest < self.calm * limit
                 self._latch.calm(index) if is_calm else self._latch.between()
             return None
         severity: Severity = "critical" if smooth > first + limit else "warning"
-        recent = list(self._last)[-self.in_a_row :]
-        if severity == "warning" and min(recent) <= lowest + limit:
+        is_lost = severity == "critical" and limit <= self.share * scale.fallen
+        if not is_lost and min(list(self._last)[-self.in_a_row :]) <= lowest + limit:
+            return None
+        if not self._latch.is_news(severity) or self._is_elsewhere(step, index):
             return None
         if not self._latch.admit(severity, index):
             return None
@@ -120,20 +145,36 @@ class LossRise(LatchedRule):
         )
         return self._sent(step, severity, message, smooth, limit, index, factor)
 
+    def _limit(self, lowest: float) -> float:
+        """Return by how much the mean has to rise."""
+        scale, rounding = self._scale, 2**-20 * abs(lowest)  # a few units of float32
+        return max(self.share * scale.fallen, self.noise * scale.noise, rounding)
+
     def lets_wait(self) -> Calm | None:
         """Let losses wait that are far below what would be a rise, once the start is over."""
-        if self._lowest is None or self._first is None or self._latch.severity:
+        lowest = self._scale.lowest
+        if lowest is None or self._latch.severity or self._scale.count <= self.start.steps:
             return None
-        if self._count <= self.start.steps:
-            return None
-        limit = max(self.share * abs(self._first), self.noise * math.sqrt(self._noise()))
-        return Calm(losses=(-math.inf, self._lowest + self.calm * limit))
+        return Calm(losses=(-math.inf, lowest + self.calm * self._limit(lowest)))
 
     def waited(self, steps: Waited) -> None:
         """Take in losses that are far below a rise."""
         for settled, _ in steps:
             if settled.loss is not None:
                 self._update(settled.loss)
+
+    def _is_elsewhere(self, step: Observation, index: int) -> bool:
+        """Tell whether the weights have got no worse on the last batches: the data, or the target.
+
+        Believed for a while, as a look back costs a forward pass for each of these batches.
+        """
+        if index < self._elsewhere:
+            return True
+        change = step.rehearsals.hindsight()
+        if change is None or change > self.worse:
+            return False
+        self._elsewhere = index + self.once.cooldown
+        return True
 
     def _factor(self, step: Observation, *, margin: float | None = None) -> float:
         gradient, _ = self._along.mean(step.index, step.rate, steps=self.span)
@@ -161,10 +202,10 @@ class LossRise(LatchedRule):
             self._margin = max(self._margin, step.margin.value or 0.0)
         level = start.margin_full_batch if step.same_data else start.margin
         is_suspect = self._margin > level and step.items >= start.items
-        if not is_suspect or self._count <= start.healed:
+        if not is_suspect or self._scale.count <= start.healed:
             return None
         shown, loss, limit = "a loss", self._last[-1], first + start.spike * abs(first)
-        if loss <= limit and self._count == start.steps:
+        if loss <= limit and self._scale.count == start.steps:
             last = list(self._last)[-start.last :]
             shown, loss = f"the median of the last {start.last}", statistics.median(last)
             limit = first + start.rise * abs(first)
@@ -183,24 +224,9 @@ class LossRise(LatchedRule):
             return step.settled.loss, step.settled.step
         return step.loss, step.index
 
-    def _update(self, loss: float) -> tuple[float, float]:
-        """Take in a loss; return the mean and the first one."""
-        if self._first is None:
-            self._first = loss
-        self._count += 1
-        self._mean = self.smoothing * self._mean + (1 - self.smoothing) * loss
-        # Differences of successive losses, because a trend is no noise.
-        deviation = abs(loss - self._last[-1]) / math.sqrt(2) if self._last else 0.0
+    def _update(self, loss: float) -> float:
+        """Take in a loss; return the first one."""
+        self._first = loss if self._first is None else self._first
+        self._scale.update(loss)
         self._last.append(loss)
-        if self._count > self.young:  # a blow-up must not pass for noise: no step counts for much
-            deviation = min(deviation, self.noise * math.sqrt(self._noise()))
-        self._variance *= self.noise_smoothing
-        self._variance += (1 - self.noise_smoothing) * deviation * deviation
-        smooth = self._mean / (1 - self.smoothing**self._count)
-        if self._count >= self.least:
-            self._lowest = smooth if self._lowest is None else min(self._lowest, smooth)
-        return smooth, self._first
-
-    def _noise(self) -> float:
-        """Return the variance of a single loss."""
-        return self._variance / (1 - self.noise_smoothing ** max(self._count, 1))
+        return self._first

@@ -27,8 +27,8 @@ class PlannedRate(Documented, Deferring):
     dropped there.
 
     A warning as well where the noise part of the stochastic margin, at the peak, would be too much
-    for a start (see `BatchNoise`). The highest rates are those that the groups of the
-    optimizer carry (see `planned_rates`).
+    for a start (see `BatchNoise`): the stochastic margin there above 1, error bar and all. The
+    highest rates are those that the groups of the optimizer carry (see `planned_rates`).
     """
 
     name = "planned_rate"
@@ -69,8 +69,9 @@ class PlannedRate(Documented, Deferring):
         if margin * ahead > self.warning:
             return self._steep(step, margin * ahead)
         noise = noise_part(step, self.noise)
-        is_noisy = noise is not None and noise.excess(step, growth=ahead) > 1
-        return self._noisy(step, noise, ahead) if noise is not None and is_noisy else None
+        if noise is None or noise.excess(step, growth=ahead) <= 1:
+            return None
+        return self._noisy(step, noise, ahead) if noise.is_beyond(growth=ahead) else None
 
     def _steep(self, step: Observation, expected: float) -> Alert:
         """Return the alert of a margin that the peak would bring beyond its limit."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from geomwatch.isolation.state import Kept, Resumable
-from geomwatch.observation.documented import GUESS, Documented, group, level, whole
+from geomwatch.observation.documented import GUESS, Documented, above, group, level, whole
 from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity
 
@@ -118,6 +118,47 @@ class Persistence(Resumable):
         if self._since is None:
             self._since = step
         return step - self._since >= self._needed
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SecondOpinion(Documented):
+    """A rehearsal before an alert: steps ahead that learn on deny that the rate is too high."""
+
+    survives: float = level(
+        0.2, "share of what was learnt that it may lose", source="130 runs: .1 to .5 do alike"
+    )
+    young: int = level(20, "first step at which it counts", source="a dead net does not rise")
+    grows: float = level(
+        2**0.5, "times the value that was denied: asked again", source=GUESS, check=above(1)
+    )
+    lasts: float = level(1.5, "times the step of a denial: asked again", source=GUESS)
+
+
+class Denial(Resumable):
+    """What a rehearsal has denied, and for how long that holds."""
+
+    _step: Kept[int | None]
+    _value: Kept[float]
+
+    def __init__(self, opinion: SecondOpinion) -> None:
+        self._opinion = opinion
+        self._step = None
+        self._value = 0.0
+
+    def __call__(self, step: Observation, value: float) -> bool:
+        """Tell whether steps ahead, at the rate the run is headed for, deny an alert of `value`."""
+        how = self._opinion
+        if step.index < how.young:
+            return False
+        is_recent = self._step is not None and step.index <= how.lasts * self._step
+        if is_recent and value <= how.grows * self._value:
+            return True
+        found = step.rehearsals()
+        self._step = None
+        if found is None or found.rise > how.survives:
+            return False
+        self._step, self._value = step.index, value
+        return True
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from geomwatch.observation.step import Observation
 from geomwatch.records import Alert, Severity, format_estimate
 from geomwatch.rules.advice import Advice
 from geomwatch.rules.message import alert, batch_advice, carried_by
-from geomwatch.rules.rule import LatchedRule, Persistence
+from geomwatch.rules.rule import Denial, LatchedRule, Persistence, SecondOpinion
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -55,15 +55,24 @@ class OwnPast(Documented):
     most: int = level(20, "measurements that make it", source=GUESS)
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LastProbes(Documented):
+    """The geometric mean of the last few measurements."""
+
+    probes: int = level(3, "measurements in a mean, at most", source="decision 005")
+    span: int = level(60, "steps that a mean looks back", source=GUESS)
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class StabilityMargin(LatchedRule):
     """Warns when lr * curvature comes near the limit of the optimizer.
 
     M = lambda_max(S (H + W) S) < 1 is linear stability (see `stability`). One batch differs from
-    the next by more than a probe errs, so the rule judges the geometric mean of the last `probes`
-    measurements, re-scaled to the present learning rate. Critical needs that mean above `critical`
-    for `persistence` steps, or one measurement beyond `at_once`. Where every step sees the same
-    data, levels are those of the edge of stability and the loss must rise too. For optimizers
+    the next by more than a probe errs, so the rule judges the geometric mean of the last few of
+    them, re-scaled to the present learning rate, against 1: a Ritz value is a lower bound
+    of the largest eigenvalue, so that a margin above 1 is above it for certain. Critical needs it
+    there for `persistence` steps, or one measurement beyond `at_once`. Where every step sees the
+    same data, levels are those of the edge of stability and the loss must rise too. For optimizers
     without a formula lr * lambda_max must stay above its own usual, and the loss above its own, for
     `persistence` steps: curvature alone also grows in a healthy run, up to eightfold, while the
     loss falls. A margin that can't be believed (see `Observer`) is passed over.
@@ -73,7 +82,7 @@ class StabilityMargin(LatchedRule):
     reads = "probe"
     says = ("info", "warning", "critical")
 
-    warning: float = level(0.8, "mean margin: warning", source="decision 020")
+    warning: float = level(1.0, "mean margin: warning", source="theory: the limit")
     critical: float = level(1.0, "mean margin: critical if it lasts", source="theory: the limit")
     at_once: float = level(2.5, "one margin: critical", source="decision 020")
     full_batch: FullBatchLevels = group(FullBatchLevels, "where every step sees the same data")
@@ -85,13 +94,14 @@ class StabilityMargin(LatchedRule):
         source=GUESS,
         check=between(0, 1),
     )
-    probes: int = level(3, "measurements in a mean, at most", source="decision 005")
-    span: int = level(60, "steps that a mean looks back", source=GUESS)
+    mean: LastProbes = group(LastProbes, "what is held against the levels")
     persistence: int = level(
         5, "steps that a mean must last", source="decision 005", check=whole(0)
     )
     advice: Advice = group(Advice, "the rate to go on at")
+    rehearsal: SecondOpinion = group(SecondOpinion, "steps ahead, before an alert")
 
+    _denied: Kept[Denial] = field(init=False)
     _persistent: Kept[Persistence] = field(init=False)
     _lasting: Kept[Persistence] = field(init=False)  # the same for warnings
     _recent: Kept[RecentMargins] = field(init=False)
@@ -100,8 +110,9 @@ class StabilityMargin(LatchedRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._denied = Denial(self.rehearsal)
         self._persistent, self._lasting = (Persistence(self.persistence) for _ in range(2))
-        self._recent = RecentMargins(self.probes)
+        self._recent = RecentMargins(self.mean.probes)
         self._history = deque(maxlen=self.own_past.most)
 
     def __call__(self, step: Observation) -> Alert | None:
@@ -112,13 +123,22 @@ class StabilityMargin(LatchedRule):
         if not step.has_limit:
             return self._against_own_past(step, margin)
         self._recent.add(step.index, step.rate, margin)
-        mean, count = self._recent.mean(step.index, step.rate, steps=self.span)
+        mean, count = self._recent.mean(step.index, step.rate, steps=self.mean.span)
         if mean is None:  # at a rate of 0
             mean, count = margin, 1
         severity = self._severity(step, margin, mean, count)
         if severity is None:
             is_calm = mean < self.calm * self._levels(step).warning
             self._latch.calm(step.index) if is_calm else self._latch.between()
+            return None
+        return self._said(step, severity, margin, mean, count)
+
+    def _said(
+        self, step: Observation, severity: Severity, margin: float, mean: float, count: int
+    ) -> Alert | None:
+        """Let an alert out that is news and that no rehearsal denies."""
+        is_news = self._latch.is_news(severity)
+        if not is_news or (severity != "info" and self._denied(step, max(margin, mean))):
             return None
         if not self._latch.admit(severity, step.index):
             return None

@@ -35,6 +35,7 @@ def test_a_jump_of_the_rate_is_critical_before_the_step_that_it_ruins():
     assert [(a.rule, a.severity, a.step) for a in record.alerts] == [
         ("stability_margin", "critical", 60),
         ("gradient_margin", "warning", 60),
+        ("headroom", "critical", 60),
         ("rate_jump", "critical", 60),
     ]
     assert record.alerts[0].value > 2

@@ -29,7 +29,7 @@ def test_a_page_lists_every_level_once_and_leaves_no_place_empty(kind):
 def test_a_page_shows_the_levels_of_the_rule_that_is_asked_about():
     page = explain(StabilityMargin(warning=0.65))
     assert "| mean > 0.65, measured twice |" in page
-    assert "| `warning` | `0.65` | mean margin: warning (decision 020) |" in page
+    assert "| `warning` | `0.65` | mean margin: warning (theory: the limit) |" in page
     page = explain(GradientMargin(levels=GradientLevels(sgd=9)))
     assert "geometric mean of the last 60 steps > 9, at least" in page
 

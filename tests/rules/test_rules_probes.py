@@ -306,7 +306,7 @@ def whole(step: int, margin: float, mean_square: float, **more) -> Observation:
 
 def test_the_factor_of_the_batch_brings_the_stochastic_margin_down_to_one():
     # D = 0.9, N = 1.55: ceil(1.55 / 0.1) = 16, and 0.9 + 1.55 / 16 < 1
-    alerts = heard(StabilityMargin(), [whole(20, 0.9, 2.45), measured(22, 0.9)])
+    alerts = heard(StabilityMargin(warning=0.8), [whole(20, 0.9, 2.45), measured(22, 0.9)])
     assert "make the batch 16 x larger: 63% of the stochastic margin 2.5" in alerts[0].message
 
 
