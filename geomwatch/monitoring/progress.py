@@ -152,25 +152,30 @@ def check_scalar(value: object) -> None:
 
 
 class _Scalar:
-    """A number on its way from a device to the host."""
+    """A number on its way from a device to the host.
+
+    It is copied without waiting where the device has streams and events, as CUDA's and XPU's have;
+    of others it is kept there, and read a step later.
+    """
 
     def __init__(self, value: Tensor | float) -> None:
-        self._arrived: torch.cuda.Event | None = None
         check_scalar(value)
         if isinstance(value, Tensor):
             value = whole(value.detach()).reshape(())  # FSDP2's clip_grad_norm_ returns a DTensor
-        if isinstance(value, Tensor) and value.is_cuda:
-            host = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self._value: Tensor | float = host.copy_(value, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
+        self._arrived: Any = None  # an event
+        self._value: Tensor | float
+        self.is_here = not isinstance(value, Tensor) or value.is_cpu  # the host need not wait
+        if not isinstance(value, Tensor) or self.is_here:
             self._value = float(value)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether the host knows it without waiting."""
-        return self._arrived is None
+            return
+        device: Any = torch.get_device_module(value.device)
+        if not (hasattr(device, "Event") and hasattr(device, "current_stream")):
+            self._value = value.clone()
+            return
+        host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._value = host.copy_(value, non_blocking=True)
+        self._arrived = device.Event()
+        self._arrived.record(device.current_stream(value.device))  # not of the current device
 
     def __call__(self) -> float:
         if self._arrived is not None:
