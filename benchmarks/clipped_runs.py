@@ -34,8 +34,10 @@ options that is told the norm before clipping; info is left out.
 |---|---|---|---|---|---|---|---|
 {summary}
 
-Healthy runs with an alert of a margin, which a clip keeps from getting worse: at a margin above 1
-the oscillation grows until the clip binds, and no further.
+Healthy runs with an alert of a margin; a run counts once in each host. Nearly all are of SGD
+without momentum, at a rate near or above the best: where the clip does not bind the margin is above
+1 indeed, and the oscillation grows until it binds, and no further. How often a monitor looks
+depends on the time that it may take, so that runs at the edge may come out otherwise elsewhere.
 
 | net | optimizer | rate | clip | host | alerts |
 |---|---|---|---|---|---|
