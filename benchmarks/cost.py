@@ -154,10 +154,10 @@ def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
 
 
 NETS = (
+    Net("MLP, SGD", mlp, sgd(0.01), clouds(64, 784)),
     Net("GPT, AdamW", GPT, lambda p: torch.optim.AdamW(p, lr=1e-3), words(8)),
     Net("LSTM, Adam", LSTM, lambda p: torch.optim.Adam(p, lr=2e-3), words(16)),
     Net("ResNet, SGD", resnet, sgd(0.05), clouds(32, 3, 32, 32)),
-    Net("MLP, SGD", mlp, sgd(0.01), clouds(64, 784)),
 )
 
 
@@ -311,12 +311,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable()
-    steps, probed = (60, 31) if options.quick else (options.steps, 101)
-    rows = [row(net, steps, probed, options.keep) for net in NETS]
-    text = page(rows, steps)
+    steps, probed = (60, 31) if options.quick else (options.steps, 51)
+    rows: list[Row] = []
+    for net in NETS:
+        rows.append(row(net, steps, probed, options.keep))
+        text = page(rows, steps)
+        if not options.quick:
+            OUT.write_text(text, encoding="utf-8")
     print(text)
-    if not options.quick:
-        OUT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
