@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.version import written_by
 from torch import Tensor, nn
 
 import geomwatch
@@ -228,7 +229,8 @@ def write(rows: dict[str, str]) -> None:
     there = "\n".join(rows[name] for name in names if name in rows)
     missing = ", ".join(name for name in names if name not in rows)
     left_out = f"Not run yet, or not installed: {missing}." if missing else ""
-    page = TEXT.format(rows=there, left_out=left_out, seeds=SEEDS, steps=STEPS)
+    written = written_by(Path(__file__).name)
+    page = TEXT.format(rows=there, left_out=left_out, seeds=SEEDS, steps=STEPS, written=written)
     PAGE.write_text(page.rstrip() + "\n", encoding="utf-8")
 
 
@@ -245,8 +247,9 @@ def name_of(place: str, options: dict[str, Any]) -> str:
 
 TEXT = """# Optimizers
 
+{written} The last rows were run at that commit, others may be older.
 What geomwatch makes of each optimizer, on a small tanh net (1,800 weights, four classes, batches
-of 64, {steps} steps), with default rules. Written by `python benchmarks/optimizers.py`.
+of 64, {steps} steps), with default rules.
 
 - **recognised**: by its class, or by its first three steps; else "steps of constant size" (theory
   gives no limit) or "unknown".

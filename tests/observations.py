@@ -14,6 +14,7 @@ from geomwatch.observation.movement import Movement
 from geomwatch.observation.observer import Observer
 from geomwatch.observation.rehearsed import Rehearsed
 from geomwatch.observation.step import Settled
+from geomwatch.observation.taken import Taken
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation, Rule
 
@@ -104,6 +105,7 @@ def rehearsals(rng: random.Random) -> dict[str, Any]:
 def random_run(seed: int) -> list[Observation]:
     """What a wild run might show: drifting margins and losses, jumps, NaN, left-out steps."""
     rng, other, ahead = random.Random(seed), random.Random(~seed), random.Random(seed + 0.5)
+    after = random.Random(seed + 0.25)
     status = rng.choice(["ok", "ok", "unknown"])
     same_data = rng.random() < 0.3
     usual = math.log(1.4 if same_data else 0.5)
@@ -137,11 +139,19 @@ def random_run(seed: int) -> list[Observation]:
                 items=64 if fresh else 0,
                 loss=math.nan if broken else loss,
                 settled=settled,
+                taken=step_taken(after, step),
                 **known_at_once(other),
                 **rehearsals(ahead),
             )
         )
     return run
+
+
+def step_taken(rng: random.Random, step: int) -> Taken:
+    """What a step of an optimizer without a formula did to its own batch; some raise its loss."""
+    before = math.exp(rng.gauss(0, 1))
+    rise = rng.choice([rng.gauss(0, 0.1)] * 3 + [0.5 * abs(rng.gauss(0, 1))])
+    return Taken(step, before, before * (1 + rise), 0.1 * before)
 
 
 def known_at_once(rng: random.Random, nan: float = 0.0) -> dict[str, Any]:
@@ -171,6 +181,7 @@ def random_estimates(rng: random.Random, phase: int) -> dict[str, Estimate]:
 def wild_run(seed: int) -> list[Observation]:
     """A run of any optimizer, calm or doomed from somewhere on: each level decides at some seed."""
     rng, other, ahead = random.Random(seed), random.Random(~seed), random.Random(seed + 0.5)
+    after = random.Random(seed + 0.25)
     status = rng.choice(["ok"] * 4 + ["unknown"])
     more = {
         "adaptive": rng.random() < 0.4,
@@ -219,6 +230,7 @@ def wild_run(seed: int) -> list[Observation]:
                 estimates=estimates if fresh else None,
                 loss=loss if fresh else None,
                 settled=settled,
+                taken=step_taken(after, step) if seed % 3 == 0 else None,
                 **known_at_once(other, nan=0.01),
                 **(rehearsals(ahead) if seed % 2 else {}),
                 **more,

@@ -146,7 +146,7 @@ def test_an_optimizer_without_a_formula_is_named():
         model, cross_entropy, digits(32), optimizer=torch.optim.LBFGS(model.parameters())
     )
     assert not found.limit_known
-    assert "no stability formula for LBFGS" in found.rows["stability limit"]
+    assert "LBFGS finds its step by a search" in found.rows["stability limit"]
     assert "no optimizer" in doctor(model, cross_entropy, digits(32)).rows["stability limit"]
 
 

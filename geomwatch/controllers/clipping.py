@@ -129,14 +129,17 @@ class GradientClipper(Documented, Resumable):
     decay: float = level(
         0.97, "weight of the past in the z-score's averages", source="ZClip", check=between(0, 1)
     )
-    enough: int = level(25, "norms before one can be called unusual", source="ZClip's warm-up")
+    enough: int = level(
+        25,
+        "norms before one can be called unusual; so many clipped in a row are told",
+        source="ZClip's warm-up",
+    )
     change: float = level(1.1, "factor between two norms that is worth a move", source=GUESS)
     min_norm: float = option(0.0, "smallest norm to clip at", check=at_least(0))
     patience: int = level(
         0, "further alerts within `cooldown` that it takes to start", source=GUESS, check=whole(0)
     )
     cooldown: int = level(100, "steps without an alert until it ends", source=GUESS)
-    always: int = level(100, "steps in a row whose norm is clipped: it says so", source=GUESS)
     dry_run: bool = option(False, "log what would be done, and do nothing")
 
     _policy: Kept[Percentile | ZScore] = field(init=False)
@@ -185,11 +188,11 @@ class GradientClipper(Documented, Resumable):
 
     def _tell_of_a_level_below_all(self) -> Sequence[Move]:
         """Advise where every step is clipped: the level is then what sets the length of steps."""
-        if self._told or len(self._clipped) < self.always:
+        if self._told or len(self._clipped) < self.enough:
             return ()
         usual, self._clipped, self._told = statistics.median(self._clipped), [], True
         reason = (
-            f"each of the last {self.always} gradients was clipped, which lowers the rate of every "
+            f"each of the last {self.enough} gradients was clipped, which lowers the rate of every "
             f"step: half of them are above {usual:.3g}. Clip there, or lower the rate instead"
         )
         return [Move(CLIP, usual, reason, advice=True)]

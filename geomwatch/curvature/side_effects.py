@@ -57,22 +57,27 @@ def side_effects(subject: Subject, batch: Any) -> SideEffects:
     outside = subject.outside
     outside.is_known = True
     draws = outside.draws
-    draws.by_others.update(drawn_by_others() | draws.by_whom)
-    draws.by_whom.clear()
+    draws.by_others = drawn_by_others()  # seen to draw while the loss rests: nothing less will do
     window = [] if batch is None else [batch]
     with subject.set(micro_batch=None, precision="training").on(
         window, products=False
     ) as objective:
         start = RandomState()
-        first, stand = _evaluated(objective, subject), marks(subject.model, subject.loss_fn)
-        drawn = set(start.changed())
-        second = _evaluated(objective, subject)
-        drawn &= set(start.changed())
+        try:
+            first, stand = _evaluated(objective, subject), marks(subject.model, subject.loss_fn)
+            drawn = set(start.changed())
+            second = _evaluated(objective, subject)
+            drawn &= set(start.changed())
+        except BaseException:
+            draws.by_others.clear()  # so that all is put back
+            raise
         if subject.ranks.any(bool(draws.by_others)) and first != second:
             # it draws from one of them, too
             draws.by_others.clear()
             second = _evaluated(objective, subject)
-        draws.by_loss = drawn - draws.by_others
+        # what has changed at a time, nobody knows why, is put back as if the loss had drawn
+        draws.by_loss = (draws.by_loss | draws.by_whom | drawn) - draws.by_others
+        draws.by_whom.clear()
         changed = goes_on(stand, marks(subject.model, subject.loss_fn))
     return SideEffects(changed, first, second)
 

@@ -86,7 +86,7 @@ def test_processes_that_do_not_average_their_gradients_are_refused(accelerator):
         ({"loss_fn": 3}, r"loss_fn must be callable as loss_fn\(model, batch\), got int"),
         ({"model": 3}, r"model must be a torch.nn.Module, got int"),
         ({"every": 0}, r"every must be an integer >= 1, got 0"),
-        ({"mode": "eval"}, r"optimizer, Measurement\(mode='eval'\)"),
+        ({"mode": "eval"}, r"optimizer, how=Measurement\(mode='eval'\)"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused_and_nothing_is_tied(accelerator, options, message):

@@ -31,7 +31,6 @@ OTHER = {
     "share": 0.95,
     "max_factor": 3.0,
     "change": 1.5,
-    "always": 2,
     "history": 40,
     "min_norm": 2.0,
 }

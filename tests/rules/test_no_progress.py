@@ -17,7 +17,7 @@ STUCK = Movement(20, 0.9, 1e-4, "bfloat16", 0.1)
 SLOW = Movement(20, 0.1, 1e-7, "float32", 0.1)
 
 
-def seen(step: int, moved: Movement | None = None, *, loss=1.0, norm=None, lr=0.1, **more):
+def seen(step: int, moved: Movement | None = None, *, loss=1.0, norm=1.0, lr=0.1, **more):
     settled = Settled(step - 1, loss, norm, True)
     return Observation(index=step, lr=(lr,), settled=settled, movement=moved, **more)
 
