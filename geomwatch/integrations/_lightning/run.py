@@ -258,8 +258,10 @@ class Run(StepTap):
 
     def _has_gradient(self, watch: OptimizerWatch) -> bool:
         """Tell whether there is a gradient, if of tensors alone that its optimizer has lost."""
-        own = bool(watch.window.params)
-        return own or (self._automatic and any(p.grad is not None for p in _trained(self._module)))
+        if watch.window.params or not self._automatic:
+            return bool(watch.window.params)
+        steps = any("lr" in group for group in watch.optimizer.param_groups)  # Lightning's mock: no
+        return steps and any(p.grad is not None for p in _trained(self._module))
 
     def _watch_of(self, optimizer: Any) -> OptimizerWatch | None:
         """Return the watch of an optimizer, one that has taken the place of another included."""
