@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from geomwatch.curvature import batches
 from geomwatch.curvature.subject import Subject
@@ -114,7 +115,7 @@ def named_tensors(window: Sequence[Any]) -> list[tuple[str, Tensor]]:
 
 def has_scaler(optimizer: Any) -> bool:
     """Tell whether a GradScaler looks after an optimizer. Walks through all objects there are."""
-    scalers = [t for t in gc.get_objects() if issubclass(type(t), torch.amp.GradScaler)]
+    scalers = [t for t in gc.get_objects() if issubclass(type(t), GradScaler)]
     # before `unscale_` or `step` it knows of none
     states = [s._per_optimizer_states for s in scalers if s.is_enabled() and s._scale is not None]
     return any(id(optimizer) in known or not known for known in states)

@@ -20,7 +20,6 @@ class Probed:
     margin: Estimate | None
     gradient_margin: Estimate
     layers: tuple[str, ...]
-    limit_ratio: float
     items: int  # of all ranks
 
 
@@ -30,6 +29,7 @@ class Measures(Protocol):
     plan: Plan
     ranks: Ranks
     optimizer: Any
+    limit_ratio: float
     same_data: bool
     surprises: list[str]
     no_margin: str

@@ -113,6 +113,7 @@ class Prober(Resumable):
         self._fingerprint = None
         self._compared = None  # the step it was taken at
         self.surprises: list[str] = []  # things to tell the user once
+        self.limit_ratio = 1.0  # full-batch over small-batch limit, at the last look
         self.no_margin = ""  # why the optimizer's steps have none
         self._given = self._subject = subject
         self._forget()
@@ -204,7 +205,7 @@ class Prober(Resumable):
             estimates=self._ordered(self._held.merge(step, found.estimates)),
             provenance=found.provenance | {"same_data": self.same_data},
         )
-        return Probed(record, margin, found.along, found.layers, probe.limit_ratio, found.items)
+        return Probed(record, margin, found.along, found.layers, found.items)
 
     def _measured(self, probe: Probe, names: Sequence[str], own: Own, *, adopted: bool) -> _Found:
         objective = probe.objective
@@ -390,13 +391,15 @@ class Prober(Resumable):
 
     def _stability(self, gradient: Tensor) -> Stability:
         rates = learning_rates(self.optimizer)
-        return stability_of(
+        found = stability_of(
             self.optimizer,
             self._subject.layout,
             gradient=gradient,
             exclude=self._invariant,
             rates=[0.0] * len(rates) if unusable(rates) else rates,
         )
+        self.limit_ratio = found.limit_ratio
+        return found
 
     def _why_no_margin(self) -> str:
         return self.no_margin or unusable(learning_rates(self.optimizer))

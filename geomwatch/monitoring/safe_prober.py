@@ -177,6 +177,11 @@ class SafeProber(Resumable):
         """Whether the last steps looked at saw the same data."""
         return self._prober.same_data
 
+    @property
+    def limit_ratio(self) -> float:
+        """Full-batch over small-batch limit of the optimizer, as far as it has been looked at."""
+        return self._prober.limit_ratio
+
     def lambda_max(self) -> float | None:
         """Return the last known lambda_max of the Hessian."""
         return self._prober.lambda_max()
@@ -188,7 +193,7 @@ class SafeProber(Resumable):
     def margin_along(self, rates: Sequence[float], scale: float) -> float | None:
         """Return the last gradient margin there, counted as the stability margin is."""
         margin = _scaled(self.gradient_margin.at(rates), scale)
-        return margin if margin is None or self.last is None else margin / self.last.limit_ratio
+        return margin if margin is None else margin / self.limit_ratio
 
     def resume(self) -> None:
         """Probe again after a pause."""

@@ -210,7 +210,7 @@ class Watch(Resumable):
             cold_start=cold_start(self._optimizer, step.index - self._began),
             adaptive=self._adaptive,
             sets_rate=sets_rate(self._optimizer),
-            limit_ratio=last.limit_ratio if last is not None else 1.0,
+            limit_ratio=prober.limit_ratio,
             peak=planned_rates(self._optimizer, step.lr),
             same_data=prober.same_data,
             estimates=record.estimates if record is not None else None,

@@ -112,11 +112,6 @@ class Probe:
         return directional_sharpness(shifted, self.objective.gradient(), weight=s.scale**2)
 
     @property
-    def limit_ratio(self) -> float:
-        """Full-batch over small-batch limit of the coming step."""
-        return 1.0 if self.stability is None else self.stability.limit_ratio
-
-    @property
     def knows_margin_sharpness(self) -> bool:
         """Whether `margin_sharpness` costs nothing, by what is known already."""
         known = self._margin_is_hessian and "batch_sharpness" in self.__dict__

@@ -36,7 +36,8 @@ def records(out: Path) -> list[dict[str, Any]]:
     text = (out / "records.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert lines[0]["kind"] == "run"
-    assert not [line for line in lines if line.get("severity", "info") != "info"]
+    alerts = [line for line in lines if line["kind"] == "alert"]
+    assert not [alert for alert in alerts if alert["severity"] != "info"]
     return [line for line in lines if line["kind"] == "record"]
 
 
@@ -67,7 +68,7 @@ def test_train_prints_what_it_measures(tmp_path):
     assert "INFO     step      0  loss 2." in run.stdout
     assert "WARNING" not in run.stdout
     found = records(tmp_path)
-    assert [record["step"] for record in found[:6]] == [0, 1, 2, 3, 5, 8]
+    assert [record["step"] for record in found] == [0, 20, 40]
     assert all(record["provenance"]["items"] == 2 * 32 for record in found)
     assert found[-1]["loss"] < 0.2 < found[0]["loss"]
 
@@ -78,7 +79,7 @@ def test_train_prints_what_it_measures(tmp_path):
 def test_training_is_bit_identical_when_watched(train, tmp_path, monkeypatch, precision, scale):
     scaler = functools.partial(torch.amp.GradScaler, init_scale=scale)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    arguments = ("--steps=24", "--checkpoint=24", f"--precision={precision}")
+    arguments = ("--steps=24", "--every=5", "--checkpoint=24", f"--precision={precision}")
     train(tmp_path / "on", *arguments)
     monkeypatch.setenv("GEOMWATCH_DISABLE", "1")
     train(tmp_path / "off", *arguments)
@@ -93,7 +94,7 @@ def test_training_is_bit_identical_when_watched(train, tmp_path, monkeypatch, pr
     else:
         assert taken == 24
     steps = [record["step"] for record in records(tmp_path / "on")]
-    assert steps == [step for step in (0, 1, 2, 3, 5, 8, 23) if step < taken]
+    assert steps == [step for step in (0, 5, 10, 15, 20) if step < taken]
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(train, tmp_path):
@@ -103,16 +104,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(train, tmp_path):
     train(rest, *arguments, "--resume", str(whole / "checkpoint.pt"))
     late = [record for record in records(whole) if record["step"] >= 9]
     resumed = records(rest)
-    assert [r["step"] for r in resumed] == [r["step"] for r in late] == [14, 20, 26]
+    assert [r["step"] for r in resumed] == [r["step"] for r in late] == [12, 18, 24]
     for record, expected in zip(resumed, late, strict=True):
         assert record["loss"] == expected["loss"]
         one, other = (r["estimates"]["stability_margin"] for r in (record, expected))
-        # The first probe after a resume starts cold. A warm one of five products is a lower bound,
-        # up to a third below it on some machines.
-        slack = 0.4 * one["value"] if record is resumed[0] else 0.02 * one["value"]
-        assert one["value"] == pytest.approx(
-            other["value"], abs=slack + 3 * (one["error"] + other["error"])
-        )
+        assert one["value"] == pytest.approx(other["value"], rel=1e-3)
     first, second = (torch.load(out / "model.pt", weights_only=True) for out in (whole, rest))
     assert same(first, second)
 
@@ -135,5 +131,6 @@ def test_lambda_max_is_that_of_measure_on_the_same_window():
     expected = geomwatch.measure(model, cross_entropy, (inputs, targets % 2), optimizer=optimizer)
     assert record.loss == pytest.approx(sum(losses) / 3, rel=1e-6)
     for name in ("lambda_max", "stability_margin"):
-        assert record[name].value == pytest.approx(expected[name].value, rel=1e-5)
+        # differences on one side
+        assert record[name].value == pytest.approx(expected[name].value, rel=2e-3)
         assert record[name].value > 0
