@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from geomwatch.isolation.state import Kept
@@ -43,7 +44,7 @@ class UntrustedProbe(LatchedRule):
     def __call__(self, step: Observation) -> Alert | None:
         """Judge a probe that was to measure the margin."""
         margin = step.margin
-        if not step.fresh or margin is None:
+        if not step.fresh or margin is None or _is_left_to_others(step):
             return None
         absent = margin.value is None
         value, error = margin.value or 0.0, margin.error or 0.0
@@ -63,6 +64,12 @@ class UntrustedProbe(LatchedRule):
         if found is None or not self._latch.admit(found[0], step.index):
             return None
         return alert(self.name, *found, value=error, limit=abs(value), step=step.index)
+
+
+def _is_left_to_others(step: Observation) -> bool:
+    """Tell whether the gradient itself is not finite, which `non_finite` speaks of."""
+    norm = None if step.present is None else step.present.grad_norm
+    return norm is not None and not math.isfinite(norm)
 
 
 def _doubted(why: str) -> str:

@@ -20,7 +20,7 @@ def judging() -> list[Any]:
 
 
 def spoilt(rules: list[Any], *, norms: bool) -> geomwatch.Monitor:
-    """Train with a loss that is handed over a hundred times too large at step 63, NaN at 77."""
+    """Train with weights that are turned over at step 63, and a NaN for a loss at 77."""
     torch.manual_seed(0)
     model, batch = mlp(64, 16, 10), digits(64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -28,9 +28,11 @@ def spoilt(rules: list[Any], *, norms: bool) -> geomwatch.Monitor:
     monitor = geomwatch.Monitor(model, cross_entropy, optimizer, how, rules=rules)
     for step in range(90):
         optimizer.zero_grad()
+        if step == 63:
+            model[0].weight.data.mul_(-5)
         loss = cross_entropy(model, batch)
         loss.backward()
-        told = {63: 100 * loss.detach(), 77: loss.detach() * torch.nan}.get(step, loss.detach())
+        told = loss.detach() * (torch.nan if step == 77 else 1.0)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9) if norms else None
         monitor.step(batch, loss=told, grad_norm=norm)
         optimizer.step()
