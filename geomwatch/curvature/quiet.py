@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geomwatch.isolation.undo import enter, until_here
+
 _OF = Callable[[dict[str, Any], Tensor], object]
 
 
-def quiet() -> AbstractContextManager[object]:
+def quiet() -> ExitStack:
     """Let dropout pass everything, noise be its mean, and numbers be drawn alike for each item.
 
     Then the loss of a batch can be held against those of its pieces, which would draw other numbers
     than the batch. Inside, nothing is random but what Python or NumPy draw.
     """
-    make: Any = _Quiet
-    return make()  # type: ignore[no-any-return]
+    block = until_here()
+    mode: Any = _Quiet()  # type: ignore[no-untyped-call]  # torch has no types there
+    enter(mode)
+    return block
 
 
 class _Quiet(TorchDispatchMode):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
 
 import torch
 from torch.utils import checkpoint
 
+from geomwatch.isolation.undo import enter, swap, until_here
 
-@contextmanager
-def forward_only() -> Iterator[None]:
-    """Evaluate without a graph; re-entrant checkpoints don't warn that gradients will be None."""
-    warn = checkpoint.check_backward_validity
-    checkpoint.check_backward_validity = _nothing
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        checkpoint.check_backward_validity = warn
+
+def forward_only() -> contextlib.ExitStack:
+    """Return a block without graphs; re-entrant checkpoints don't warn of gradients of None."""
+    block = until_here()
+    swap(checkpoint, "check_backward_validity", _nothing)
+    enter(torch.no_grad())
+    return block
 
 
 def _nothing(inputs: object) -> None:
