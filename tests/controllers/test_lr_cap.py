@@ -170,6 +170,17 @@ def told(step: int, loss: float, margin: float, **more) -> Observation:
     return glanced(step, margin, settled=Settled(step - 1, loss, 1.0, stepped=True), **more)
 
 
+def test_no_step_goes_above_the_rate_that_a_critical_alert_has_advised():
+    applied = Applied(LearningRateCap())
+    assert applied.rates(glanced(t, 0.1) for t in range(5)) == [0.1] * 5
+    advised = Alert("headroom", "critical", "the next steps lose it", 0.7, 0.5, 5, advised_lr=0.03)
+    (move,) = applied.cap(glanced(5, 0.1), [advised])
+    assert move.to == 0.03
+    applied.setting = move.to
+    assert applied.rates(glanced(t, 0.01) for t in range(6, 60)) == [0.03] * 54
+    assert applied(glanced(60, 0.001, lr=0.02)) == 0.02  # the schedule's own
+
+
 RISEN = Alert("loss_rise", "critical", "the loss has risen", 3.0, 2.0, 40)
 
 

@@ -126,6 +126,7 @@ class LearningRateCap(Documented, Resumable):
     _reference: Kept[tuple[float, ...]] = field(init=False, default=())
     _sent: Kept[float] = field(init=False, default=math.inf)  # the cap last asked for
     _taken: Kept[float] = field(init=False, default=math.inf)  # the rate that a step was left last
+    _advised: Kept[float] = field(init=False, default=math.inf)  # the lowest rate
     _binds: Kept[bool] = field(init=False, default=False)
     # Steps: the last trusted measurement, the last way down, since when the rate is too high.
     _measured: Kept[int | None] = field(init=False, default=None)
@@ -144,6 +145,7 @@ class LearningRateCap(Documented, Resumable):
         self, step: Observation, alerts: Sequence[Alert] = (), knobs: Knobs | None = None
     ) -> Sequence[Move]:
         """Set the cap for one step."""
+        self._heed(alerts)
         self._limit.update(step)
         self._start.update(step)
         fresh = self._measure(step)
@@ -160,6 +162,7 @@ class LearningRateCap(Documented, Resumable):
         scale = self._approach(step, fresh)
         cap = max(scale, self.min_scale) * largest
         cap = min(cap, self._taken) if step.unseen else cap
+        cap = min(cap, max(self._advised, self.min_scale * largest))
         self._taken = min(cap, largest)
         moves = list(self._base_rate(scale, largest)) if fresh else []
         binds, bound = cap < largest, self._binds
@@ -168,6 +171,11 @@ class LearningRateCap(Documented, Resumable):
             self._sent = cap
             moves.append(Move(LR, cap, self._reason(step, cap)))
         return moves
+
+    def _heed(self, alerts: Sequence[Alert]) -> None:
+        """Go nowhere above the lowest rate that a critical alert has advised."""
+        rates = [a.advised_lr for a in alerts if a.severity == "critical" and a.advised_lr]
+        self._advised = min([self._advised, *rates])
 
     def _cannot(self, step: Observation) -> str:
         """Return why there is nothing to go by in this run; "" where there is, or may yet be."""
