@@ -97,8 +97,21 @@ def test_the_figures_are_those_of_the_table_that_a_script_wrote():
         assert int(missed) == int(caught[1]) - int(caught[0])
         lead = re.search(r"(\d+) steps", told)
         assert lead is None or f"| {lead[1]} [" in row
-    (whole, rest) = re.search(r"it made (\S+ %), and the rest (\S+ %)", README).groups()
-    assert f"| `{{'max_overhead': 0.02}}` | {whole} ({rest}) |" in table
+
+
+def test_what_it_costs_and_how_it_does_on_other_kinds_is_quoted_from_their_tables():
+    cost = (ROOT / "docs" / "benchmarks" / "cost.md").read_text(encoding="utf-8")
+    prose = " ".join(README.split())
+    shares = re.search(r"(\S+) % for a small GPT and (\S+) % for an LSTM.*?it was (\S+) %", prose)
+    for net, share in zip(("GPT", "LSTM", "MLP"), shares.groups(), strict=True):
+        (row,) = (line for line in cost.splitlines() if line.startswith(f"| {net}, "))
+        assert row.split("|")[4].strip() == f"{share}%"
+    kinds = (ROOT / "docs" / "benchmarks" / "kinds.md").read_text(encoding="utf-8").splitlines()
+    warned = re.search(r"warned (\d+) of (\d+) healthy", prose).groups()
+    announced = re.search(r"announced (\d+) of (\d+) ramps", prose).groups()
+    for start, quoted in (("| healthy, up", warned), ("| hidden ramps: announced", announced)):
+        (row,) = (line for line in kinds if line.startswith(start))
+        assert row.split("|")[5].strip().startswith("/".join(quoted) + " ")
 
 
 def test_sentences_are_short():
