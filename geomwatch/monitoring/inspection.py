@@ -115,6 +115,13 @@ def named_tensors(window: Sequence[Any]) -> list[tuple[str, Tensor]]:
 
 def has_scaler(optimizer: Any) -> bool:
     """Tell whether a GradScaler looks after an optimizer. Walks through all objects there are."""
+    if not _may_have_scaler(optimizer):
+        return False
+    gc.collect()  # one that nobody has any more may still be there
+    return _may_have_scaler(optimizer)
+
+
+def _may_have_scaler(optimizer: Any) -> bool:
     scalers = [t for t in gc.get_objects() if issubclass(type(t), GradScaler)]
     # before `unscale_` or `step` it knows of none
     states = [s._per_optimizer_states for s in scalers if s.is_enabled() and s._scale is not None]

@@ -135,6 +135,10 @@ def test_left_out_steps_are_information_and_five_are_critical():
 
 def test_an_infinite_gradient_that_is_stepped_with_is_critical():
     model, optimizer = small()
+    gone = torch.amp.GradScaler("cpu")
+    gone.scale(torch.ones(()))
+    gone.itself = gone  # of a run before, which nobody has collected yet
+    del gone
     monitor = Monitor(model, cross_entropy, optimizer, rules=[NonFinite()], every=1)
 
     def spoil(step: int) -> None:
