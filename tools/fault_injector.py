@@ -284,7 +284,7 @@ def inject(
     except KeyboardInterrupt:
         if not fault.interrupts:
             problems.append("stopped by an interrupt that nobody sent")
-    except Exception as error:
+    except Exception as error:  # one that stops a run is what is counted
         if not stops:
             problems.append(f"the run was stopped by {type(error).__name__}")
     changes = world.changes()

@@ -39,7 +39,7 @@ def differentiating_twice() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, UsageError, DoubleBackwardError):
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: authors of Functions have no word in common
         raise DoubleBackwardError(str(error) or type(error).__name__) from error
 
 

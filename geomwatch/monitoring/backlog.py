@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from geomwatch.monitoring.progress import Noted
+from geomwatch.monitoring.scalars import Noted
 from geomwatch.observation.findings import Present
 from geomwatch.observation.step import Settled
 from geomwatch.rules.calm import Calm

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,30 +19,24 @@ from geomwatch.controllers.protocol import Controller, check_controllers
 from geomwatch.curvature.checks import check_batch, check_loss_fn, check_optimizer
 from geomwatch.curvature.settings import LossFn
 from geomwatch.curvature.subject import Subject
-from geomwatch.errors import UsageError, UsageTypeError
+from geomwatch.errors import UsageError
 from geomwatch.isolation.state import Kept, Resumable
 from geomwatch.monitoring.backlog import Backlog
 from geomwatch.monitoring.budget import DEFAULT_BUDGET, Account, budget_of
 from geomwatch.monitoring.changes import Changes, changed_line, strangers_line
 from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.face import check_state, is_disabled, run_facts
-from geomwatch.monitoring.history import Ring
+from geomwatch.monitoring.fixed_window import fixed_window
 from geomwatch.monitoring.inspection import Inspector
 from geomwatch.monitoring.memory import Difficulty
 from geomwatch.monitoring.movement import MovementSampler
 from geomwatch.monitoring.probed import Probed
 from geomwatch.monitoring.prober import Prober
-from geomwatch.monitoring.progress import (
-    Late,
-    StepCounter,
-    StepScalars,
-    arriving,
-    checked,
-    fixed_window,
-    gradient_norm,
-)
+from geomwatch.monitoring.scalars import Late, StepScalars, arriving, checked, gradient_norm
 from geomwatch.monitoring.schedule import Cadence
+from geomwatch.monitoring.step_counter import StepCounter
 from geomwatch.monitoring.taken_steps import TakenSteps
+from geomwatch.monitoring.view import View
 from geomwatch.monitoring.watch import Coming, Watch
 from geomwatch.observation.findings import Findings, Present
 from geomwatch.observation.movement import Movement
@@ -51,7 +45,7 @@ from geomwatch.parallel.ranks import Ranks, unwrapped
 from geomwatch.quantities.measurement import Measurement, check_how, refuse_options
 from geomwatch.quantities.plan import Plan
 from geomwatch.quantities.table import paces_of
-from geomwatch.records import Adjustment, Alert, Estimate, Look, Record
+from geomwatch.records import Alert, Estimate, Record
 from geomwatch.rules.calm import Calm
 from geomwatch.rules.rule import Rule
 from geomwatch.sinks.given import as_sinks
@@ -79,7 +73,7 @@ _IN_BACKWARD = (
 _ORDER = "loss.backward(); monitor.step(batch, loss=loss.detach()); optimizer.step()"
 
 
-class Monitor(Resumable):
+class Monitor(View, Resumable):
     """Watches the geometry of the loss while a model trains, and warns before it goes wrong.
 
     Call `step(batch)` between `loss.backward()` and `optimizer.step()`. When a probe is due it
@@ -175,59 +169,6 @@ class Monitor(Resumable):
         kinds = [type(c).__name__ for c in controllers]
         chosen = {"every": every, "budget": budget, "controllers": kinds}
         self._facts = run_facts(optimizer, layout.dim, names, how) | chosen
-
-    @property
-    def name(self) -> str:
-        """What stands in front of all it says; a Group sets it."""
-        return self._dispatch.name
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self._dispatch.name = name
-
-    @property
-    def address(self) -> str:
-        """How messages speak of it, "monitor"; a host whose callback holds it sets another."""
-        return self._watch.prober.address
-
-    @address.setter
-    def address(self, address: str) -> None:
-        self._watch.prober.address = address
-
-    @property
-    def history(self) -> Ring[Record]:
-        """The records so far: the last 10,000, and those with an extreme (see `Ring`)."""
-        return self._dispatch.history
-
-    @property
-    def looks(self) -> Ring[Look]:
-        """What sentinels and probes have seen along steps so far; bounded."""
-        return self._dispatch.looks
-
-    @property
-    def alerts(self) -> Ring[Alert]:
-        """The alerts so far, bounded as `history` is."""
-        return self._dispatch.alerts
-
-    @property
-    def adjustments(self) -> Ring[Adjustment]:
-        """The adjustments so far, with those that a dry run or advice only speaks of; bounded."""
-        return self._dispatch.adjustments
-
-    @property
-    def seconds(self) -> float:
-        """Wall time spent in `step` so far."""
-        return self._account.seconds
-
-    @property
-    def overhead(self) -> float | None:
-        """What was spent as a share of the time of training so far; None while there was none."""
-        return self._account.share
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters that it measures."""
-        return list(self._layout.params)
 
     def start_at(self, step: int) -> None:
         """Count from `step` on: so many optimizer steps the run has taken without this monitor.
@@ -498,27 +439,6 @@ class Monitor(Resumable):
         if settled is not None:
             step = Coming(self._counter.steps, self._lr, self._control.scale, settled)
             self._conclude(step, None, looked=False)
-
-    def __deepcopy__(self, memo: object) -> Monitor:
-        """Return itself: a copy of what holds a monitor, as of averaged weights, is not watched."""
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise UsageTypeError(
-            "a Monitor can't be pickled: it is bound to the model and the optimizer of this "
-            "process. Save monitor.state_dict(), build one where it is loaded, and leave it out of "
-            "what is pickled."
-        )
-
-    def __repr__(self) -> str:
-        """Return where the run is, and what was seen of it, on one line."""
-        loud = sum(alert.severity != "info" for alert in self.alerts)
-        margins = [r.estimates.get("stability_margin") for r in self.history[-1:]]
-        margin = f", stability margin {margins[0]}" if margins and margins[0] is not None else ""
-        return (
-            f"<Monitor at step {self._counter.steps}: {len(self.history)} probes, "
-            f"{len(self.looks)} looks, {loud} alerts{margin}>"
-        )
 
     def __enter__(self) -> Monitor:
         return self

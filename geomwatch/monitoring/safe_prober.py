@@ -128,7 +128,7 @@ class SafeProber(Resumable):
         self._account.work += self._account.units.sentinel * len(windows)
         try:
             return self._prober.present(windows)
-        except Exception as error:
+        except Exception as error:  # of a loss_fn: rules then go by what they have
             logger.debug("no hindsight: %s: %s", type(error).__name__, error)
             return None
 
@@ -153,7 +153,7 @@ class SafeProber(Resumable):
         try:
             with self._prober.ranks.together():
                 found = self._prober.glance(window, step, **known)
-        except Exception as error:
+        except Exception as error:  # whatever a loss_fn raises; the next probe reports it
             logger.debug("a sentinel failed with %s: %s", type(error).__name__, error)
             self.why = f"a look failed with {type(error).__name__}: {error}"
             return False
@@ -259,7 +259,7 @@ class SafeProber(Resumable):
         try:
             with ranks.together():
                 probed = self._prober.probe(window, step, **known)
-        except Exception as error:
+        except Exception as error:  # ranks have to agree on its kind
             if not ranks.any(isinstance(error, UsageError)):  # this loss is no mean over items
                 raise
             self._prober.uncut_batches()

@@ -34,7 +34,7 @@ class Outlet:
         """Close the sink, if it can be closed, and say what it has lost."""
         try:
             getattr(self._sink, "close", lambda: None)()
-        except Exception as error:
+        except Exception as error:  # of the user's own sink: the run has ended well
             _warn(f"{self._sink!r} could not be closed: {type(error).__name__}: {error}", error)
         if self.lost:
             _warn(f"{self._sink!r} has lost {self.lost} lines of this run.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from geomwatch import Monitor
-from geomwatch.monitoring.progress import StepScalars
+from geomwatch.monitoring.scalars import StepScalars
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select")  # for a device, and item()
 

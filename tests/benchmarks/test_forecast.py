@@ -44,7 +44,7 @@ from harness.story import Story, read
 from tasks.rates import Rates
 from tasks.training import Recipe, prepare, train
 
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Estimate
 from geomwatch.rules import LossRise, NonFinite, Observation
 

@@ -13,7 +13,7 @@ from torch import nn
 from geomwatch.controllers import GradientClipper
 from geomwatch.controllers.actuators import StepClip
 from geomwatch.errors import UsageError
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Alert
 from geomwatch.rules import Observation
 

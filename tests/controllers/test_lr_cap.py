@@ -12,7 +12,7 @@ import pytest
 
 from geomwatch.controllers import LearningRateCap, Move
 from geomwatch.errors import UsageError
-from geomwatch.monitoring.progress import Settled
+from geomwatch.observation.step import Settled
 from geomwatch.records import Alert, Estimate
 from geomwatch.rules import Observation
 

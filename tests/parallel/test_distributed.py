@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import geomwatch
 from geomwatch import Measurement, UsageError
 from geomwatch.curvature.objective import Objective
-from geomwatch.monitoring.progress import StepScalars
+from geomwatch.monitoring.scalars import StepScalars
 from geomwatch.parallel.ranks import RankError, Ranks, unwrapped
 
 Batch = tuple[Tensor, Tensor]

@@ -21,7 +21,7 @@ from geomwatch.integrations._lightning.host import prepared
 from geomwatch.integrations._lightning.names import dummy_logger, host_of
 from geomwatch.integrations._lightning.tap import StepCall
 from geomwatch.isolation.reach import captured_by
-from geomwatch.monitoring.progress import fixed_window
+from geomwatch.monitoring.fixed_window import fixed_window
 from geomwatch.parallel.ranks import Ranks
 from geomwatch.sinks.log import logger
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from geomwatch.errors import UsageError
 from geomwatch.integrations._host.loss import mean_of
 from geomwatch.integrations._lightning.tap import StepCall
-from geomwatch.monitoring.progress import gradient_norm
+from geomwatch.monitoring.scalars import gradient_norm
 from geomwatch.sinks.log import logger
 
 _LONGEST = 64  # batches that a module may accumulate by hand
