@@ -170,6 +170,15 @@ class Monitor(View, Resumable):
         chosen = {"every": every, "budget": budget, "controllers": kinds}
         self._facts = run_facts(optimizer, layout.dim, names, how) | chosen
 
+    @property
+    def address(self) -> str:
+        """How messages speak of it, "monitor"; a host whose callback holds it sets another."""
+        return self._watch.prober.address
+
+    @address.setter
+    def address(self, address: str) -> None:
+        self._watch.prober.address = address
+
     def start_at(self, step: int) -> None:
         """Count from `step` on: so many optimizer steps the run has taken without this monitor.
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 
 from geomwatch.errors import UsageTypeError
 from geomwatch.monitoring.budget import Account
 from geomwatch.monitoring.changes import Changes
-from geomwatch.monitoring.dispatch import Dispatch
 from geomwatch.monitoring.history import Ring
 from geomwatch.monitoring.step_counter import StepCounter
-from geomwatch.monitoring.watch import Watch
 from geomwatch.records import Adjustment, Alert, Look, Record
 
 V = TypeVar("V", bound="View")
+
+
+class Told(Protocol):
+    """What rules, controllers and looks have made of a run."""
+
+    name: str
+    history: Ring[Record]
+    looks: Ring[Look]
+    alerts: Ring[Alert]
+    adjustments: Ring[Adjustment]
 
 
 class View:
@@ -24,8 +32,7 @@ class View:
     _account: Account
     _changes: Changes
     _counter: StepCounter
-    _dispatch: Dispatch
-    _watch: Watch
+    _dispatch: Told
 
     @property
     def name(self) -> str:
@@ -35,15 +42,6 @@ class View:
     @name.setter
     def name(self, name: str) -> None:
         self._dispatch.name = name
-
-    @property
-    def address(self) -> str:
-        """How messages speak of it, "monitor"; a host whose callback holds it sets another."""
-        return self._watch.prober.address
-
-    @address.setter
-    def address(self, address: str) -> None:
-        self._watch.prober.address = address
 
     @property
     def history(self) -> Ring[Record]:
