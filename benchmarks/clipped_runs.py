@@ -42,6 +42,13 @@ depends on the time that it may take, so that runs at the edge may come out othe
 | net | optimizer | rate | clip | host | alerts |
 |---|---|---|---|---|---|
 {warned}
+
+Failed runs of which nothing was warned. Their losses come and go: near zero at some steps, a half
+at others.
+
+| net | optimizer | rate | clip | host |
+|---|---|---|---|---|
+{silent}
 """
 
 
@@ -86,11 +93,13 @@ def runs() -> Iterator[Clipped]:
 def page(rows: Sequence[Row]) -> str:
     """Return the page."""
     warned = [row for row in rows if row.verdict == "healthy" and row.of_margin]
+    silent = [row for row in rows if row.verdict == "failed" and not row.alerts]
     return PAGE.format(
         written=written_by(Path(__file__).name),
         steps=STEPS,
         summary="\n".join(_summary(rows)),
         warned="\n".join(map(_warned, warned)),
+        silent="\n".join(map(_named, silent)),
     )
 
 
@@ -108,10 +117,13 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _warned(row: Row) -> str:
+    return f"{_named(row)} {', '.join(row.alerts)} |"
+
+
+def _named(row: Row) -> str:
     run = row.run
     clip = "none" if run.clip is None else f"{run.clip:g}"
-    said = ", ".join(row.alerts)
-    return f"| {run.net} | {run.optimizer} | {run.rate:g} | {clip} | {run.host} | {said} |"
+    return f"| {run.net} | {run.optimizer} | {run.rate:g} | {clip} | {run.host} |"
 
 
 if __name__ == "__main__":
